@@ -1,0 +1,423 @@
+"""Diffusion held to closed forms.
+
+For images whose pixels are independent normals N(m, s^2), x_t is normal too and the best possible prediction is known:
+    E[x0 | x_t] = m + sqrt(a) s^2 / v_t (x_t - sqrt(a) m),   v_t = a s^2 + 1 - a,   a = alphas_cumprod[t].
+With it in the network's place every sampler's result has an exact mean and variance.
+"""
+
+import math
+
+import pytest
+import torch
+
+from diffusion import LABEL_DROPOUT, PREDICTIONS, SAMPLERS, DDPM, load_checkpoint, make_betas, save_checkpoint
+from unet import UNet
+
+MEAN, STD = 0.3, 0.1  # so that clipping to [-1, 1] never bites
+
+
+class Oracle(torch.nn.Module):
+    """The exact predictor for N(mean[y], STD^2) pixels. Without labels it knows class 0 alone."""
+
+    def __init__(self, prediction="eps", means=(MEAN,), **settings):
+        super().__init__()
+        self.prediction, self.means = prediction, torch.tensor(means)
+        self.num_classes = len(means) if len(means) > 1 else None
+        self.calls, self.largest = 0, 0
+        self.alphas_cumprod = DDPM(torch.nn.Identity(), **settings).alphas_cumprod
+
+    def forward(self, xt, t, y=None):
+        self.calls, self.largest = self.calls + 1, max(self.largest, len(xt))
+        a = self.alphas_cumprod[t][:, None, None, None]
+        known = torch.cat([self.means, self.means[:1]])  # the last row: no label
+        m = known[0] if y is None else known[y][:, None, None, None]
+        x0 = m + a.sqrt() * STD**2 / (a * STD**2 + 1 - a) * (xt.double() - a.sqrt() * m)
+        eps = (xt - a.sqrt() * x0) / (1 - a).sqrt()
+        return {"x0": x0, "eps": eps, "v": a.sqrt() * eps - (1 - a).sqrt() * x0}[self.prediction].to(xt.dtype)
+
+
+def gaussian(prediction="eps", means=(MEAN,), size=8, **settings):
+    return DDPM(Oracle(prediction, means, **settings), image_size=size, channels=1, prediction=prediction, **settings)
+
+
+def constant(value, prediction="eps", **settings):
+    """A DDPM whose network always says the same."""
+    network = torch.nn.Module()
+    network.forward = lambda xt, t, y=None: torch.full_like(xt, value)
+    return DDPM(network, image_size=4, channels=1, prediction=prediction, **settings)
+
+
+def final_moments(timesteps, ddpm, eta):
+    """Mean and variance that the general update gives, followed in closed form from x_T ~ N(0, 1)."""
+    mean, variance = 0.0, 1.0
+    for t, s in zip(timesteps, timesteps[1:] + [-1]):
+        a, b = ddpm.alphas_cumprod[t].item(), ddpm.alphas_cumprod[s].item() if s >= 0 else 1.0
+        sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
+        gain = math.sqrt(a) * STD**2 / (a * STD**2 + 1 - a)  # of x_t in x0
+        offset = MEAN - gain * math.sqrt(a) * MEAN
+        direction = math.sqrt(1 - b - sigma**2)
+        slope = math.sqrt(b) * gain + direction * (1 - math.sqrt(a) * gain) / math.sqrt(1 - a)
+        shift = math.sqrt(b) * offset - direction * math.sqrt(a) * offset / math.sqrt(1 - a)
+        mean, variance = slope * mean + shift, slope**2 * variance + sigma**2
+    return mean, variance
+
+
+# Schedules
+
+
+def test_the_linear_schedule_is_ddpms():
+    ddpm = DDPM(torch.nn.Identity())
+    assert ddpm.betas.dtype == torch.float64 and ddpm.betas.shape == (1000,)
+    assert ddpm.betas[0].item() == pytest.approx(1e-4) and ddpm.betas[-1].item() == pytest.approx(0.02)
+    steps = ddpm.betas.diff()
+    assert torch.allclose(steps, steps[0])
+    log_sum = sum(math.log1p(-(1e-4 + i * (0.02 - 1e-4) / 999)) for i in range(1000))
+    assert ddpm.alphas_cumprod[-1].item() == pytest.approx(math.exp(log_sum), rel=1e-9)
+    assert math.exp(log_sum) == pytest.approx(4.04e-5, rel=1e-2)  # DDPM sec. 4: x_T is all but noise
+
+
+def test_the_cosine_schedule_is_improved_ddpms():
+    alphas_cumprod = DDPM(torch.nn.Identity(), beta_schedule="cosine").alphas_cumprod
+
+    def f(t):
+        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    for t in (0, 1, 10, 500, 900, 990):
+        assert alphas_cumprod[t].item() == pytest.approx(f(t + 1) / f(0), rel=1e-9)
+    betas = make_betas("cosine", 1000)
+    assert betas[-1] == 0.999 and betas.max() <= 0.999 and betas.min() > 0
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("num_timesteps", [1, 20, 100, 1000, 4000])
+def test_any_length_is_a_diffusion(schedule, num_timesteps):
+    betas = make_betas(schedule, num_timesteps)
+    assert len(betas) == num_timesteps and ((betas > 0) & (betas < 1)).all()
+    assert torch.cumprod(1 - betas, 0)[-1] < 1e-3
+
+
+# Forward process
+
+
+def test_q_sample_has_the_moments_of_equation_4():
+    ddpm = gaussian()
+    torch.manual_seed(0)
+    x0 = torch.full((20_000, 1, 8, 8), 0.5)
+    for t in (0, 300, 999):
+        xt = ddpm.q_sample(x0, torch.full((20_000,), t), torch.randn_like(x0))
+        a = ddpm.alphas_cumprod[t].item()
+        assert xt.mean().item() == pytest.approx(0.5 * math.sqrt(a), abs=5 * math.sqrt(1 - a) / math.sqrt(xt.numel()))
+        assert xt.var().item() == pytest.approx(1 - a, rel=0.01)
+
+
+def test_q_posterior_is_bayes_rule():
+    """q(x_s | x_t, x_0) is proportional to q(x_t | x_s) q(x_s | x_0): a product of two normals in x_s."""
+    ddpm = gaussian(beta_schedule="cosine")
+    x0, xt = torch.full((1, 1, 8, 8), 0.7), torch.full((1, 1, 8, 8), -0.4)
+    for t, s in ((999, 998), (500, 499), (500, 100), (1, 0)):
+        a_t, a_s = ddpm.alphas_cumprod[t].item(), ddpm.alphas_cumprod[s].item()
+        alpha = a_t / a_s
+        precision = alpha / (1 - alpha) + 1 / (1 - a_s)
+        expected = (math.sqrt(alpha) * -0.4 / (1 - alpha) + math.sqrt(a_s) * 0.7 / (1 - a_s)) / precision
+        mean, variance = ddpm.q_posterior(x0, xt, torch.tensor([t]), torch.tensor([s]))
+        assert mean.unique().item() == pytest.approx(expected, rel=1e-5)
+        assert variance.item() == pytest.approx(1 / precision, rel=1e-5)
+
+
+def test_the_first_step_goes_back_to_the_image_itself():
+    ddpm = gaussian()
+    x0 = torch.randn(2, 1, 8, 8)
+    mean, variance = ddpm.q_posterior(x0, torch.randn(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
+    torch.testing.assert_close(mean, x0)
+    assert variance.abs().max() < 1e-12
+
+
+def test_q_posterior_of_one_step_is_the_papers_beta_tilde():
+    ddpm = gaussian()
+    _, variance = ddpm.q_posterior(torch.zeros(1000, 1, 8, 8), torch.zeros(1000, 1, 8, 8), torch.arange(1000))
+    tilde = (1 - ddpm.alphas_cumprod_prev) / (1 - ddpm.alphas_cumprod) * ddpm.betas
+    torch.testing.assert_close(variance.flatten().double(), tilde, rtol=1e-5, atol=1e-12)
+
+
+def test_snr_falls_from_clean_to_noise():
+    snr = gaussian().snr(torch.arange(1000)).flatten()
+    assert snr[0] == pytest.approx((1 - 1e-4) / 1e-4) and (snr.diff() < 0).all()
+
+
+# Loss
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_loss_is_zero_for_the_truth_and_known_for_a_constant(prediction):
+    torch.manual_seed(0)
+    ddpm = constant(0.0, prediction)
+    x0, eps, t = torch.randn(5, 1, 4, 4), torch.randn(5, 1, 4, 4), torch.tensor([0, 10, 500, 900, 999])
+    a = ddpm.alphas_cumprod[t][:, None, None, None].float()
+    truth = {"eps": eps, "x0": x0, "v": a.sqrt() * eps - (1 - a).sqrt() * x0}[prediction]
+    losses = ddpm(x0, t=t, eps=eps, reduction="none")
+    torch.testing.assert_close(losses, truth.square().mean((1, 2, 3)))
+    torch.testing.assert_close(ddpm(x0, t=t, eps=eps), losses.mean())
+    ddpm.loss = "l1"
+    torch.testing.assert_close(ddpm(x0, t=t, eps=eps, reduction="none"), truth.abs().mean((1, 2, 3)))
+    ddpm.network.forward = lambda xt, t, y=None: truth
+    assert ddpm(x0, t=t, eps=eps) == 0
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_exact_predictor_reaches_the_least_possible_loss(prediction):
+    """Its error is the posterior variance of x0, in the units of the prediction."""
+    torch.manual_seed(0)
+    ddpm = gaussian(prediction)
+    n, t = 4000, 400
+    x0 = MEAN + STD * torch.randn(n, 1, 8, 8)
+    a = ddpm.alphas_cumprod[t].item()
+    variance = STD**2 * (1 - a) / (a * STD**2 + 1 - a)
+    unit = {"x0": 1.0, "eps": a / (1 - a), "v": 1 / (1 - a)}[prediction]
+    loss = ddpm(x0, t=torch.full((n,), t)).item()
+    assert loss == pytest.approx(unit * variance, rel=0.02)
+
+
+def test_timesteps_are_drawn_from_all_of_them():
+    torch.manual_seed(0)
+    ddpm, seen = constant(0.0, num_timesteps=10), []
+    ddpm.network.forward = lambda xt, t, y=None: (seen.append(t), torch.zeros_like(xt))[1]
+    ddpm(torch.zeros(2000, 1, 4, 4))
+    counts = torch.bincount(seen[0], minlength=10)
+    assert len(counts) == 10 and counts.min() > 120 and counts.max() < 280
+
+
+def test_a_tenth_of_the_labels_is_dropped_in_training_and_none_in_evaluation():
+    torch.manual_seed(0)
+    ddpm, seen = constant(0.0), []
+    ddpm.num_classes = 10
+    ddpm.network.forward = lambda xt, t, y=None: (seen.append(y), torch.zeros_like(xt))[1]
+    x0, y = torch.zeros(10_000, 1, 4, 4), torch.arange(10_000) % 10
+    ddpm(x0, y)
+    ddpm.eval()(x0, y)
+    dropped = seen[0] == 10
+    assert dropped.float().mean().item() == pytest.approx(LABEL_DROPOUT, abs=0.015)
+    assert torch.equal(seen[0][~dropped], y[~dropped]) and torch.equal(seen[1], y)
+
+
+# Samplers
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_predict_gives_the_same_x0_and_eps_whatever_is_predicted(prediction):
+    ddpm = gaussian(prediction)
+    torch.manual_seed(0)
+    t = torch.tensor([0, 3, 500, 999])
+    xt = ddpm.q_sample(MEAN + STD * torch.randn(4, 1, 8, 8), t, torch.randn(4, 1, 8, 8))
+    x0, eps = ddpm.predict(xt, t)
+    a = ddpm.alphas_cumprod[t][:, None, None, None]
+    exact = MEAN + a.sqrt() * STD**2 / (a * STD**2 + 1 - a) * (xt - a.sqrt() * MEAN)
+    torch.testing.assert_close(x0, exact.float(), rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(ddpm.q_sample(x0, t, eps), xt)  # the two explain x_t
+
+
+def test_x0_is_clipped_and_eps_explains_x_t_with_the_clipped_one():
+    ddpm = constant(7.0, "x0")
+    t, xt = torch.tensor([500]), torch.randn(1, 1, 4, 4)
+    x0, eps = ddpm.predict(xt, t)
+    assert (x0 == 1).all()
+    torch.testing.assert_close(ddpm.q_sample(x0, t, eps), xt)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("sampler, steps, eta", [
+    ("ddpm", 1000, None), ("ddpm", 50, None), ("ddim", 1000, None), ("ddim", 10, None), ("ddim", 50, 0.5),
+    ("ddim", 50, 1.0), ("ddpm", 1, None)])
+def test_samplers_give_the_exact_mean_and_variance(prediction, schedule, sampler, steps, eta):
+    if steps == 1000 and (prediction, schedule) not in (("eps", "linear"), ("v", "cosine")):
+        steps = 250
+    ddpm = gaussian(prediction, beta_schedule=schedule)
+    n = 300
+    images = ddpm.sample(n, sampler=sampler, steps=steps, eta=eta, seed=1, batch_size=n).double()
+    mean, variance = final_moments(ddpm.timesteps(steps), ddpm, SAMPLERS[sampler] if eta is None else eta)
+    assert images.mean().item() == pytest.approx(mean, abs=1e-4 + 4 * math.sqrt(variance / images.numel()))
+    assert images.var().item() == pytest.approx(variance, rel=4 * math.sqrt(2 / images.numel()), abs=1e-6)
+    if steps == 1000:  # and all steps give the data's own
+        assert mean == pytest.approx(MEAN, abs=2e-3) and variance == pytest.approx(STD**2, rel=0.05)
+
+
+def test_eta_one_is_the_posterior_and_p_mean_variance_its_one_step():
+    ddpm = gaussian()
+    torch.manual_seed(0)
+    t, s = torch.tensor([700, 700]), torch.tensor([699, 300])
+    xt, noise = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
+    x0, eps = ddpm.predict(xt, t)
+    mean, variance = ddpm.q_posterior(x0, xt, t, s)
+    torch.testing.assert_close(ddpm.step(x0, eps, t, s, 1.0, noise), mean + variance.sqrt() * noise)
+    p_mean, p_variance, p_x0 = ddpm.p_mean_variance(xt, t)
+    torch.testing.assert_close(p_mean[0], mean[0])
+    torch.testing.assert_close(p_variance[0], variance[0])
+    torch.testing.assert_close(p_x0, x0)
+
+
+def test_ddim_goes_a_fixed_way_and_ddpm_does_not():
+    ddpm = gaussian()
+    xT = torch.randn(2, 1, 8, 8)
+    a, b = (ddpm.sample(2, sampler="ddim", steps=5, xT=xT) for _ in range(2))
+    c, d = (ddpm.sample(2, sampler="ddpm", steps=5, xT=xT) for _ in range(2))
+    assert torch.equal(a, b) and not torch.equal(c, d)
+
+
+def test_a_seed_decides_the_images_and_leaves_the_global_state_alone():
+    ddpm = gaussian()
+    state = torch.get_rng_state()
+    a, b, c = (ddpm.sample(3, steps=5, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    first = ddpm.sample(3, steps=5)
+    torch.manual_seed(5)
+    assert torch.equal(first, ddpm.sample(3, steps=5))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 250, 999, 1000])
+def test_timesteps_fall_from_noise_to_image(steps):
+    timesteps = gaussian().timesteps(steps)
+    assert len(set(timesteps)) == steps and timesteps == sorted(timesteps, reverse=True) and timesteps[0] == 999
+    assert steps == 1 or timesteps[-1] == 0
+
+
+def test_any_number_of_images_goes_in_bounded_batches():
+    ddpm = gaussian()
+    images = ddpm.sample(23, steps=3, batch_size=10)
+    assert images.shape == (23, 1, 8, 8) and ddpm.network.largest == 10 and ddpm.network.calls == 9
+    assert len(images.flatten(1).unique(dim=0)) == 23
+
+
+def test_the_sequence_ends_in_the_image():
+    ddpm = gaussian()
+    for sampler in SAMPLERS:
+        sequence = ddpm.sample(12, steps=6, sampler=sampler, seed=3, return_sequence=True, batch_size=5)
+        assert sequence.shape == (6, 12, 1, 8, 8)
+        torch.testing.assert_close(sequence[-1], ddpm.sample(12, steps=6, sampler=sampler, seed=3, batch_size=5))
+
+
+def test_what_is_left_out_comes_from_the_models_settings():
+    ddpm = gaussian(sampler="ddim", sample_steps=7)
+    images = ddpm.sample(2, seed=0)
+    assert ddpm.network.calls == 7
+    assert torch.equal(images, ddpm.sample(2, sampler="ddim", steps=7, seed=0))
+    assert not torch.equal(images, ddpm.sample(2, sampler="ddpm", steps=7, seed=0))
+
+
+def test_sampling_turns_dropout_off_and_training_on_again():
+    network = UNet(base_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), time_emb_dim=32,
+                   dropout=0.9, patch_size=4)
+    torch.nn.init.normal_(network.conv_out.weight, std=0.1)
+    torch.nn.init.normal_(network.middle[1].conv2.weight, std=0.1)
+    ddpm = DDPM(network).train()
+    xT = torch.randn(1, 3, 32, 32)
+    a, b = (ddpm.sample(1, sampler="ddim", steps=2, xT=xT) for _ in range(2))
+    assert torch.equal(a, b) and ddpm.training and network.training
+
+
+# Labels and guidance
+
+
+def test_labels_choose_the_class():
+    ddpm = gaussian(means=(-0.4, 0.4))
+    images = ddpm.sample(6, y=[0, 1, 1, 0, 1, 0], steps=100, seed=0)
+    assert torch.equal(images.mean((1, 2, 3)) > 0, torch.tensor([False, True, True, False, True, False]))
+    assert (ddpm.sample(4, y=1, steps=100, seed=0).mean((1, 2, 3)) > 0.3).all()
+    assert (ddpm.sample(2, y=range(2), steps=100, seed=0).mean((1, 2, 3)) * torch.tensor([-1, 1]) > 0.3).all()
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_guidance_is_uncond_plus_s_times_the_difference(prediction):
+    ddpm = gaussian(prediction, means=(-0.2, 0.2))
+    torch.manual_seed(0)
+    xt, t, y = torch.randn(3, 1, 8, 8) * 0.5, torch.tensor([200, 500, 800]), torch.tensor([1, 1, 0])
+    uncond, cond = ddpm.predict(xt, t)[0], ddpm.predict(xt, t, y)[0]
+    for s in (0.0, 0.5, 1.0, 2.0):
+        calls = ddpm.network.calls
+        x0, _ = ddpm.predict(xt, t, y, s)
+        torch.testing.assert_close(x0, uncond + s * (cond - uncond), atol=1e-4, rtol=1e-4)
+        assert ddpm.network.calls == calls + 1  # guidance is one doubled batch
+    assert not torch.allclose(cond, uncond, atol=1e-3)
+
+
+def test_guidance_pushes_away_from_the_unconditional():
+    ddpm = gaussian(means=(0.0, 0.1))
+    plain, guided = (ddpm.sample(50, y=1, guidance_scale=s, steps=50, seed=0).mean().item() for s in (1.0, 3.0))
+    assert plain == pytest.approx(0.1, abs=0.02) and guided == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(n=0), "n 0"), (dict(n=2, steps=0), "steps 0"), (dict(n=2, steps=1001), "steps 1001.*1 to 1000"),
+    (dict(n=2, sampler="euler"), "sampler 'euler'.*'ddpm'"), (dict(n=2, eta=-0.1), "eta -0.1"),
+    (dict(n=2, eta=1.5), "eta 1.5"), (dict(n=2, y=[0, 2]), "y from 0 to 2.*0 to 1"), (dict(n=2, y=-1), "y from -1"),
+    (dict(n=2, y=[0, 1, 0]), "y of 3 labels: expected 2"), (dict(n=2, guidance_scale=2.0), "guidance needs labels"),
+    (dict(n=2, xT=torch.zeros(2, 1, 4, 4)), r"xT of shape \(2, 1, 4, 4\)"), (dict(n=2, batch_size=0), "batch_size 0"),
+])
+def test_what_does_not_fit_is_one_clear_line(arguments, words):
+    with pytest.raises(ValueError, match=words) as error:
+        gaussian(means=(0.0, 0.1)).sample(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_labels_for_an_unconditional_model_are_refused():
+    with pytest.raises(ValueError, match="unconditional"):
+        gaussian().sample(2, y=1)
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(beta_schedule="sigmoid"), "beta_schedule 'sigmoid'"), (dict(prediction="score"), "prediction 'score'"),
+    (dict(loss="huber"), "loss 'huber'"), (dict(sampler="x"), "sampler 'x'"), (dict(num_timesteps=0), "num_timesteps 0"),
+    (dict(sample_steps=1001), "steps 1001"), (dict(num_timesteps=50, sample_steps=51), "1 to 50")])
+def test_settings_that_do_not_fit_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        DDPM(torch.nn.Identity(), **settings)
+
+
+# Save and load
+
+
+def small_unet():
+    network = UNet(base_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(8,), time_emb_dim=32,
+                   patch_size=2, num_classes=10)
+    torch.nn.init.normal_(network.conv_out.weight, std=0.1)
+    return network
+
+
+def test_a_saved_model_comes_back_whole(tmp_path):
+    ddpm = DDPM(small_unet(), beta_schedule="cosine", prediction="v", sampler="ddim", sample_steps=4, guidance_scale=2.0)
+    ddpm.save(tmp_path / "model.pt", epoch=3, config={"epochs": 5, "channel_mult": (1, 2)})
+    again = DDPM.load(tmp_path / "model.pt", device="cpu")
+    assert not again.training and again.info == {"epoch": 3, "config": {"epochs": 5, "channel_mult": (1, 2)}}
+    assert torch.equal(again.sample(2, y=[3, 4], seed=0), ddpm.sample(2, y=[3, 4], seed=0))
+    torch.load(tmp_path / "model.pt", weights_only=True)  # runs no code from the file
+    assert not any(name.startswith(("_orig_mod", "module")) for name in again.state_dict())
+
+
+def test_another_network_is_given_to_load(tmp_path):
+    DDPM(torch.nn.Conv2d(3, 3, 1)).save(tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="not a UNet"):
+        DDPM.load(tmp_path / "model.pt")
+    network = torch.nn.Conv2d(3, 3, 1)
+    assert DDPM.load(tmp_path / "model.pt", "cpu", network).network is network
+
+
+def test_files_that_are_no_model_are_one_clear_line(tmp_path):
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"weights": {}}, tmp_path / "other.pt")
+    DDPM(small_unet()).save(tmp_path / "model.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:5000])
+    for name, words in (("missing.pt", "no such"), ("text.pt", "not a readable"), ("empty.pt", "not a readable"),
+                        ("half.pt", "not a readable"), ("other.pt", "another kind"), (".", "not a readable")):
+        with pytest.raises(ValueError, match=words) as error:
+            DDPM.load(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"step": 1})
+    with pytest.raises(Exception, match="pickle"):
+        save_checkpoint(path, {"step": 2, "bad": lambda: None})
+    assert load_checkpoint(path, ["step"]) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]

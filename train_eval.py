@@ -1,0 +1,599 @@
+"""Train a DDPM on MNIST, watch it, draw digits: edit the constants and run `python train_eval.py`.
+
+Each constant is also a flag that stands in for its line: `python train_eval.py --help` lists them.
+"""
+
+import argparse
+import difflib
+import math
+import os
+import re
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+# system
+device = "cuda" if torch.cuda.is_available() else "cpu"  # where to run; the values below follow it
+cuda = device.startswith("cuda")
+amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+seed = 0  # decides a CPU run to the bit
+bf16 = torch.cuda.is_bf16_supported() if cuda else amx  # compute in bfloat16, where the hardware does that fast
+save_dir = "checkpoints"  # folder for everything that a run leaves
+resume = False  # go on with the run in save_dir from its last.pt
+evaluate = False  # no training: test loss and samples of save_dir's best_model.pt
+
+# data
+dataset = "auto"  # auto is mnist, and glyphs where there is neither a copy nor a network
+data_dir = "data"  # folder of the data; downloaded when missing
+train_size = 60_000  # images to train on: the first so many
+test_size = 10_000  # images to test on: the first so many
+image_size = 32  # height and width that images are resized to, in pixels
+channels = 3  # 3 repeats the grey image as RGB, 1 leaves it grey
+use_augmentation = cuda  # small random shifts, rotations and scales; a short run sees too few images to need them
+
+# network
+use_conditional_generation = False  # condition on the digit, so that one can ask for it
+base_channels = 128 if cuda else 64  # width of the first level
+channel_mult = (1, 2, 4, 8) if cuda else (1, 2)  # width of each level, as multiples of base_channels
+num_res_blocks = 2 if cuda else 1  # residual blocks a level
+attention_resolutions = (8, 16) if cuda else (8,)  # heights of the feature maps with attention after each block
+dropout = 0.1 if cuda else 0.0  # probability, in each residual block
+time_emb_dim = 512 if cuda else 256  # width of the time embedding
+patch_size = 1 if cuda else 2  # pixels folded into channels on the way in: 2 works at half the resolution inside
+
+# diffusion
+num_timesteps = 1000  # steps from image to noise
+beta_schedule = "linear" if cuda else "cosine"  # how noise grows; cosine wastes fewer steps on pure noise
+prediction = "eps" if cuda else "v"  # what the network predicts; v learns clean digits sooner
+loss = "mse"  # distance of prediction and truth
+
+# training
+batch_size = 16 if cuda else 32  # images a step
+epochs = 50 if cuda else 2  # passes over the training images
+learning_rate = 1e-4 if cuda else 2e-3  # peak; of AdamW
+weight_decay = 1e-4  # of AdamW
+use_scheduler = True  # CosineAnnealingLR, a step at a time, to zero over the whole run
+grad_clip = 1.0  # largest norm of the gradient; 0 turns clipping off
+ema_decay = 0.999 if cuda else 0.997  # of the shadow weights, with which samples are drawn
+ema_start = 5000 if cuda else 0  # steps before averaging begins
+ema_update_rate = 1  # steps from one update of the shadow weights to the next
+
+# sampling
+sampler = "ddpm"  # that best_model.pt will use unless told otherwise
+sample_steps = 1000 if cuda else 50  # network calls an image, of best_model.pt
+guidance_scale = 1.0  # uncond + s (cond - uncond): 1 is no guidance, 0 ignores the label
+num_samples = 100  # images in a grid
+preview_steps = 20 if cuda else 10  # network calls an image, of the grids drawn during training, by DDIM
+
+# rhythm
+log_every = 100 if cuda else 20  # steps from one TensorBoard entry to the next
+sample_every = 5000 if cuda else 500  # steps from one grid to the next; the first comes after 200
+save_every = 5000 if cuda else 500  # steps from one last.pt to the next; each epoch and Ctrl-C write it too
+# end of constants
+
+NUM_CLASSES = 10  # of every data set here
+FIRST_SAMPLE = 200  # steps
+RANGES = {  # of what the modules do not check themselves: smallest, largest
+    "seed": (0, 2**63 - 1), "batch_size": (1, math.inf), "epochs": (1, math.inf), "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf), "grad_clip": (0, math.inf), "dropout": (0, 0.999), "channels": (1, 3),
+    "num_samples": (1, 10_000), "log_every": (1, math.inf), "sample_every": (1, math.inf), "save_every": (1, math.inf),
+}
+# Constants that a saved run does not bring with it, and flags that may differ from those that it began with.
+HERE = {"save_dir", "resume", "evaluate"}
+FREE_TO_RESUME = HERE | {"device", "data_dir", "epochs", "learning_rate", "grad_clip", "num_samples", "preview_steps",
+                         "log_every", "sample_every", "save_every"}
+FREE_TO_EVALUATE = HERE | {"device", "data_dir", "bf16", "seed", "test_size", "num_samples", "sampler", "sample_steps",
+                           "guidance_scale"}
+FIELDS = (  # of the reference's log, in its order
+    "device", "batch_size", "epochs", "save_dir", "optimizer_type", "learning_rate", "weight_decay", "use_scheduler",
+    "scheduler_type", "total_params", "image_size", "channels", "num_timesteps", "base_channels", "num_res_blocks",
+    "channel_mult", "dropout", "time_emb_dim", "use_conditional_generation", "num_classes", "ema_decay", "ema_start",
+    "ema_update_rate", "train_size", "test_size", "use_augmentation", "normalization", "convert_to_rgb",
+)
+
+
+# From the command line to the config
+
+
+def configure(argv):
+    """Command line -> (config, given): every constant as an attribute, and the names that flags set."""
+    constants = read_constants({})
+    given = vars(make_parser(constants).parse_args(argv))
+    return argparse.Namespace(**{name: value for name, (_, value, _) in read_constants(given).items()}), set(given)
+
+
+def read_constants(flags):
+    """The constants above as {name: (group, value, comment)}, read from this file.
+
+    A flag's value stands in for its line, so that the lines below see it: `--device cpu` brings the CPU's values.
+    """
+    source = Path(__file__).read_text(encoding="utf-8")
+    section = source[source.index("# system"):source.index("# end of constants")]
+    constants, scope, group = {}, {"torch": torch}, ""
+    for line in section.splitlines():
+        if line.startswith("#"):
+            group = line.lstrip("# ")
+        elif match := re.match(r"(\w+)\s*=\s*([^#]+)(.*)", line):
+            name, expression, comment = match.groups()
+            scope[name] = flags[name] if name in flags else eval(expression, scope)
+            if name not in ("cuda", "amx"):
+                constants[name] = group, scope[name], comment.lstrip("# ")
+    return constants
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one-line errors that name the nearest flag."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_args(self, argv=None):
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(flag.replace("-", "_"), [f.replace("-", "_") for f in self.flags], n=1)
+            near = [f for f in self.flags if f.replace("-", "_") in near]
+            self.error(f"{unknown[0]}: unknown; " + (f"did you mean {near[0]}?" if near else "--help lists the flags"))
+        return args
+
+    @property
+    def flags(self):
+        return [flag for flag in self._option_string_actions if flag.startswith("--")]
+
+
+def make_parser(constants):
+    """A flag for each constant, with its comment as help. What is not given is absent from the result."""
+    from dataprocess import DATASETS
+    from diffusion import BETA_SCHEDULES, LOSSES, PREDICTIONS, SAMPLERS
+
+    choices = {"dataset": DATASETS, "beta_schedule": BETA_SCHEDULES, "prediction": PREDICTIONS, "loss": LOSSES,
+               "sampler": tuple(SAMPLERS)}
+    parser = Parser(prog="train_eval.py", usage="train_eval.py [--CONSTANT VALUE ...]",
+                    description="Train a DDPM on MNIST, watch it, draw digits. Each flag stands in for the line of that "
+                    "constant at the top of train_eval.py.", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    groups = {}
+    for name, (group, value, comment) in constants.items():
+        groups[group] = groups.get(group) or parser.add_argument_group(group)
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        options = {"help": f"{comment} (default: {text})".replace("%", "%%")}
+        if isinstance(value, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(value, tuple):
+            options |= {"type": integers, "metavar": "INT,INT"}
+        elif name in choices:
+            options["choices"] = choices[name]
+        else:
+            options |= {"type": type(value), "metavar": type(value).__name__.upper()}
+        groups[group].add_argument(f"--{name}", **options)
+    return parser
+
+
+def integers(text):
+    """'1,2,4' -> (1, 2, 4); 'none' -> ()."""
+    return () if text in ("", "none") else tuple(int(part) for part in text.split(","))
+
+
+def check(config):
+    """ValueError for a constant out of its range, or a device that is not there."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(config, name)
+        if not low <= value <= high or value != value or value == math.inf:
+            limit = "" if high == math.inf else f" and at most {high}"
+            raise ValueError(f"{name} {value}: expected at least {low}{limit}")
+    try:
+        torch.zeros(1, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {config.device!r}: cannot be used here ({reason}); try --device cpu") from None
+
+
+def adopt(config, given, saved, free):
+    """The config of a saved run, a dict, with this command's flags where they are free to differ.
+
+    Raises:
+        ValueError: for a flag that differs and is not free.
+    """
+    for name in sorted(given - free):
+        if getattr(config, name) != saved[name]:
+            raise ValueError(f"{name} {getattr(config, name)}: the run in {config.save_dir} has {saved[name]}; "
+                             f"leave the flag out, or start another run in another --save_dir")
+    ours = {name: getattr(config, name) for name in HERE | given & free}
+    ignored = [f"{name} {value}" for name, value in vars(config).items()
+               if name not in HERE | given and value != saved.get(name, value)]
+    if ignored:
+        print(f"the saved run keeps its own constants; not used from {Path(__file__).name}: {', '.join(ignored)}")
+    return argparse.Namespace(**{**vars(config), **saved, **ours})
+
+
+# The story
+
+
+def main(argv=None):
+    """Train, go on, or only evaluate. Returns the exit status: 0 when done, 130 when interrupted."""
+    warning = None
+    try:
+        try:
+            config, saved, ddpm, train_images, test_images = prepare(*configure(argv))
+        except ValueError as error:  # the user's mistake; one further on would be ours
+            Parser(prog="train_eval.py").error(error)
+        if warning := train_images.warning:
+            print(warning, file=sys.stderr)
+        if config.evaluate or train(config, ddpm, train_images, test_images, saved):
+            finish(config, test_images)
+            return 0
+    except KeyboardInterrupt:
+        print("\nstopped at once; what was saved before is whole", file=sys.stderr)
+    finally:
+        if warning:
+            print(warning, file=sys.stderr)
+    return 130
+
+
+def prepare(config, given):
+    """All that can go wrong by the user's hand: config, checkpoint, folder, data, model."""
+    from dataprocess import load_data
+    from diffusion import DDPM, load_checkpoint
+
+    save_dir, saved = Path(config.save_dir), None
+    if config.resume:
+        saved = load_checkpoint(save_dir / "last.pt", ("config", "step", "network", "optimizer"))
+        config = adopt(config, given, saved["config"], FREE_TO_RESUME)
+    elif config.evaluate:
+        best = DDPM.load(save_dir / "best_model.pt", "cpu")
+        config = adopt(config, given, best.info["config"], FREE_TO_EVALUATE)
+    check(config)
+    torch.manual_seed(config.seed)
+    ddpm = build(config)
+    train_images, test_images = load_data(
+        config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels,
+        train_size=config.train_size, test_size=config.test_size, augment=config.use_augmentation, seed=config.seed,
+        device=config.device)
+    config.dataset, config.train_size, config.test_size = train_images.name, len(train_images), len(test_images)
+    make_room(save_dir, keep=config.resume or config.evaluate)
+    return config, saved, ddpm, train_images, test_images
+
+
+def build(config):
+    """The model of the config, on its device; channels-last is the layout that convolutions are fast in."""
+    from diffusion import DDPM
+    from unet import UNet
+
+    network = UNet(
+        image_size=config.image_size, channels=config.channels, base_channels=config.base_channels,
+        channel_mult=config.channel_mult, num_res_blocks=config.num_res_blocks,
+        attention_resolutions=config.attention_resolutions, dropout=config.dropout, time_emb_dim=config.time_emb_dim,
+        num_classes=NUM_CLASSES if config.use_conditional_generation else None, patch_size=config.patch_size)
+    ddpm = DDPM(
+        network, image_size=config.image_size, channels=config.channels, num_timesteps=config.num_timesteps,
+        beta_schedule=config.beta_schedule, prediction=config.prediction, loss=config.loss, sampler=config.sampler,
+        sample_steps=config.sample_steps, guidance_scale=config.guidance_scale)
+    return ddpm.to(config.device, memory_format=torch.channels_last)
+
+
+def make_room(save_dir, keep):
+    """The folder of the run, with what an earlier run left moved aside in it unless it is to be kept."""
+    try:
+        (save_dir / "samples").mkdir(parents=True, exist_ok=True)
+        if not os.access(save_dir, os.W_OK):
+            raise PermissionError("not writable")
+        earlier = [path for name in ("last.pt", "best_model.pt") if (path := save_dir / name).exists()]
+        if earlier and not keep:
+            stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(max(path.stat().st_mtime for path in earlier)))
+            aside = save_dir / f"run_{stamp}"
+            aside.mkdir()
+            for path in (*earlier, save_dir / "samples", save_dir / "loss_curve.png"):
+                if path.exists():
+                    path.rename(aside / path.name)
+            (save_dir / "samples").mkdir()
+            print(f"the earlier run in {save_dir} is now in {aside} (to go on with a run: --resume)")
+    except OSError as error:
+        raise ValueError(f"save_dir {str(save_dir)!r}: {error.strerror or error}; expected a folder that can be "
+                         "written") from None
+
+
+def train(config, ddpm, train_images, test_images, saved=None):
+    """Train from `saved`, or from the beginning. Returns whether it came to the end; False after Ctrl-C."""
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+
+    from ema import EMA
+
+    torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16, on GPUs that have it
+    torch.backends.cudnn.benchmark = True
+    steps_per_epoch = math.ceil(len(train_images) / config.batch_size)
+    total_steps = steps_per_epoch * config.epochs
+    optimizer = torch.optim.AdamW(ddpm.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
+                                  fused=True)
+    parts = {"network": ddpm.network, "optimizer": optimizer,
+             "ema": EMA(ddpm.network, config.ema_decay, config.ema_start, config.ema_update_rate)}
+    if config.use_scheduler:
+        parts["scheduler"] = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps)
+    progress = {"step": 0, "best_loss": math.inf, "train_curve": [], "test_curve": [],
+                "log": time.strftime("%Y-%m-%d_%H-%M-%S")}
+    if saved:
+        restore(config, parts, progress, saved, total_steps)
+    window = Window(config)
+    save_dir = Path(config.save_dir)
+    print(f"{config.dataset}: {len(train_images):,} images to train, {len(test_images):,} to test; network: "
+          f"{sum(p.numel() for p in ddpm.parameters()):,} parameters in {'bf16' if config.bf16 else 'fp32'} on "
+          f"{config.device}; {total_steps:,} steps, {progress['step']:,} done\n"
+          f"watch: tensorboard --logdir {save_dir / 'tensorboard_logs'}")
+
+    with (interruptible() as stop,
+          SummaryWriter(save_dir / "tensorboard_logs" / progress["log"], flush_secs=10,
+                        purge_step=progress["step"] + 1 if saved else None) as writer,
+          tqdm(total=config.epochs * len(train_images), unit="img", smoothing=0.05, mininterval=0.5,
+               initial=min(progress["step"] * config.batch_size, config.epochs * len(train_images))) as bar):
+        if not saved:
+            log_start(writer, config, ddpm, train_images)
+        while progress["step"] < total_steps and not stop:
+            epoch, start = divmod(progress["step"], steps_per_epoch)
+            for x0, y in train_images.epoch(config.batch_size, epoch, start):
+                window.add(*train_step(config, ddpm, parts, x0, y))
+                progress["step"] = step = progress["step"] + 1
+                bar.update(len(x0))
+
+                ending = step % steps_per_epoch == 0
+                drawing = step == FIRST_SAMPLE or step % config.sample_every == 0
+                saving = ending or step % config.save_every == 0 or bool(stop)
+                if drawing or saving or step % config.log_every == 0:
+                    scalars = window.read(step)
+                    progress["train_curve"].append([step, scalars["train/loss"]])
+                    bar.set_postfix(loss=f"{scalars['train/loss']:.4f}")
+                    for tag, value in scalars.items():
+                        writer.add_scalar(tag, value, step)
+                    writer.add_scalar("train/learning_rate", optimizer.param_groups[0]["lr"], step)
+                if drawing:
+                    with parts["ema"].applied():
+                        images = draw(config, ddpm, sampler="ddim", steps=config.preview_steps)
+                    write_grid(images, save_dir / "samples" / f"step_{step:07d}.png", writer, "samples", step)
+                if ending:
+                    evaluate_epoch(config, ddpm, parts["ema"], test_images, progress, epoch + 1, writer)
+                if saving:
+                    save_last(config, parts, progress)
+                if drawing or saving:
+                    window.start()  # so that images a second leave these out
+                if stop:
+                    break
+
+    plot_losses(progress, save_dir / "loss_curve.png")
+    if progress["step"] < total_steps:
+        if not (save_dir / "best_model.pt").exists():  # stopped before the first epoch was over
+            save_best(config, ddpm, parts["ema"], progress, epoch=0)
+        print(f"stopped at step {progress['step']:,}; everything is saved. To go on: python train_eval.py --resume"
+              + (f" --save_dir {save_dir}" if config.save_dir != "checkpoints" else ""))
+        return False
+    return True
+
+
+def train_step(config, ddpm, parts, x0, y):
+    """One step of AdamW. Returns what happened, left on the device: losses (N,), timesteps (N,), gradient norm ()."""
+    ddpm.train()
+    t = torch.randint(config.num_timesteps, (len(x0),), device=x0.device)
+    with autocast(config):
+        losses = ddpm(x0, y if config.use_conditional_generation else None, t=t, reduction="none")
+    losses.mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_(ddpm.parameters(), config.grad_clip or math.inf)
+    parts["optimizer"].step()
+    parts["optimizer"].zero_grad()
+    if "scheduler" in parts:
+        parts["scheduler"].step()
+    parts["ema"].update()
+    return losses.detach(), t, norm
+
+
+def autocast(config):
+    """bf16 for convolutions and matrix products, where the config says so."""
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16)
+
+
+class Window:
+    """What the steps since the last entry did, kept on the device, so that no step waits to tell."""
+
+    def __init__(self, config):
+        self.num_timesteps = config.num_timesteps
+        self.steps = torch.zeros(2, config.log_every, device=config.device)  # loss and gradient norm of each
+        self.quartiles = torch.zeros(2, 4, dtype=torch.float64, device=config.device)  # sum and count of losses by t
+        self.start()
+
+    def start(self):
+        """Begin anew."""
+        self.steps.zero_()
+        self.quartiles.zero_()
+        self.count = self.images = 0
+        self.clock = time.perf_counter()
+
+    def add(self, losses, t, norm):
+        """Take a step in: losses (N,), timesteps (N,), gradient norm ()."""
+        self.steps[0, self.count] = losses.mean()
+        self.steps[1, self.count] = norm
+        quartile = t * 4 // self.num_timesteps
+        self.quartiles[0].index_add_(0, quartile, losses.double())
+        self.quartiles[1].index_add_(0, quartile, torch.ones_like(losses, dtype=torch.float64))
+        self.count += 1
+        self.images += len(losses)
+
+    def read(self, step):
+        """The window's TensorBoard scalars; `step` is its last. Begins anew.
+
+        Raises:
+            SystemExit: where a loss or a gradient was not finite.
+        """
+        losses, norms = self.steps[:, :self.count].tolist()
+        for i, (loss, norm) in enumerate(zip(losses, norms)):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise SystemExit(f"\nstep {step - self.count + i + 1}: loss {loss}, gradient norm {norm}: training has "
+                                 "diverged and stops. Checkpoints hold the state before it; go on from them with "
+                                 "--resume and a lower --learning_rate or --grad_clip")
+        scalars = {"train/loss": sum(losses) / self.count, "train/grad_norm": sum(norms) / self.count,
+                   "train/images_per_second": self.images / (time.perf_counter() - self.clock)}
+        for quartile, (total, count) in enumerate(self.quartiles.T.tolist(), start=1):
+            if count:
+                scalars[f"train_loss_by_t/quartile_{quartile}"] = total / count
+        self.start()
+        return scalars
+
+
+@contextmanager
+def interruptible():
+    """A list that is empty until Ctrl-C or SIGTERM comes: the loop then ends after its step. A second one raises."""
+    stop = []
+
+    def handler(signum, frame):
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(signum)
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+
+    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
+
+
+# Checkpoints
+
+
+def save_last(config, parts, progress):
+    """last.pt: all that going on exactly needs."""
+    from diffusion import save_checkpoint
+
+    rng = {"cpu": torch.get_rng_state()}
+    if torch.device(config.device).type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(config.device)
+    save_checkpoint(Path(config.save_dir) / "last.pt", {
+        "config": vars(config), **progress, "rng": rng, **{name: part.state_dict() for name, part in parts.items()}})
+
+
+def restore(config, parts, progress, saved, total_steps):
+    """Put what `save_last` wrote back in place; learning rate and length of the run are the config's."""
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    progress.update({name: saved[name] for name in progress})
+    torch.set_rng_state(saved["rng"]["cpu"])
+    if "cuda" in saved["rng"] and torch.device(config.device).type == "cuda":
+        torch.cuda.set_rng_state(saved["rng"]["cuda"], config.device)
+    if any(saved["config"][name] != getattr(config, name) for name in ("epochs", "learning_rate")):
+        cosine = (1 + math.cos(math.pi * min(progress["step"] / total_steps, 1))) / 2 if config.use_scheduler else 1
+        for group in parts["optimizer"].param_groups:
+            group["initial_lr"], group["lr"] = config.learning_rate, config.learning_rate * cosine
+        if config.use_scheduler:
+            parts["scheduler"].T_max, parts["scheduler"].base_lrs = total_steps, [config.learning_rate]
+
+
+def save_best(config, ddpm, ema, progress, epoch):
+    """best_model.pt: the EMA weights, and how they came to be."""
+    with ema.applied():
+        ddpm.save(Path(config.save_dir) / "best_model.pt", config=vars(config), epoch=epoch, step=progress["step"],
+                  test_loss=progress["best_loss"], log=progress["log"])
+
+
+# Evaluation
+
+
+def evaluate_epoch(config, ddpm, ema, test_images, progress, epoch, writer):
+    """Test loss of the EMA weights; the best so far become best_model.pt."""
+    with ema.applied():
+        value = test_loss(config, ddpm, test_images)
+    writer.add_scalar("test/loss", value, progress["step"])
+    progress["test_curve"].append([progress["step"], value])
+    if value < progress["best_loss"]:
+        progress["best_loss"] = value
+        save_best(config, ddpm, ema, progress, epoch)
+
+
+@torch.no_grad()
+def test_loss(config, ddpm, test_images):
+    """Mean loss over the test images, with the same noise and timesteps each time, so that epochs and runs compare."""
+    ddpm.eval()
+    generator = torch.Generator().manual_seed(0)
+    n = len(test_images)
+    timesteps = (torch.arange(n) * config.num_timesteps // n)[torch.randperm(n, generator=generator)]
+    total = 0.0
+    for index in torch.arange(n).split(256):
+        x0, y = test_images.batch(index)
+        eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+        with autocast(config):
+            losses = ddpm(x0, y if config.use_conditional_generation else None, t=timesteps[index].to(x0.device),
+                          eps=eps, reduction="none")
+        total += losses.double().sum().item()
+    return total / n
+
+
+def draw(config, ddpm, **options):
+    """`num_samples` images from the same noise each time; of a conditional model the digits in turn."""
+    y = torch.arange(config.num_samples) % NUM_CLASSES if config.use_conditional_generation else None
+    with autocast(config):
+        return ddpm.sample(config.num_samples, y, seed=config.seed, **options)
+
+
+def finish(config, test_images):
+    """What the run came to, from best_model.pt: its loss, and a grid by its own sampler."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    from diffusion import DDPM
+
+    save_dir = Path(config.save_dir)
+    ddpm = DDPM.load(save_dir / "best_model.pt", config.device)
+    loss = test_loss(config, ddpm, test_images) if config.evaluate else ddpm.info["test_loss"]
+    images = draw(config, ddpm, sampler=config.sampler, steps=config.sample_steps,
+                  guidance_scale=config.guidance_scale, progress=True)
+    path = save_dir / "samples" / "final.png"
+    with SummaryWriter(save_dir / "tensorboard_logs" / ddpm.info["log"]) as writer:
+        write_grid(images, path, writer, "samples/final", ddpm.info["step"])
+    print(f"test loss {loss:.5f} ({ddpm.info['epoch']} epochs, {len(test_images):,} images, EMA weights)\n"
+          f"model: {save_dir / 'best_model.pt'}   samples: {path}")
+
+
+# What a person looks at
+
+
+def log_start(writer, config, ddpm, train_images):
+    """The config as a table, the reference's fields first, and a grid of real data."""
+    known = vars(config) | {
+        "optimizer_type": "AdamW", "scheduler_type": "CosineAnnealingLR" if config.use_scheduler else None,
+        "total_params": 2 * sum(p.numel() for p in ddpm.parameters()),  # network and shadow
+        "num_classes": ddpm.num_classes, "normalization": "[-1, 1]", "convert_to_rgb": config.channels == 3}
+    names = [*FIELDS, *(name for name in known if name not in FIELDS)]
+    writer.add_text("config", "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {known[name]} |" for name in names)]))
+    state = torch.get_rng_state()  # augmentation draws from it; a picture must not change the run
+    x0, _ = train_images.batch(torch.arange(min(config.num_samples, len(train_images))))
+    torch.set_rng_state(state)
+    write_grid(x0, Path(config.save_dir) / "samples" / "real.png", writer, "real", 0)
+
+
+def write_grid(images, path, writer, tag, step):
+    """Images in [-1, 1], (N, C, H, W), as a PNG with ten columns and in TensorBoard."""
+    from torchvision.utils import make_grid, save_image
+
+    grid = make_grid((images.float().cpu() + 1) / 2, nrow=10)
+    save_image(grid, path)
+    writer.add_image(tag, grid.clamp(0, 1), step)
+
+
+def plot_losses(progress, path):
+    """Training and test loss over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, style in (("train", {"linewidth": 1}), ("test", {"marker": "o"})):
+        if progress[f"{name}_curve"]:
+            axes.plot(*zip(*progress[f"{name}_curve"]), label=name, **style)
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title="DDPM training")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""The network: (x_t, t, y) -> prediction.
+
+The UNet of DDPM (arXiv 2006.11239, appendix B): residual blocks that are told the time, attention at low
+resolutions, skips from the way down to the way up.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NUM_GROUPS = 32  # of every GroupNorm, as in DDPM
+
+
+class UNet(nn.Module):
+    """The UNet. Without arguments it is the reference: 232,759,043 parameters.
+
+    Args:
+        image_size: height and width of the images, in pixels.
+        channels: channels of the images, and of the prediction.
+        base_channels: width of the first level; a multiple of 32.
+        channel_mult: width of each level as a multiple of `base_channels`; each level halves the resolution.
+        num_res_blocks: residual blocks a level going down; one more going up.
+        attention_resolutions: heights of the feature maps after which attention stands, in whichever level has
+            them; the middle has attention always.
+        dropout: probability, in every residual block.
+        time_emb_dim: width of the time embedding.
+        num_classes: number of labels; None for an unconditional network.
+        patch_size: images enter as pixels of `patch_size` squared times as many channels (pixel-unshuffle) and
+            leave the same way, so that the network works at `image_size / patch_size` inside.
+
+    Raises:
+        ValueError: for widths, sizes or resolutions that do not fit together.
+    """
+
+    def __init__(self, image_size=32, channels=3, base_channels=128, channel_mult=(1, 2, 4, 8), num_res_blocks=2,
+                 attention_resolutions=(8, 16), dropout=0.1, time_emb_dim=512, num_classes=None, patch_size=1):
+        super().__init__()
+        # What rebuilds this network: saved beside the weights.
+        self.config = dict(image_size=image_size, channels=channels, base_channels=base_channels,
+                           channel_mult=tuple(channel_mult), num_res_blocks=num_res_blocks,
+                           attention_resolutions=tuple(attention_resolutions), dropout=dropout,
+                           time_emb_dim=time_emb_dim, num_classes=num_classes, patch_size=patch_size)
+        self.num_classes = num_classes
+        self.patch_size = patch_size
+        resolutions = _check(self.config)
+
+        self.time_embedding = nn.Sequential(
+            SinusoidalEmbedding(base_channels),
+            nn.Linear(base_channels, time_emb_dim), nn.SiLU(), nn.Linear(time_emb_dim, time_emb_dim))
+        # The last row stands for 'no label' (classifier-free guidance, arXiv 2207.12598).
+        self.label_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, time_emb_dim)
+
+        def block(in_channels, out_channels, attention):
+            return ResidualBlock(in_channels, out_channels, time_emb_dim, dropout, attention)
+
+        self.conv_in = nn.Conv2d(channels * patch_size**2, base_channels, 3, padding=1)
+        width = base_channels
+        skips = [width]
+        self.down = nn.ModuleList()
+        for level, (mult, resolution) in enumerate(zip(channel_mult, resolutions)):
+            for _ in range(num_res_blocks):
+                self.down.append(block(width, base_channels * mult, resolution in attention_resolutions))
+                width = base_channels * mult
+                skips.append(width)
+            if level < len(channel_mult) - 1:
+                self.down.append(Downsample(width))
+                skips.append(width)
+
+        self.middle = nn.ModuleList([block(width, width, True), block(width, width, False)])
+
+        self.up = nn.ModuleList()
+        for level, (mult, resolution) in reversed(list(enumerate(zip(channel_mult, resolutions)))):
+            for _ in range(num_res_blocks + 1):
+                self.up.append(block(width + skips.pop(), base_channels * mult, resolution in attention_resolutions))
+                width = base_channels * mult
+            if level > 0:
+                self.up.append(Upsample(width))
+
+        self.norm_out = nn.GroupNorm(NUM_GROUPS, width)
+        self.conv_out = _zero(nn.Conv2d(width, channels * patch_size**2, 3, padding=1))
+
+    def forward(self, xt, t, y=None):
+        """Predict from noisy images.
+
+        Args:
+            xt: noisy images, (N, channels, image_size, image_size).
+            t: timesteps, int64, (N,).
+            y: labels, int64, (N,), where `num_classes` means 'no label'; None means that for all of them.
+
+        Returns:
+            The prediction, of the shape of `xt`: the noise, v or x0, whatever the network was trained for.
+
+        Raises:
+            ValueError: for labels given to an unconditional network.
+        """
+        embedding = self.time_embedding(t)
+        if self.label_embedding is not None:
+            if y is None:
+                y = torch.full_like(t, self.num_classes)
+            embedding = embedding + self.label_embedding(y)
+        elif y is not None:
+            raise ValueError("y: labels were given to an unconditional network; build it with num_classes")
+        embedding = F.silu(embedding)
+
+        h = self.conv_in(F.pixel_unshuffle(xt, self.patch_size))
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, embedding)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, embedding)
+        for layer in self.up:
+            if isinstance(layer, ResidualBlock):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = layer(h, embedding)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(h, self.patch_size)
+
+
+class SinusoidalEmbedding(nn.Module):
+    """Timesteps (N,) -> sines and cosines (N, dim) of `dim / 2` frequencies from 1 to 1/10000 (DDPM, appendix B)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2) / (dim // 2))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, t):
+        angles = t[:, None].float() * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, the time embedding between them, a shortcut around them, attention after them if wanted.
+
+    Maps (N, in_channels, H, W) and the activated embedding (N, time_emb_dim) to (N, out_channels, H, W).
+    """
+
+    def __init__(self, in_channels, out_channels, time_emb_dim, dropout, attention):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(NUM_GROUPS, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.project = nn.Linear(time_emb_dim, out_channels)
+        self.norm2 = nn.GroupNorm(NUM_GROUPS, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.attention = Attention(out_channels) if attention else nn.Identity()
+
+    def forward(self, x, embedding):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.project(embedding)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.attention(h + self.shortcut(x))
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels of a feature map, with a residual: (N, C, H, W) -> (N, C, H, W)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.GroupNorm(NUM_GROUPS, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        n, c, height, width = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(n, 3, c, height * width).unbind(1)
+        # Plain products: on CPU the fused kernel's backward pass is slower than these.
+        weights = torch.softmax(torch.bmm(q.transpose(1, 2), k) * c**-0.5, dim=-1)  # (N, query, key)
+        h = torch.bmm(v, weights.transpose(1, 2))
+        return x + self.out(h.reshape(n, c, height, width))
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a strided convolution. The embedding is not used."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x, embedding):
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Double height and width: nearest neighbour, then a convolution. The embedding is not used."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, embedding):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def _zero(module):
+    """Start a layer at zero, so that its residual branch begins as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def _check(config):
+    """The height of the feature maps of each level, if the numbers fit together; ValueError if not."""
+    for name in ("image_size", "channels", "base_channels", "num_res_blocks", "time_emb_dim", "patch_size"):
+        if config[name] < 1:
+            raise ValueError(f"{name} {config[name]}: expected at least 1")
+    if config["base_channels"] % NUM_GROUPS:
+        raise ValueError(f"base_channels {config['base_channels']}: expected a multiple of {NUM_GROUPS}")
+    if not 0 <= config["dropout"] < 1:
+        raise ValueError(f"dropout {config['dropout']}: expected a probability from 0 to below 1")
+    levels, patch_size = len(config["channel_mult"]), config["patch_size"]
+    if not levels or min(config["channel_mult"]) < 1:
+        raise ValueError(f"channel_mult {config['channel_mult']}: expected a whole number above 0 for each level")
+    factor = patch_size * 2 ** (levels - 1)
+    if config["image_size"] % factor:
+        raise ValueError(f"image_size {config['image_size']}: expected a multiple of {factor}, for patch_size "
+                         f"{patch_size} and {levels} levels in channel_mult")
+    resolutions = [config["image_size"] // patch_size // 2**level for level in range(levels)]
+    for resolution in config["attention_resolutions"]:
+        if resolution not in resolutions:
+            raise ValueError(f"attention_resolutions {resolution}: no feature map has that height; "
+                             f"this network has {', '.join(map(str, resolutions))}")
+    return resolutions
