@@ -6,7 +6,6 @@ Timesteps are 0-based: t = 0 is the paper's t = 1, and t = -1 is the clean image
 
 import math
 import os
-import pickle
 from contextlib import contextmanager
 
 import torch
@@ -206,7 +205,8 @@ class DDPM(nn.Module):
 
         Args:
             n: how many.
-            y: labels: n integers, or one for all; None draws without labels.
+            y: labels: n integers, or one for all. None leaves the choice open: a conditional model then draws a label
+                for each image, every label as often.
             sampler: 'ddpm' or 'ddim'.
             steps: network calls an image, from 1 to `num_timesteps`.
             eta: share of DDPM's noise that each step adds, 0 to 1; None means the sampler's: 1 for 'ddpm', 0 for
@@ -224,9 +224,11 @@ class DDPM(nn.Module):
         Raises:
             ValueError: for an argument that does not fit the model.
         """
-        y, eta, guidance_scale = self._check_sampling(n, y, sampler, eta, guidance_scale)
+        y, eta, guidance_scale = self._check_sampling(n, y, sampler, eta, guidance_scale, batch_size)
         timesteps = self.timesteps(self.sample_steps if steps is None else steps)
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        if y is None and self.num_classes is not None:
+            y = torch.randint(self.num_classes, (n,), generator=generator, device=self.device)
         shape = (n, self.channels, self.image_size, self.image_size)
         if xT is None:
             xT = torch.randn(shape, generator=generator, device=self.device)
@@ -249,27 +251,29 @@ class DDPM(nn.Module):
                 images.append(torch.stack(sequence) if return_sequence else xt)
         return torch.cat(images, dim=1 if return_sequence else 0)
 
-    def _check_sampling(self, n, y, sampler, eta, guidance_scale):
+    def _check_sampling(self, n, y, sampler, eta, guidance_scale, batch_size):
         """Labels as a tensor, eta and guidance scale, with the defaults filled in; ValueError for what does not fit."""
-        if n < 1:
-            raise ValueError(f"n {n}: expected at least 1 image")
+        for name, value in (("n", n), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} {value}: expected at least 1 image")
         sampler = self.sampler if sampler is None else sampler
         _check_choice("sampler", sampler, SAMPLERS)
         eta = SAMPLERS[sampler] if eta is None else eta
         if not 0 <= eta <= 1:
             raise ValueError(f"eta {eta}: expected a number from 0 (DDIM) to 1 (DDPM)")
         if y is None:
-            if guidance_scale not in (None, 0, 1):
+            if guidance_scale not in (None, 1):
                 raise ValueError(f"guidance_scale {guidance_scale}: guidance needs labels; give y")
-            return None, eta, 1.0
-        if self.num_classes is None:
+        elif self.num_classes is None:
             raise ValueError("y: this model is unconditional; it knows no labels")
-        y = torch.as_tensor([y] * n if isinstance(y, int) else list(y), dtype=torch.int64)
-        if y.shape != (n,):
-            raise ValueError(f"y of {len(y)} labels: expected {n}, one an image")
-        if y.min() < 0 or y.max() >= self.num_classes:
-            raise ValueError(f"y from {y.min()} to {y.max()}: expected labels from 0 to {self.num_classes - 1}")
-        return y.to(self.device), eta, self.guidance_scale if guidance_scale is None else guidance_scale
+        else:
+            y = torch.as_tensor([y] * n if isinstance(y, int) else list(y), dtype=torch.int64)
+            if y.shape != (n,):
+                raise ValueError(f"y of {len(y)} labels: expected {n}, one an image")
+            if y.min() < 0 or y.max() >= self.num_classes:
+                raise ValueError(f"y from {y.min()} to {y.max()}: expected labels from 0 to {self.num_classes - 1}")
+            y = y.to(self.device)
+        return y, eta, self.guidance_scale if guidance_scale is None else guidance_scale
 
     def _check_steps(self, steps):
         if not 1 <= steps <= self.num_timesteps:
@@ -357,7 +361,7 @@ def load_checkpoint(path, keys):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; train_eval.py writes one") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged files fail in too many ways to list
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}); train again") from None
     if not isinstance(saved, dict) or not set(keys) <= set(saved):
         raise ValueError(f"{path}: a file of another kind; expected a checkpoint with {', '.join(keys)}")

@@ -79,8 +79,9 @@ NUM_CLASSES = 10  # of every data set here
 FIRST_SAMPLE = 200  # steps
 RANGES = {  # of what the modules do not check themselves: smallest, largest
     "seed": (0, 2**63 - 1), "batch_size": (1, math.inf), "epochs": (1, math.inf), "learning_rate": (0, math.inf),
-    "weight_decay": (0, math.inf), "grad_clip": (0, math.inf), "dropout": (0, 0.999), "channels": (1, 3),
-    "num_samples": (1, 10_000), "log_every": (1, math.inf), "sample_every": (1, math.inf), "save_every": (1, math.inf),
+    "weight_decay": (0, math.inf), "grad_clip": (0, math.inf), "guidance_scale": (0, math.inf),
+    "preview_steps": (1, math.inf), "num_samples": (1, 10_000), "log_every": (1, math.inf),
+    "sample_every": (1, math.inf), "save_every": (1, math.inf),
 }
 # Constants that a saved run does not bring with it, and flags that may differ from those that it began with.
 HERE = {"save_dir", "resume", "evaluate"}
@@ -153,8 +154,9 @@ def make_parser(constants):
     choices = {"dataset": DATASETS, "beta_schedule": BETA_SCHEDULES, "prediction": PREDICTIONS, "loss": LOSSES,
                "sampler": tuple(SAMPLERS)}
     parser = Parser(prog="train_eval.py", usage="train_eval.py [--CONSTANT VALUE ...]",
-                    description="Train a DDPM on MNIST, watch it, draw digits. Each flag stands in for the line of that "
-                    "constant at the top of train_eval.py.", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+                    description="Train a DDPM on MNIST, watch it, draw digits. Each flag stands in for the line "
+                    "of that constant at the top of train_eval.py.",
+                    argument_default=argparse.SUPPRESS, allow_abbrev=False)
     groups = {}
     for name, (group, value, comment) in constants.items():
         groups[group] = groups.get(group) or parser.add_argument_group(group)
@@ -184,6 +186,8 @@ def check(config):
         if not low <= value <= high or value != value or value == math.inf:
             limit = "" if high == math.inf else f" and at most {high}"
             raise ValueError(f"{name} {value}: expected at least {low}{limit}")
+    if config.preview_steps > config.num_timesteps:
+        raise ValueError(f"preview_steps {config.preview_steps}: expected at most num_timesteps {config.num_timesteps}")
     try:
         torch.zeros(1, device=config.device)
     except (RuntimeError, AssertionError) as error:

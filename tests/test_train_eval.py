@@ -1,0 +1,332 @@
+"""The script, run as a person runs it, on a few real digits and a very small network."""
+
+import ast
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train_eval
+from diffusion import DDPM
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--device cpu --train_size 320 --test_size 100 --base_channels 32 --channel_mult 1 --num_res_blocks 1 "
+         "--time_emb_dim 32 --patch_size 4 --attention_resolutions none --batch_size 16 --epochs 2 --sample_steps 3 "
+         "--preview_steps 2 --num_samples 20 --log_every 5 --sample_every 10 --save_every 10").split()
+STEPS = 40
+
+
+def command(*flags):
+    return [sys.executable, str(ROOT / "train_eval.py"), *map(str, flags)]
+
+
+def run(*flags, **options):
+    return subprocess.run(command(*flags), capture_output=True, text=True, timeout=200, **options)
+
+
+def refused(capsys, *flags):
+    """The one line with which the script refuses these flags."""
+    with pytest.raises(SystemExit) as exit_:
+        train_eval.main([str(flag) for flag in flags])
+    line = capsys.readouterr().err
+    assert exit_.value.code == 2 and line.startswith("train_eval.py: error: ") and line.count("\n") == 1, line
+    return line
+
+
+def scalars(save_dir):
+    """TensorBoard scalars of the only run: {tag: {step: value}}."""
+    (log,) = (save_dir / "tensorboard_logs").iterdir()
+    events = EventAccumulator(str(log), size_guidance={"images": 0, "scalars": 0, "tensors": 0}).Reload()
+    return events, {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def same(a, b):
+    """Whether two checkpoints hold the same, to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def state(save_dir):
+    """What the run came to: everything in last.pt that is not a name or a clock."""
+    last = torch.load(save_dir / "last.pt", weights_only=True)
+    return {key: last[key] for key in last if key not in ("config", "log")}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_flags):
+    """A whole run, conditional, with every option that takes part in the bits."""
+    save_dir = tmp_path_factory.mktemp("run")
+    flags = [*SMALL, *data_flags, "--use_augmentation", "--dropout", 0.1, "--use_conditional_generation",
+             "--ema_start", 5]
+    done = run(*flags, "--save_dir", save_dir)
+    assert done.returncode == 0, done.stderr
+    return save_dir, flags, done
+
+
+def test_a_run_leaves_everything_that_it_promises(trained):
+    save_dir, _, done = trained
+    assert sorted(path.name for path in save_dir.iterdir()) == [
+        "best_model.pt", "last.pt", "loss_curve.png", "samples", "tensorboard_logs"]
+    assert sorted(path.name for path in (save_dir / "samples").iterdir()) == [
+        "final.png", "real.png", *(f"step_{step:07d}.png" for step in range(10, STEPS + 1, 10))]
+    for path in (save_dir / "samples").iterdir():
+        assert Image.open(path).size == (10 * 34 + 2, 2 * 34 + 2)  # two rows of ten: a column a digit
+    assert "320 images to train, 100 to test" in done.stdout and "tensorboard --logdir" in done.stdout
+    assert "best_model.pt" in done.stdout and "img/s" in done.stderr and "loss=" in done.stderr
+
+
+def test_tensorboard_has_the_curves_the_grids_and_the_config(trained):
+    save_dir, _, _ = trained
+    events, curves = scalars(save_dir)
+    assert set(curves) == {
+        "train/loss", "test/loss", "train/grad_norm", "train/learning_rate", "train/images_per_second",
+        *(f"train_loss_by_t/quartile_{i}" for i in range(1, 5))}
+    assert list(curves["train/loss"]) == list(range(5, STEPS + 1, 5)) and list(curves["test/loss"]) == [20, 40]
+    rate = curves["train/learning_rate"]
+    for step, value in rate.items():  # cosine to zero over the run
+        peak = train_eval.learning_rate if train_eval.device == "cpu" else 2e-3
+        assert value == pytest.approx(peak * (1 + math.cos(math.pi * step / STEPS)) / 2, abs=1e-9)
+    first, last = (curves["train/loss"][step] for step in (5, STEPS))
+    assert last < 0.95 * first, "training must lower the loss"
+    assert {"real", "samples", "samples/final"} == set(events.Tags()["images"])
+    table = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    rows = dict(line.strip("| ").split(" | ") for line in table.splitlines()[2:])
+    assert list(rows)[:28] == list(train_eval.FIELDS)
+    network = DDPM.load(save_dir / "best_model.pt", "cpu").network
+    assert int(rows["total_params"]) == 2 * sum(p.numel() for p in network.parameters())
+    assert rows["convert_to_rgb"] == "True" and rows["normalization"] == "[-1, 1]" and rows["num_classes"] == "10"
+
+
+def test_best_model_holds_the_ema_weights_of_the_best_epoch(trained):
+    save_dir, _, _ = trained
+    best = DDPM.load(save_dir / "best_model.pt", "cpu")
+    last = torch.load(save_dir / "last.pt", weights_only=True)
+    assert best.info["test_loss"] == last["best_loss"] == min(loss for _, loss in last["test_curve"])
+    assert best.info["step"] == last["step"] == STEPS  # the loss falls to the end
+    assert same(dict(best.network.state_dict()), last["ema"]["shadow"])
+    assert not same(dict(best.network.state_dict()), dict(last["network"]))
+    assert best.sample_steps == 3 and best.info["config"]["use_conditional_generation"] is True
+    assert best.sample(2, y=[3, 7]).shape == (2, 3, 32, 32)
+
+
+def test_a_seed_decides_the_run_to_the_bit_and_another_seed_another_run(trained, tmp_path):
+    save_dir, flags, _ = trained
+    assert run(*flags, "--save_dir", tmp_path / "same").returncode == 0
+    assert same(state(tmp_path / "same"), state(save_dir))
+    assert run(*flags, "--save_dir", tmp_path / "other", "--seed", 1, "--epochs", 1).returncode == 0
+    assert not same(state(tmp_path / "other")["train_curve"][0], state(save_dir)["train_curve"][0])
+    final = [(folder / "samples" / "final.png").read_bytes() for folder in (save_dir, tmp_path / "same")]
+    assert final[0] == final[1]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_to_the_same_bits(trained, tmp_path, signum):
+    save_dir, flags, _ = trained
+    process = subprocess.Popen(command(*flags, "--save_dir", tmp_path), stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True)
+    while not (tmp_path / "samples" / "step_0000010.png").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 130 and "Traceback" not in err and "--resume" in out, err
+    step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
+    assert 10 <= step < STEPS and (tmp_path / "best_model.pt").exists() and (tmp_path / "loss_curve.png").exists()
+
+    done = run("--save_dir", tmp_path, "--resume", "--device", "cpu")  # the run's own constants come back with it
+    assert done.returncode == 0, done.stderr
+    assert "not used from train_eval.py" in done.stdout and "batch_size" in done.stdout
+    whole, resumed = state(save_dir), state(tmp_path)
+    for curve in ("train_curve", "test_curve"):  # the entry in which it was cut is two
+        assert {s: loss for s, loss in resumed.pop(curve) if s % 5 == 0 and s > step + 5}.items() <= {
+            s: loss for s, loss in whole[curve]}.items()
+        whole.pop(curve)
+    assert same(resumed, whole)
+    assert same(*(torch.load(folder / "best_model.pt", weights_only=True)["weights"]
+                  for folder in (save_dir, tmp_path)))
+    _, curves = scalars(tmp_path)
+    assert list(curves["test/loss"]) == [20, 40]  # one curve, without a gap
+
+
+def test_a_run_killed_without_warning_goes_on_from_its_last_save(trained, tmp_path):
+    save_dir, flags, _ = trained
+    process = subprocess.Popen(command(*flags, "--save_dir", tmp_path), stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
+    while not (tmp_path / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert run("--save_dir", tmp_path, "--resume", "--device", "cpu").returncode == 0
+    assert same(state(tmp_path)["network"], state(save_dir)["network"])
+
+
+def test_a_finished_run_can_be_made_longer(trained, tmp_path, data_flags):
+    flags = [*SMALL, *data_flags, "--save_dir", tmp_path]
+    assert train_eval.main([*map(str, flags), "--epochs", "1"]) == 0
+    assert train_eval.main(["--save_dir", str(tmp_path), "--resume", "--device", "cpu", "--epochs", "2"]) == 0
+    _, curves = scalars(tmp_path)
+    assert list(curves["test/loss"]) == [20, 40] and curves["test/loss"][40] < curves["test/loss"][20]
+    peak = curves["train/learning_rate"]
+    assert peak[25] > peak[30] > peak[STEPS] == pytest.approx(0, abs=1e-9)
+
+
+def test_an_earlier_run_is_moved_aside_never_overwritten(trained, tmp_path, data_flags, capsys):
+    flags = [*map(str, SMALL), *data_flags, "--save_dir", str(tmp_path), "--epochs", "1"]
+    train_eval.main(flags)
+    before = (tmp_path / "best_model.pt").read_bytes()
+    train_eval.main([*flags, "--seed", "1"])
+    (aside,) = tmp_path.glob("run_*")
+    assert (aside / "best_model.pt").read_bytes() == before and (aside / "samples" / "final.png").exists()
+    assert (tmp_path / "best_model.pt").read_bytes() != before and str(aside) in capsys.readouterr().out
+
+
+def test_evaluate_draws_and_measures_the_best_model_again(trained, capsys):
+    save_dir, _, done = trained
+    before = (save_dir / "samples" / "final.png").read_bytes()
+    (save_dir / "samples" / "final.png").unlink()
+    assert train_eval.main(["--evaluate", "--save_dir", str(save_dir), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert (save_dir / "samples" / "final.png").read_bytes() == before
+    assert [line for line in out.splitlines() if "test loss" in line] == [
+        line for line in done.stdout.splitlines() if "test loss" in line]
+    assert not list(save_dir.glob("run_*"))
+
+
+def test_divergence_stops_the_run_names_the_step_and_keeps_the_checkpoint(tmp_path, data_flags):
+    done = run(*SMALL, *data_flags, "--save_dir", tmp_path, "--learning_rate", 1e30, "--grad_clip", 0)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "training has diverged" in done.stderr and "\nstep " in done.stderr
+    if (tmp_path / "last.pt").exists():
+        assert all(torch.isfinite(w).all() for w in state(tmp_path)["network"].values())
+
+
+def test_help_shows_every_constant_with_its_comment_and_value():
+    done = run("--help")
+    assert done.returncode == 0
+    text = " ".join(done.stdout.split())
+    tree = ast.parse((ROOT / "train_eval.py").read_text())
+    first = [node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)]
+    constants = train_eval.read_constants({})
+    assert list(constants) == [name for name in first[:len(constants) + 2] if name not in ("cuda", "amx")]
+    for name, (group, value, comment) in constants.items():
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        assert f"--{name}" in text and f"{comment} (default: {shown})" in text, name
+        assert comment and f"{group}:" in text
+        assert getattr(train_eval, name) == value
+
+
+def test_flags_stand_in_for_constants_of_every_type():
+    config, given = train_eval.configure([
+        "--epochs", "3", "--learning_rate", "3e-4", "--channel_mult", "1,2,4", "--attention_resolutions", "none",
+        "--no-use_scheduler", "--use_augmentation", "--beta_schedule", "linear", "--data_dir", "x"])
+    assert (config.epochs, config.learning_rate, config.channel_mult, config.attention_resolutions) == (
+        3, 3e-4, (1, 2, 4), ())
+    assert (config.use_scheduler, config.use_augmentation, config.beta_schedule, config.data_dir) == (
+        False, True, "linear", "x")
+    assert given == {"epochs", "learning_rate", "channel_mult", "attention_resolutions", "use_scheduler",
+                     "use_augmentation", "beta_schedule", "data_dir"}
+
+
+def test_the_device_decides_the_values_below_it():
+    """On CUDA the constants are the reference's, and `--device cpu` brings the CPU's, wherever the script runs."""
+    constants = train_eval.read_constants({"device": "cuda", "bf16": True})
+    values = {name: value for name, (_, value, _) in constants.items()}
+    reference = dict(
+        batch_size=16, epochs=50, learning_rate=1e-4, weight_decay=1e-4, use_scheduler=True, image_size=32, channels=3,
+        num_timesteps=1000, base_channels=128, num_res_blocks=2, channel_mult=(1, 2, 4, 8), dropout=0.1,
+        time_emb_dim=512, attention_resolutions=(8, 16), patch_size=1, use_conditional_generation=False,
+        ema_decay=0.999, ema_start=5000, ema_update_rate=1, train_size=60_000, test_size=10_000, use_augmentation=True,
+        beta_schedule="linear", prediction="eps", loss="mse", sampler="ddpm", sample_steps=1000)
+    assert {name: values[name] for name in reference} == reference
+    config, _ = train_eval.configure(["--device", "cpu"])
+    assert config.patch_size == 2 and config.prediction == "v"
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--epoch", "3"], ["--epoch: unknown", "did you mean --epochs?"]),
+    (["--base-channels=32"], ["--base-channels=32: unknown", "did you mean --base_channels?"]),
+    (["--no_use_scheduler"], ["did you mean --no-use_scheduler?"]),
+    (["--zzzz"], ["--zzzz", "--help"]),
+    (["out.png"], ["out.png"]),
+    (["--epochs", "many"], ["--epochs", "'many'"]),
+    (["--epochs", "0"], ["epochs 0", "at least 1"]),
+    (["--channel_mult", "1,x"], ["--channel_mult", "'1,x'"]),
+    (["--beta_schedule", "sqrt"], ["--beta_schedule", "'sqrt'", "cosine"]),
+    (["--learning_rate", "nan"], ["learning_rate nan"]),
+    (["--learning_rate", "-1"], ["learning_rate -1"]),
+    (["--batch_size", "0"], ["batch_size 0"]),
+    (["--grad_clip", "-1"], ["grad_clip -1"]),
+    (["--seed", "-1"], ["seed -1"]),
+    (["--dropout", "1"], ["dropout 1"]),
+    (["--channels", "0"], ["channels 0"]),
+    (["--device", "abacus"], ["device 'abacus'"]),
+    (["--ema_decay", "1.5"], ["ema_decay 1.5"]),
+    (["--base_channels", "50"], ["base_channels 50", "multiple of 32"]),
+    (["--attention_resolutions", "7"], ["attention_resolutions 7"]),
+    (["--sample_steps", "1001"], ["steps 1001"]),
+    (["--preview_steps", "1001"], ["preview_steps 1001"]),
+    (["--guidance_scale", "nan"], ["guidance_scale nan"]),
+    (["--train_size", "0"], ["train_size 0"]),
+    (["--num_timesteps", "0"], ["num_timesteps 0"]),
+])
+def test_a_bad_flag_is_one_clear_line(capsys, tmp_path, flags, words):
+    line = refused(capsys, *flags, "--device", "cpu", "--dataset", "glyphs", "--save_dir", tmp_path / "new") \
+        if "--device" not in flags else refused(capsys, *flags)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_missing_checkpoint_or_a_flag_that_differs_is_one_clear_line(trained, capsys, tmp_path):
+    save_dir, _, _ = trained
+    assert "last.pt: no such" in refused(capsys, "--resume", "--save_dir", tmp_path)
+    assert "best_model.pt: no such" in refused(capsys, "--evaluate", "--save_dir", tmp_path)
+    line = refused(capsys, "--resume", "--save_dir", save_dir, "--base_channels", 64)
+    assert "base_channels 64" in line and "32" in line
+    (tmp_path / "last.pt").write_bytes((save_dir / "last.pt").read_bytes()[:3000])
+    assert "not a readable checkpoint" in refused(capsys, "--resume", "--save_dir", tmp_path)
+
+
+def test_no_data_and_bad_data_are_one_clear_line(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(capsys, *SMALL, "--dataset", "mnist", "--data_dir", tmp_path / "file")
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (raw / f"{name}-ubyte").write_bytes(b"")
+    line = refused(capsys, *SMALL, "--dataset", "mnist", "--data_dir", tmp_path / "data", "--save_dir", tmp_path / "s")
+    assert "-ubyte" in line and not (tmp_path / "s").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "save_dir" in refused(capsys, *SMALL, "--dataset", "glyphs", "--save_dir", tmp_path / "file")
+
+
+def test_glyphs_stand_in_for_missing_mnist_with_a_warning_at_both_ends(tmp_path):
+    environment = os.environ | {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    done = run(*SMALL, "--dataset", "auto", "--data_dir", tmp_path / "none", "--save_dir", tmp_path / "run",
+               "--epochs", 1, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("glyphs") >= 2 and done.stderr.rstrip().count("MNIST") >= 2
+    assert DDPM.load(tmp_path / "run" / "best_model.pt", "cpu").info["config"]["dataset"] == "glyphs"
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_every_option_that_trains_trains(device, tmp_path, data_flags):
+    for i, options in enumerate((
+            "--prediction eps --beta_schedule linear --loss l1 --no-use_scheduler --channels 1 --bf16",
+            "--prediction x0 --grad_clip 0 --patch_size 1 --channel_mult 1,1 --attention_resolutions 8 --image_size 16",
+            "--num_timesteps 50 --sample_steps 50 --sampler ddim --ema_update_rate 3 --batch_size 50")):
+        flags = [*SMALL, *data_flags, *options.split(), "--train_size", "120", "--epochs", "1", "--device", device]
+        assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path / str(i))]) == 0
