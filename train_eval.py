@@ -221,12 +221,12 @@ def main(argv=None):
     warning = None
     try:
         try:
-            config, saved, ddpm, train_images, test_images = prepare(*configure(argv))
+            config, saved, ddpm, ema, train_images, test_images = prepare(*configure(argv))
         except ValueError as error:  # the user's mistake; one further on would be ours
             Parser(prog="train_eval.py").error(error)
         if warning := train_images.warning:
             print(warning, file=sys.stderr)
-        if config.evaluate or train(config, ddpm, train_images, test_images, saved):
+        if config.evaluate or train(config, ddpm, ema, train_images, test_images, saved):
             finish(config, test_images)
             return 0
     except KeyboardInterrupt:
@@ -241,6 +241,7 @@ def prepare(config, given):
     """All that can go wrong by the user's hand: config, checkpoint, folder, data, model."""
     from dataprocess import load_data
     from diffusion import DDPM, load_checkpoint
+    from ema import EMA
 
     save_dir, saved = Path(config.save_dir), None
     if config.resume:
@@ -252,13 +253,14 @@ def prepare(config, given):
     check(config)
     torch.manual_seed(config.seed)
     ddpm = build(config)
+    ema = EMA(ddpm.network, config.ema_decay, config.ema_start, config.ema_update_rate)
     train_images, test_images = load_data(
         config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels,
         train_size=config.train_size, test_size=config.test_size, augment=config.use_augmentation, seed=config.seed,
         device=config.device)
     config.dataset, config.train_size, config.test_size = train_images.name, len(train_images), len(test_images)
     make_room(save_dir, keep=config.resume or config.evaluate)
-    return config, saved, ddpm, train_images, test_images
+    return config, saved, ddpm, ema, train_images, test_images
 
 
 def build(config):
@@ -299,12 +301,10 @@ def make_room(save_dir, keep):
                          "written") from None
 
 
-def train(config, ddpm, train_images, test_images, saved=None):
+def train(config, ddpm, ema, train_images, test_images, saved=None):
     """Train from `saved`, or from the beginning. Returns whether it came to the end; False after Ctrl-C."""
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
-
-    from ema import EMA
 
     torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16, on GPUs that have it
     torch.backends.cudnn.benchmark = True
@@ -312,8 +312,7 @@ def train(config, ddpm, train_images, test_images, saved=None):
     total_steps = steps_per_epoch * config.epochs
     optimizer = torch.optim.AdamW(ddpm.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
                                   fused=True)
-    parts = {"network": ddpm.network, "optimizer": optimizer,
-             "ema": EMA(ddpm.network, config.ema_decay, config.ema_start, config.ema_update_rate)}
+    parts = {"network": ddpm.network, "ema": ema, "optimizer": optimizer}
     if config.use_scheduler:
         parts["scheduler"] = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps)
     progress = {"step": 0, "best_loss": math.inf, "train_curve": [], "test_curve": [],
@@ -352,11 +351,11 @@ def train(config, ddpm, train_images, test_images, saved=None):
                         writer.add_scalar(tag, value, step)
                     writer.add_scalar("train/learning_rate", optimizer.param_groups[0]["lr"], step)
                 if drawing:
-                    with parts["ema"].applied():
+                    with ema.applied():
                         images = draw(config, ddpm, sampler="ddim", steps=config.preview_steps)
                     write_grid(images, save_dir / "samples" / f"step_{step:07d}.png", writer, "samples", step)
                 if ending:
-                    evaluate_epoch(config, ddpm, parts["ema"], test_images, progress, epoch + 1, writer)
+                    evaluate_epoch(config, ddpm, ema, test_images, progress, epoch + 1, writer)
                 if saving:
                     save_last(config, parts, progress)
                 if drawing or saving:
@@ -367,7 +366,7 @@ def train(config, ddpm, train_images, test_images, saved=None):
     plot_losses(progress, save_dir / "loss_curve.png")
     if progress["step"] < total_steps:
         if not (save_dir / "best_model.pt").exists():  # stopped before the first epoch was over
-            save_best(config, ddpm, parts["ema"], progress, epoch=0)
+            save_best(config, ddpm, ema, progress, epoch=0)
         print(f"stopped at step {progress['step']:,}; everything is saved. To go on: python train_eval.py --resume"
               + (f" --save_dir {save_dir}" if config.save_dir != "checkpoints" else ""))
         return False

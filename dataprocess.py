@@ -1,0 +1,288 @@
+"""MNIST, or a data set like it, as batches of images in [-1, 1].
+
+A split is one uint8 tensor that lies on the device, where it is augmented and normalised a batch at a time. Where
+there is no MNIST, 'glyphs' stands in for it: digits drawn from the fonts of matplotlib.
+"""
+
+import http.client
+import math
+import os
+import shutil
+import socket
+import struct
+import tempfile
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+DATASETS = ("auto", "mnist", "fashion_mnist", "kmnist", "glyphs")
+
+# Names of classes in torchvision.datasets, and of the folders in `data_dir` where these keep their files.
+TORCHVISION_NAMES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+DOWNLOAD_TIMEOUT = 10  # seconds without a byte
+
+GLYPHS_SIZES = (20_000, 2_000)  # train, test
+# The fonts of matplotlib that draw ten digits, less those that are others of them made slanted.
+GLYPHS_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif",
+                "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
+                "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmti10", "cmtt10")
+
+
+def load_data(dataset="auto", data_dir="data", *, image_size=32, channels=3, train_size=60_000, test_size=10_000,
+              augment=True, seed=0, device="cpu"):
+    """Load a data set, and download it first if it is not there.
+
+    Args:
+        dataset: one of `DATASETS`. 'auto' is MNIST or, where that is neither there nor to be downloaded, 'glyphs';
+            then `warning` of both splits says so, and it is for the caller to print it.
+        data_dir: folder in which torchvision keeps its data; MNIST lies in its subfolder MNIST/raw.
+        image_size: height and width that the images are resized to, in pixels.
+        channels: channels of a batch; all show the same grey.
+        train_size, test_size: take the first so many images, or all if there are fewer.
+        augment: whether training images are shifted, turned and scaled a little, anew each time.
+        seed: decides, with the number of the epoch, the order of the images.
+        device: where batches are wanted.
+
+    Returns:
+        The training and the test `Images`. Test images are never augmented.
+
+    Raises:
+        ValueError: for an unknown data set or a size below 1, for a damaged file, for a `data_dir` that cannot be
+            written when it must be, and for a data set named that can be neither found nor downloaded.
+    """
+    if dataset not in DATASETS:
+        raise ValueError(f"dataset {dataset!r}: expected one of {', '.join(DATASETS)}")
+    sizes = dict(image_size=image_size, channels=channels, train_size=train_size, test_size=test_size)
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} {value}: expected 1 or more")
+
+    name, warning = "mnist" if dataset == "auto" else dataset, None
+    if name != "glyphs":
+        raw = Path(data_dir).expanduser() / TORCHVISION_NAMES[name] / "raw"
+        missing = _check_files(raw)
+        failure = _download(name, raw, missing) if missing else None
+        cure = f"put {', '.join(FILES)} into {raw}"
+        if failure and dataset == name:
+            raise ValueError(f"dataset {name}: neither found nor downloaded; {cure}, or go on without it: --dataset "
+                             f"glyphs. The download says: {failure}")
+        if failure:
+            name = "glyphs"
+            warning = _frame("THIS IS NOT MNIST but 'glyphs', digits drawn from fonts. No number from this run can be "
+                             f"compared with one for MNIST. For MNIST {cure} and start again.",
+                             f"It was not found there, and the download says: {failure}")
+
+    def split(train, size):
+        if name == "glyphs":
+            images, labels = _draw_glyphs(min(size, GLYPHS_SIZES[0 if train else 1]), seed=0 if train else 1)
+        else:
+            images, labels = _read(raw, *(FILES[:2] if train else FILES[2:]))
+        # Once and for all, and without a float copy of the whole set.
+        images = F.interpolate(images[:size, None], size=(image_size, image_size), mode="bilinear", antialias=True)
+        return Images(name, images[:, 0], labels[:size], channels, augment and train, seed, device, warning)
+
+    return split(True, train_size), split(False, test_size)
+
+
+class Images:
+    """One split of a data set, whole in memory: on the device, or on the host where the device has no room.
+
+    Attributes:
+        name: of the data set, and never 'auto': 'mnist', 'fashion_mnist', 'kmnist' or 'glyphs'.
+        num_classes: labels are 0 to 9.
+        images: grey, uint8, (N, image_size, image_size).
+        labels: int64, (N,).
+        warning: text to show the user if this is not the data set that was wanted, or None.
+    """
+
+    num_classes = 10
+
+    def __init__(self, name, images, labels, channels=3, augment=False, seed=0, device="cpu", warning=None):
+        self.name = name
+        self.channels = channels
+        self.augment = augment
+        self.seed = seed
+        self.device = torch.device(device)
+        self.warning = warning
+        try:
+            images, labels = images.to(self.device), labels.to(self.device)
+        except torch.OutOfMemoryError:
+            pass  # they stay on the host, and each batch is moved
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, index):
+        """Pick images, and augment them if this split does that.
+
+        Args:
+            index: which, a slice or a list or tensor of int64, (B,).
+
+        Returns:
+            x0: float32, (B, channels, image_size, image_size), in [-1, 1], where black is -1. The channels are one
+                piece of memory, so copy it before writing into it.
+            y: labels, int64, (B,). Both are on the device.
+        """
+        x = self.images[index].to(self.device).float()[:, None]
+        if self.augment:
+            x = _augment(x)
+        x0 = x / 127.5 - 1
+        return x0.expand(-1, self.channels, -1, -1), self.labels[index].to(self.device)
+
+    def epoch(self, batch_size, epoch, start=0):
+        """Iterate over the batches of an epoch, (x0, y), in an order that only `seed` and `epoch` decide.
+
+        Every image comes once, and the last batch may be smaller. `start` skips so many batches.
+        """
+        # numpy mixes the two numbers well; torch's generator on the CPU keeps 32 bits of one.
+        order = np.random.default_rng((epoch, self.seed)).permutation(len(self))
+        # Moved once an epoch: a step that sends its own indices would wait for the device.
+        order = torch.from_numpy(order).to(self.images.device)
+        for index in order.split(batch_size)[start:]:
+            yield self.batch(index)
+
+
+def _augment(x):
+    """Shift by up to 1/32 of the image, turn by up to 5 degrees, scale by up to 5 %; (N, 1, H, W) with black 0.
+
+    No flips: the mirror image of a digit is not a digit. Randomness is torch's own, on the device of `x`.
+    """
+    turn, scale, *shift = torch.rand(4, len(x), device=x.device) * 2 - 1
+    turn, scale = turn * math.radians(5), 1 + 0.05 * scale
+    cos, sin = scale * torch.cos(turn), scale * torch.sin(turn)
+    shift_x, shift_y = (s * 2 / 32 for s in shift)  # the image is 2 wide
+    theta = torch.stack([cos, -sin, shift_x, sin, cos, shift_y], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    # What comes from outside the image is 0. Rounding may pass white by a hair.
+    return F.grid_sample(x, grid, align_corners=False).clamp(max=255)
+
+
+def _check_files(raw):
+    """Check the files of a data set that are in the folder `raw`, and return the names of those that are not."""
+    counts = {file: _check_file(raw / file) for file in FILES if os.path.exists(raw / file)}
+    for images, labels in (FILES[:2], FILES[2:]):
+        if images in counts and labels in counts and counts[images] != counts[labels]:
+            raise ValueError(f"{raw / labels}: {counts[labels]} labels, expected {counts[images]}, one for each image "
+                             f"in {images}; delete both, and the next run downloads them")
+    return [file for file in FILES if file not in counts]
+
+
+def _check_file(path):
+    """Number of images or labels in an IDX file, after a look at its header and its length."""
+    kind = "images" if "images" in path.name else "labels"
+    fixed = (2051, 28, 28) if kind == "images" else (2049,)  # magic number, height, width
+    header = struct.Struct(f">{1 + len(fixed)}i")  # the count stands second
+    advice = "delete it, and the next run downloads it"
+    try:
+        with open(path, "rb") as file:
+            start, length = file.read(header.size), os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; expected a file that can be read") from error
+    if len(start) < header.size:
+        raise ValueError(f"{path}: {length} bytes, expected a header of {header.size} and data; {advice}")
+    magic, count, *size = header.unpack(start)
+    if (magic, *size) != fixed:
+        raise ValueError(f"{path}: header has {magic, *size}, expected {fixed} for {kind}; {advice}")
+    expected = header.size + max(count, 1) * math.prod(size)
+    if length != expected:
+        raise ValueError(f"{path}: {length} bytes for {count} {kind} by its header, expected {expected}; {advice}")
+    return count
+
+
+def _download(name, raw, missing):
+    """Let torchvision download the `missing` files of a data set: -> None, or in one line why it could not."""
+    import torchvision
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        # Files leave this folder when they are whole, so that a run cut short leaves no half of one behind.
+        staging = tempfile.TemporaryDirectory(dir=raw, prefix="download-")
+    except OSError as error:
+        raise ValueError(f"data_dir: {raw} cannot be written ({error.strerror}), and {name} is to be downloaded there; "
+                         "name another, or go on without it: --dataset glyphs") from error
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        with staging:
+            staged = Path(staging.name, *raw.parts[-2:])
+            staged.mkdir(parents=True)
+            for archive in raw.glob("*.gz"):  # brought by hand: torchvision takes those that are whole
+                shutil.copy(archive, staged)
+            getattr(torchvision.datasets, TORCHVISION_NAMES[name])(staging.name, download=True)
+            for file in missing:
+                os.replace(staged / file, raw / file)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    finally:
+        socket.setdefaulttimeout(timeout)
+    _check_files(raw)
+    return None
+
+
+def _read(raw, images, labels):
+    """Two checked files -> uint8 (N, 28, 28), int64 (N,)."""
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+    y = read_label_file(raw / labels)
+    if y.max() >= Images.num_classes:
+        raise ValueError(f"{raw / labels}: has the label {y.max()}, expected 0 to {Images.num_classes - 1}")
+    return read_image_file(raw / images), y
+
+
+def _draw_glyphs(n, seed):
+    """Draw `n` digits that look like MNIST's: -> uint8 (n, 28, 28), int64 (n,).
+
+    Fonts give the shapes; size, position, slant and stroke are random. Every ten have each digit once.
+    """
+    bank = _glyph_bank()
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(len(y), generator=generator)
+
+    images, labels = [], []
+    for _ in range(math.ceil(n / 1000)):
+        y = torch.rand(100, 10, generator=generator).argsort(dim=1).flatten()
+        x = bank[torch.randint(len(bank), y.shape, generator=generator), y][:, None]  # (1000, 1, 56, 56)
+        size, narrow, slant, turn = uniform(0.8, 1.0), uniform(0.8, 1.1), uniform(-0.1, 0.4), uniform(-0.1, 0.1)
+        shift_x, shift_y = uniform(-0.1, 0.1), uniform(-0.1, 0.1)
+        theta = torch.stack([1 / (size * narrow), slant, shift_x, turn, 1 / size, shift_y], dim=1).view(-1, 2, 3)
+        grid = F.affine_grid(theta, (len(y), 1, 28, 28), align_corners=False)
+        x = F.grid_sample(x, grid, align_corners=False)  # (1000, 1, 28, 28)
+        blur, gain = uniform(0, 1).view(-1, 1, 1, 1), uniform(1, 1.5).view(-1, 1, 1, 1)
+        x = gain * torch.lerp(x, F.avg_pool2d(x, 3, stride=1, padding=1), blur)
+        images.append((255 * x.clamp(max=1)).round().byte()[:, 0])
+        labels.append(y)
+    return torch.cat(images)[:n], torch.cat(labels)[:n]
+
+
+def _glyph_bank():
+    """Each digit in each font and stroke, twice as large as in MNIST: float (fonts * strokes, 10, 56, 56), 0 to 1."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    bank = []
+    for font in GLYPHS_FONTS:
+        font = ImageFont.truetype(str(folder / f"{font}.ttf"), 120, layout_engine=ImageFont.Layout.BASIC)
+        for stroke in (0, 2, 4):
+            for digit in "0123456789":
+                drawn = Image.new("L", (200, 200))
+                ImageDraw.Draw(drawn).text((40, 20), digit, 255, font, stroke_width=stroke)
+                drawn = drawn.crop(drawn.getbbox())
+                scale = 40 / max(drawn.size)
+                drawn = drawn.resize([max(1, round(side * scale)) for side in drawn.size], Image.Resampling.BOX)
+                glyph = Image.new("L", (56, 56))
+                glyph.paste(drawn, ((56 - drawn.width) // 2, (56 - drawn.height) // 2))
+                bank.append(np.asarray(glyph))
+    bank = torch.from_numpy(np.stack(bank)).view(-1, 10, 56, 56).float() / 255
+    return F.avg_pool2d(bank, 3, stride=1, padding=1)  # softened, because only a quarter of the pixels is sampled
+
+
+def _frame(*paragraphs):
+    """Text that cannot be overlooked."""
+    lines = [line for text in paragraphs
+             for line in textwrap.wrap(text, 96, break_long_words=False, break_on_hyphens=False)]
+    return "\n".join(["*" * 100, *(f"* {line}" for line in lines), "*" * 100])
