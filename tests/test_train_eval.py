@@ -1,6 +1,7 @@
 """The script, run as a person runs it, on a few real digits and a very small network."""
 
 import ast
+import json
 import math
 import os
 import signal
@@ -9,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from PIL import Image
@@ -330,3 +333,18 @@ def test_every_option_that_trains_trains(device, tmp_path, data_flags):
             "--num_timesteps 50 --sample_steps 50 --sampler ddim --ema_update_rate 3 --batch_size 50")):
         flags = [*SMALL, *data_flags, *options.split(), "--train_size", "120", "--epochs", "1", "--device", device]
         assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path / str(i))]) == 0
+
+
+def test_the_notebook_runs_on_what_a_run_leaves(trained, monkeypatch):
+    save_dir, _, _ = trained
+    notebook = json.loads((ROOT / "explore.ipynb").read_text())
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    best = DDPM.load(save_dir / "best_model.pt", "cpu")
+    monkeypatch.setattr(DDPM, "load", lambda path: best)
+    matplotlib.use("Agg")
+    names = {}
+    for cell in code:
+        exec(cell, names)
+    assert names["sequence"].shape == (10, 5, 3, 32, 32)
+    plt.close("all")
