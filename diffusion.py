@@ -340,12 +340,18 @@ def make_betas(schedule, num_timesteps):
 
 
 def save_checkpoint(path, state):
-    """`torch.save` that leaves the old file or the new one, never half of one."""
+    """`torch.save` that leaves the old file or the new one, never half of one.
+
+    Raises:
+        OSError: where the file cannot be written, for example on a full disk.
+    """
     path = os.fspath(path)
     partial = path + ".partial"
     try:
         torch.save(state, partial)
         os.replace(partial, path)
+    except RuntimeError as error:  # torch's own for a write that failed
+        raise OSError(f"{path}: cannot be written ({str(error).partition(chr(10))[0]})") from error
     finally:
         if os.path.exists(partial):
             os.remove(partial)

@@ -186,6 +186,8 @@ def check(config):
         if not low <= value <= high or value != value or value == math.inf:
             limit = "" if high == math.inf else f" and at most {high}"
             raise ValueError(f"{name} {value}: expected at least {low}{limit}")
+    if config.resume and config.evaluate:
+        raise ValueError("resume and evaluate: expected one of them; --evaluate alone does not train")
     if config.preview_steps > config.num_timesteps:
         raise ValueError(f"preview_steps {config.preview_steps}: expected at most num_timesteps {config.num_timesteps}")
     try:
@@ -224,13 +226,15 @@ def main(argv=None):
             config, saved, ddpm, ema, train_images, test_images = prepare(*configure(argv))
         except ValueError as error:  # the user's mistake; one further on would be ours
             Parser(prog="train_eval.py").error(error)
-        if warning := train_images.warning:
+        if warning := train_images.warning or (saved or {}).get("warning"):
             print(warning, file=sys.stderr)
         if config.evaluate or train(config, ddpm, ema, train_images, test_images, saved):
             finish(config, test_images)
             return 0
     except KeyboardInterrupt:
         print("\nstopped at once; what was saved before is whole", file=sys.stderr)
+    except OSError as error:  # a full disk, most likely
+        raise SystemExit(f"train_eval.py: {error}; what was saved before is whole") from None
     finally:
         if warning:
             print(warning, file=sys.stderr)
@@ -244,13 +248,14 @@ def prepare(config, given):
     from ema import EMA
 
     save_dir, saved = Path(config.save_dir), None
+    check(config)
     if config.resume:
         saved = load_checkpoint(save_dir / "last.pt", ("config", "step", "network", "optimizer"))
         config = adopt(config, given, saved["config"], FREE_TO_RESUME)
     elif config.evaluate:
         best = DDPM.load(save_dir / "best_model.pt", "cpu")
         config = adopt(config, given, best.info["config"], FREE_TO_EVALUATE)
-    check(config)
+    check(config)  # the device of the saved run may not be here
     torch.manual_seed(config.seed)
     ddpm = build(config)
     ema = EMA(ddpm.network, config.ema_decay, config.ema_start, config.ema_update_rate)
@@ -316,9 +321,11 @@ def train(config, ddpm, ema, train_images, test_images, saved=None):
     if config.use_scheduler:
         parts["scheduler"] = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps)
     progress = {"step": 0, "best_loss": math.inf, "train_curve": [], "test_curve": [],
-                "log": time.strftime("%Y-%m-%d_%H-%M-%S")}
+                "warning": train_images.warning, "log": time.strftime("%Y-%m-%d_%H-%M-%S")}
     if saved:
         restore(config, parts, progress, saved, total_steps)
+    epoch, start = divmod(progress["step"], steps_per_epoch)
+    seen = epoch * len(train_images) + start * config.batch_size
     window = Window(config)
     save_dir = Path(config.save_dir)
     print(f"{config.dataset}: {len(train_images):,} images to train, {len(test_images):,} to test; network: "
@@ -329,8 +336,8 @@ def train(config, ddpm, ema, train_images, test_images, saved=None):
     with (interruptible() as stop,
           SummaryWriter(save_dir / "tensorboard_logs" / progress["log"], flush_secs=10,
                         purge_step=progress["step"] + 1 if saved else None) as writer,
-          tqdm(total=config.epochs * len(train_images), unit="img", smoothing=0.05, mininterval=0.5,
-               initial=min(progress["step"] * config.batch_size, config.epochs * len(train_images))) as bar):
+          tqdm(total=config.epochs * len(train_images), initial=seen, unit="img", smoothing=0.05,
+               mininterval=0.5) as bar):
         if not saved:
             log_start(writer, config, ddpm, train_images)
         while progress["step"] < total_steps and not stop:

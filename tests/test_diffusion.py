@@ -6,6 +6,7 @@ With it in the network's place every sampler's result has an exact mean and vari
 """
 
 import math
+import resource
 
 import pytest
 import torch
@@ -428,5 +429,13 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path):
     save_checkpoint(path, {"step": 1})
     with pytest.raises(Exception, match="pickle"):
         save_checkpoint(path, {"step": 2, "bad": lambda: None})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # to this process a disk that is full
+    try:
+        with pytest.raises(OSError, match="last.pt: cannot be written") as error:
+            save_checkpoint(path, {"step": 2, "weights": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
     assert load_checkpoint(path, ["step"]) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
