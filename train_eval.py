@@ -220,7 +220,7 @@ def adopt(config, given, saved, free):
 
 def main(argv=None):
     """Train, go on, or only evaluate. Returns the exit status: 0 when done, 130 when interrupted."""
-    warning = None
+    warning, begun = None, time.perf_counter()
     try:
         try:
             config, saved, ddpm, ema, train_images, test_images = prepare(*configure(argv))
@@ -230,6 +230,7 @@ def main(argv=None):
             print(warning, file=sys.stderr)
         if config.evaluate or train(config, ddpm, ema, train_images, test_images, saved):
             finish(config, test_images)
+            print(f"{(time.perf_counter() - begun) / 60:.1f} minutes, everything included")
             return 0
     except KeyboardInterrupt:
         print("\nstopped at once; what was saved before is whole", file=sys.stderr)
@@ -340,35 +341,29 @@ def train(config, ddpm, ema, train_images, test_images, saved=None):
                mininterval=0.5) as bar):
         if not saved:
             log_start(writer, config, ddpm, train_images)
-        while progress["step"] < total_steps and not stop:
-            epoch, start = divmod(progress["step"], steps_per_epoch)
-            for x0, y in train_images.epoch(config.batch_size, epoch, start):
-                window.add(*train_step(config, ddpm, parts, x0, y))
-                progress["step"] = step = progress["step"] + 1
-                bar.update(len(x0))
+        for x0, y in batches(config, train_images, epoch, start):
+            window.add(*train_step(config, ddpm, parts, x0, y))
+            progress["step"] = step = progress["step"] + 1
+            bar.update(len(x0))
 
-                ending = step % steps_per_epoch == 0
-                drawing = step == FIRST_SAMPLE or step % config.sample_every == 0
-                saving = ending or step % config.save_every == 0 or bool(stop)
-                if drawing or saving or step % config.log_every == 0:
-                    scalars = window.read(step)
-                    progress["train_curve"].append([step, scalars["train/loss"]])
-                    bar.set_postfix(loss=f"{scalars['train/loss']:.4f}")
-                    for tag, value in scalars.items():
-                        writer.add_scalar(tag, value, step)
-                    writer.add_scalar("train/learning_rate", optimizer.param_groups[0]["lr"], step)
-                if drawing:
-                    with ema.applied():
-                        images = draw(config, ddpm, sampler="ddim", steps=config.preview_steps)
-                    write_grid(images, save_dir / "samples" / f"step_{step:07d}.png", writer, "samples", step)
-                if ending:
-                    evaluate_epoch(config, ddpm, ema, test_images, progress, epoch + 1, writer)
-                if saving:
-                    save_last(config, parts, progress)
-                if drawing or saving:
-                    window.start()  # so that images a second leave these out
-                if stop:
-                    break
+            stopping = bool(stop)
+            ending = step % steps_per_epoch == 0
+            drawing = step == FIRST_SAMPLE or step % config.sample_every == 0
+            saving = stopping or ending or step % config.save_every == 0
+            if drawing or saving or step % config.log_every == 0:
+                log_step(writer, bar, progress, window.read(step), optimizer.param_groups[0]["lr"])
+            if drawing:
+                with ema.applied():
+                    images = draw(config, ddpm, sampler="ddim", steps=config.preview_steps)
+                write_grid(images, save_dir / "samples" / f"step_{step:07d}.png", writer, "samples", step)
+            if ending:
+                evaluate_epoch(config, ddpm, ema, test_images, progress, step // steps_per_epoch, writer)
+            if saving:
+                save_last(config, parts, progress)
+            if drawing or saving:
+                window.start()  # so that images a second leave these out
+            if stopping:
+                break
 
     plot_losses(progress, save_dir / "loss_curve.png")
     if progress["step"] < total_steps:
@@ -378,6 +373,13 @@ def train(config, ddpm, ema, train_images, test_images, saved=None):
               + (f" --save_dir {save_dir}" if config.save_dir != "checkpoints" else ""))
         return False
     return True
+
+
+def batches(config, train_images, first, start):
+    """The batches (x0, y) of all epochs from number `start` of epoch `first` on."""
+    for epoch in range(first, config.epochs):
+        yield from train_images.epoch(config.batch_size, epoch, start)
+        start = 0
 
 
 def train_step(config, ddpm, parts, x0, y):
@@ -437,8 +439,8 @@ class Window:
         for i, (loss, norm) in enumerate(zip(losses, norms)):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise SystemExit(f"\nstep {step - self.count + i + 1}: loss {loss}, gradient norm {norm}: training has "
-                                 "diverged and stops. Checkpoints hold the state before it; go on from them with "
-                                 "--resume and a lower --learning_rate or --grad_clip")
+                                 "diverged and stops. A last.pt is from before: go on from it with --resume and a "
+                                 "lower --learning_rate or --grad_clip")
         scalars = {"train/loss": sum(losses) / self.count, "train/grad_norm": sum(norms) / self.count,
                    "train/images_per_second": self.images / (time.perf_counter() - self.clock)}
         for quartile, (total, count) in enumerate(self.quartiles.T.tolist(), start=1):
@@ -572,10 +574,17 @@ def log_start(writer, config, ddpm, train_images):
         "num_classes": ddpm.num_classes, "normalization": "[-1, 1]", "convert_to_rgb": config.channels == 3}
     names = [*FIELDS, *(name for name in known if name not in FIELDS)]
     writer.add_text("config", "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {known[name]} |" for name in names)]))
-    state = torch.get_rng_state()  # augmentation draws from it; a picture must not change the run
-    x0, _ = train_images.batch(torch.arange(min(config.num_samples, len(train_images))))
-    torch.set_rng_state(state)
+    with torch.random.fork_rng():  # augmentation draws random numbers; a picture must not change the run
+        x0, _ = train_images.batch(torch.arange(min(config.num_samples, len(train_images))))
     write_grid(x0, Path(config.save_dir) / "samples" / "real.png", writer, "real", 0)
+
+
+def log_step(writer, bar, progress, scalars, rate):
+    """A window's scalars, and the learning rate, to TensorBoard, the progress bar and the loss curve."""
+    for tag, value in (scalars | {"train/learning_rate": rate}).items():
+        writer.add_scalar(tag, value, progress["step"])
+    bar.set_postfix(loss=f"{scalars['train/loss']:.4f}")
+    progress["train_curve"].append([progress["step"], scalars["train/loss"]])
 
 
 def write_grid(images, path, writer, tag, step):
