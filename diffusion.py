@@ -9,7 +9,6 @@ import os
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -38,7 +37,8 @@ class DDPM(nn.Module):
         sampler, sample_steps, guidance_scale: what `sample` does where its caller says nothing; `sample_steps`
             None means all `num_timesteps`.
 
-    Buffers: `betas`, `alphas_cumprod` and `alphas_cumprod_prev`, float64, (num_timesteps,).
+    Buffers: `betas` and `alphas_cumprod`, float64, (num_timesteps,). They must stay float64: for half precision use
+    autocast, not `.half()`.
 
     Raises:
         ValueError: for a name or a number that does not fit.
@@ -51,6 +51,10 @@ class DDPM(nn.Module):
         _check_choice("loss", loss, LOSSES)
         _check_choice("sampler", sampler, SAMPLERS)
         self.network = UNet(image_size=image_size, channels=channels) if network is None else network
+        for name, value in (("image_size", image_size), ("channels", channels)):
+            expected = getattr(self.network, "config", {}).get(name, value)
+            if value != expected:
+                raise ValueError(f"{name} {value}: expected {expected}, as in the network")
         self.num_classes = getattr(self.network, "num_classes", None)
         self.image_size = image_size
         self.channels = channels
@@ -64,12 +68,10 @@ class DDPM(nn.Module):
         self.info = {}  # what `save` was given beside the model
 
         betas = make_betas(beta_schedule, num_timesteps)
-        self._check_steps(self.sample_steps)
-        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        self._check_steps("sample_steps", self.sample_steps)
         # Made from the settings, so not saved; float64, since 1 - alphas_cumprod is small at the clean end.
         self.register_buffer("betas", betas, persistent=False)
-        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
-        self.register_buffer("alphas_cumprod_prev", F.pad(alphas_cumprod[:-1], (1, 0), value=1.0), persistent=False)
+        self.register_buffer("alphas_cumprod", torch.cumprod(1 - betas, dim=0), persistent=False)
 
     @property
     def device(self):
@@ -97,11 +99,6 @@ class DDPM(nn.Module):
         variance = (1 - alpha_bar_s) / (1 - alpha_bar_t) * beta
         return mean, variance.to(xt.dtype)
 
-    def snr(self, t):
-        """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) at timesteps (N,), float64, (N, 1, 1, 1)."""
-        alpha_bar = self._alpha_bar(t)
-        return alpha_bar / (1 - alpha_bar)
-
     # Training
 
     def forward(self, x0, y=None, *, t=None, eps=None, reduction="mean"):
@@ -119,7 +116,7 @@ class DDPM(nn.Module):
             t = torch.randint(self.num_timesteps, (n,), device=x0.device)
         if eps is None:
             eps = torch.randn_like(x0)
-        if y is not None and self.training:
+        if y is not None and self.training and self.num_classes is not None:
             y = torch.where(torch.rand(n, device=x0.device) < LABEL_DROPOUT, self.num_classes, y)
 
         xt = self.q_sample(x0, t, eps)
@@ -195,7 +192,7 @@ class DDPM(nn.Module):
 
     def timesteps(self, steps):
         """The timesteps that a sampler of so many steps visits, falling: evenly spaced over all of them."""
-        self._check_steps(steps)
+        self._check_steps("steps", steps)
         return torch.linspace(self.num_timesteps - 1, 0, steps, dtype=torch.float64).round().long().tolist()
 
     @torch.no_grad()
@@ -206,12 +203,12 @@ class DDPM(nn.Module):
         Args:
             n: how many.
             y: labels: n integers, or one for all. None leaves the choice open: a conditional model then draws a label
-                for each image, every label as often.
+                for each image, each label equally likely.
             sampler: 'ddpm' or 'ddim'.
             steps: network calls an image, from 1 to `num_timesteps`.
             eta: share of DDPM's noise that each step adds, 0 to 1; None means the sampler's: 1 for 'ddpm', 0 for
                 'ddim'.
-            guidance_scale: s in uncond + s (cond - uncond): 1 is no guidance, 0 ignores the labels.
+            guidance_scale: s in uncond + s (cond - uncond): 1 is no guidance, 0 ignores the labels; others need `y`.
             seed: decides the images, on one kind of device; None draws from torch's global state.
             xT: the noise to start from, (n, C, H, W); None draws it.
             return_sequence: return the prediction of x0 at every step.
@@ -238,7 +235,7 @@ class DDPM(nn.Module):
 
         images = []
         with _evaluating(self), tqdm(total=n * len(timesteps), unit="call", disable=not progress, leave=False) as bar:
-            for xt, label in zip(xT.to(self.device).split(batch_size), labels):
+            for xt, label in zip(xT.to(self.device, torch.float32).split(batch_size), labels):
                 sequence = []
                 for t, s in zip(timesteps, timesteps[1:] + [-1]):
                     t, s = (torch.full((len(xt),), i, device=self.device) for i in (t, s))
@@ -262,12 +259,15 @@ class DDPM(nn.Module):
         if not 0 <= eta <= 1:
             raise ValueError(f"eta {eta}: expected a number from 0 (DDIM) to 1 (DDPM)")
         if y is None:
-            if guidance_scale not in (None, 1):
+            if guidance_scale not in (None, 0, 1):
                 raise ValueError(f"guidance_scale {guidance_scale}: guidance needs labels; give y")
         elif self.num_classes is None:
             raise ValueError("y: this model is unconditional; it knows no labels")
         else:
-            y = torch.as_tensor([y] * n if isinstance(y, int) else list(y), dtype=torch.int64)
+            y = torch.as_tensor(list(y) if isinstance(y, range) else y)
+            if y.is_floating_point():
+                raise ValueError(f"y of {y.dtype}: expected whole numbers")
+            y = y.long().expand(n) if y.ndim == 0 else y.long()
             if y.shape != (n,):
                 raise ValueError(f"y of {len(y)} labels: expected {n}, one an image")
             if y.min() < 0 or y.max() >= self.num_classes:
@@ -275,9 +275,9 @@ class DDPM(nn.Module):
             y = y.to(self.device)
         return y, eta, self.guidance_scale if guidance_scale is None else guidance_scale
 
-    def _check_steps(self, steps):
+    def _check_steps(self, name, steps):
         if not 1 <= steps <= self.num_timesteps:
-            raise ValueError(f"steps {steps}: expected from 1 to {self.num_timesteps}, the length of the diffusion")
+            raise ValueError(f"{name} {steps}: expected from 1 to {self.num_timesteps}, the length of the diffusion")
 
     def _alpha_bar(self, t):
         """alphas_cumprod at timesteps from -1, (N,) -> float64 (N, 1, 1, 1)."""
@@ -307,7 +307,7 @@ class DDPM(nn.Module):
             network: the network to load the weights into; None builds the saved `UNet`.
 
         Raises:
-            ValueError: for a file that is missing, damaged or something else.
+            ValueError: for a file that is missing, damaged or something else, or a network that does not fit it.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -317,7 +317,10 @@ class DDPM(nn.Module):
                 raise ValueError(f"{path}: its network is not a UNet; give load() the network")
             network = UNet(**saved["network"])
         ddpm = cls(network, **saved["diffusion"])
-        ddpm.load_state_dict(saved["weights"])
+        try:
+            ddpm.load_state_dict(saved["weights"])
+        except RuntimeError:
+            raise ValueError(f"{path}: its weights do not fit this network; give load() the one saved") from None
         ddpm.info = saved["info"]
         return ddpm.to(device).eval()
 

@@ -4,10 +4,10 @@ Each constant is also a flag that stands in for its line: `python train_eval.py 
 """
 
 import argparse
+import ast
 import difflib
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -21,7 +21,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"  # where to run; the val
 cuda = device.startswith("cuda")
 amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 seed = 0  # decides a CPU run to the bit
-bf16 = torch.cuda.is_bf16_supported() if cuda else amx  # compute in bfloat16, where the hardware does that fast
+bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else amx  # compute in bfloat16
 save_dir = "checkpoints"  # folder for everything that a run leaves
 resume = False  # go on with the run in save_dir from its last.pt
 evaluate = False  # no training: test loss and samples of save_dir's best_model.pt
@@ -36,9 +36,9 @@ channels = 3  # 3 repeats the grey image as RGB, 1 leaves it grey
 use_augmentation = cuda  # small random shifts, rotations and scales; a short run sees too few images to need them
 
 # network
-use_conditional_generation = False  # condition on the digit, so that one can ask for it
-base_channels = 128 if cuda else 64  # width of the first level
-channel_mult = (1, 2, 4, 8) if cuda else (1, 2)  # width of each level, as multiples of base_channels
+use_conditional_generation = not cuda  # condition on the digit: one can ask for it, and it is sooner learnt
+base_channels = 128 if cuda else 32  # width of the first level
+channel_mult = (1, 2, 4, 8) if cuda else (1, 2, 4)  # width of each level, as multiples of base_channels
 num_res_blocks = 2 if cuda else 1  # residual blocks a level
 attention_resolutions = (8, 16) if cuda else (8,)  # heights of the feature maps with attention after each block
 dropout = 0.1 if cuda else 0.0  # probability, in each residual block
@@ -65,7 +65,7 @@ ema_update_rate = 1  # steps from one update of the shadow weights to the next
 # sampling
 sampler = "ddpm"  # that best_model.pt will use unless told otherwise
 sample_steps = 1000 if cuda else 50  # network calls an image, of best_model.pt
-guidance_scale = 1.0  # uncond + s (cond - uncond): 1 is no guidance, 0 ignores the label
+guidance_scale = 1.0 if cuda or not use_conditional_generation else 2.0  # uncond + s (cond - uncond): 1 is none
 num_samples = 100  # images in a grid
 preview_steps = 20 if cuda else 10  # network calls an image, of the grids drawn during training, by DDIM
 
@@ -78,15 +78,17 @@ save_every = 5000 if cuda else 500  # steps from one last.pt to the next; each e
 NUM_CLASSES = 10  # of every data set here
 FIRST_SAMPLE = 200  # steps
 RANGES = {  # of what the modules do not check themselves: smallest, largest
-    "seed": (0, 2**63 - 1), "batch_size": (1, math.inf), "epochs": (1, math.inf), "learning_rate": (0, math.inf),
-    "weight_decay": (0, math.inf), "grad_clip": (0, math.inf), "guidance_scale": (0, math.inf),
-    "preview_steps": (1, math.inf), "num_samples": (1, 10_000), "log_every": (1, math.inf),
-    "sample_every": (1, math.inf), "save_every": (1, math.inf),
+    "seed": (0, 2**63 - 1), "channels": (1, 3), "batch_size": (1, math.inf), "epochs": (1, math.inf),
+    "learning_rate": (0, math.inf), "weight_decay": (0, math.inf), "grad_clip": (0, math.inf),
+    "guidance_scale": (0, math.inf), "sample_steps": (1, math.inf), "preview_steps": (1, math.inf),
+    "num_samples": (1, 10_000), "log_every": (1, 100_000), "sample_every": (1, math.inf), "save_every": (1, math.inf),
 }
+FLOATS = {"learning_rate", "weight_decay", "grad_clip", "dropout", "ema_decay", "guidance_scale"}
+TUPLES = {"channel_mult", "attention_resolutions"}
 # Constants that a saved run does not bring with it, and flags that may differ from those that it began with.
 HERE = {"save_dir", "resume", "evaluate"}
-FREE_TO_RESUME = HERE | {"device", "data_dir", "epochs", "learning_rate", "grad_clip", "num_samples", "preview_steps",
-                         "log_every", "sample_every", "save_every"}
+FREE_TO_RESUME = HERE | {"device", "bf16", "data_dir", "epochs", "learning_rate", "grad_clip", "num_samples",
+                         "preview_steps", "log_every", "sample_every", "save_every"}
 FREE_TO_EVALUATE = HERE | {"device", "data_dir", "bf16", "seed", "test_size", "num_samples", "sampler", "sample_steps",
                            "guidance_scale"}
 FIELDS = (  # of the reference's log, in its order
@@ -102,9 +104,10 @@ FIELDS = (  # of the reference's log, in its order
 
 def configure(argv):
     """Command line -> (config, given): every constant as an attribute, and the names that flags set."""
-    constants = read_constants({})
-    given = vars(make_parser(constants).parse_args(argv))
-    return argparse.Namespace(**{name: value for name, (_, value, _) in read_constants(given).items()}), set(given)
+    given = vars(make_parser(read_constants({})).parse_args(argv))
+    config = argparse.Namespace(**{name: value for name, (_, value, _) in read_constants(given).items()})
+    config.save_dir = os.path.expanduser(config.save_dir)
+    return config, set(given)
 
 
 def read_constants(flags):
@@ -113,17 +116,19 @@ def read_constants(flags):
     A flag's value stands in for its line, so that the lines below see it: `--device cpu` brings the CPU's values.
     """
     source = Path(__file__).read_text(encoding="utf-8")
-    section = source[source.index("# system"):source.index("# end of constants")]
-    constants, scope, group = {}, {"torch": torch}, ""
-    for line in section.splitlines():
-        if line.startswith("#"):
-            group = line.lstrip("# ")
-        elif match := re.match(r"(\w+)\s*=\s*([^#]+)(.*)", line):
-            name, expression, comment = match.groups()
-            scope[name] = flags[name] if name in flags else eval(expression, scope)
-            if name not in ("cuda", "amx"):
-                constants[name] = group, scope[name], comment.lstrip("# ")
-    return constants
+    lines = source[:source.index("# end of constants")].splitlines()
+    scope, described = {**globals(), **flags}, {}
+    for node in ast.parse("\n".join(lines)).body:
+        if node.lineno <= lines.index("# system"):
+            continue  # imports
+        exec(compile(ast.Module([node], []), __file__, "exec"), scope)
+        scope.update(flags)
+        group = next(line for line in reversed(lines[:node.lineno - 1]) if line.startswith("# "))
+        comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
+        for part in ast.walk(node):
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store) and part.id not in ("cuda", "amx"):
+                described.setdefault(part.id, (group.lstrip("# "), comment.lstrip("# ")))
+    return {name: (group, scope[name], comment) for name, (group, comment) in described.items()}
 
 
 class Parser(argparse.ArgumentParser):
@@ -164,12 +169,13 @@ def make_parser(constants):
         options = {"help": f"{comment} (default: {text})".replace("%", "%%")}
         if isinstance(value, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(value, tuple):
+        elif name in TUPLES:
             options |= {"type": integers, "metavar": "INT,INT"}
         elif name in choices:
             options["choices"] = choices[name]
         else:
-            options |= {"type": type(value), "metavar": type(value).__name__.upper()}
+            kind = float if name in FLOATS else type(value)
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
         groups[group].add_argument(f"--{name}", **options)
     return parser
 
@@ -180,7 +186,12 @@ def integers(text):
 
 
 def check(config):
-    """ValueError for a constant out of its range, or a device that is not there."""
+    """ValueError for a constant of the wrong kind or out of its range, or a device that is not there."""
+    for name, value in vars(config).items():
+        if name in TUPLES and not (isinstance(value, tuple) and all(isinstance(part, int) for part in value)):
+            raise ValueError(f"{name} {value}: expected whole numbers in brackets, with a comma even after one: (8,)")
+        if isinstance(value, float) and name not in FLOATS:
+            raise ValueError(f"{name} {value}: expected a whole number")
     for name, (low, high) in RANGES.items():
         value = getattr(config, name)
         if not low <= value <= high or value != value or value == math.inf:
@@ -188,11 +199,17 @@ def check(config):
             raise ValueError(f"{name} {value}: expected at least {low}{limit}")
     if config.resume and config.evaluate:
         raise ValueError("resume and evaluate: expected one of them; --evaluate alone does not train")
-    if config.preview_steps > config.num_timesteps:
-        raise ValueError(f"preview_steps {config.preview_steps}: expected at most num_timesteps {config.num_timesteps}")
+    for name in ("sample_steps", "preview_steps"):
+        if getattr(config, name) > config.num_timesteps:
+            raise ValueError(f"{name} {getattr(config, name)}: expected at most num_timesteps {config.num_timesteps}")
+    if config.channels == 2:
+        raise ValueError("channels 2: expected 1 (grey) or 3 (RGB)")
+    if config.guidance_scale != 1 and not config.use_conditional_generation:
+        raise ValueError(f"guidance_scale {config.guidance_scale}: guidance needs labels; expected 1, or "
+                         "--use_conditional_generation")
     try:
-        torch.zeros(1, device=config.device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, dtype=torch.float64, device=config.device).cpu()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device {config.device!r}: cannot be used here ({reason}); try --device cpu") from None
 
@@ -204,9 +221,11 @@ def adopt(config, given, saved, free):
         ValueError: for a flag that differs and is not free.
     """
     for name in sorted(given - free):
-        if getattr(config, name) != saved[name]:
-            raise ValueError(f"{name} {getattr(config, name)}: the run in {config.save_dir} has {saved[name]}; "
-                             f"leave the flag out, or start another run in another --save_dir")
+        if getattr(config, name) != saved.get(name):
+            raise ValueError(f"{name} {getattr(config, name)}: the run in {config.save_dir} has {saved.get(name)}; "
+                             "leave the flag out, or start another run in another --save_dir")
+    if "device" in given and config.device != saved.get("device"):
+        given = given | {"bf16"}  # what the device is good at
     ours = {name: getattr(config, name) for name in HERE | given & free}
     ignored = [f"{name} {value}" for name, value in vars(config).items()
                if name not in HERE | given and value != saved.get(name, value)]
@@ -223,10 +242,10 @@ def main(argv=None):
     warning, begun = None, time.perf_counter()
     try:
         try:
-            config, saved, ddpm, ema, train_images, test_images = prepare(*configure(argv))
+            config, saved, ddpm, ema, train_images, test_images, warning = prepare(*configure(argv))
         except ValueError as error:  # the user's mistake; one further on would be ours
             Parser(prog="train_eval.py").error(error)
-        if warning := train_images.warning or (saved or {}).get("warning"):
+        if warning:
             print(warning, file=sys.stderr)
         if config.evaluate or train(config, ddpm, ema, train_images, test_images, saved):
             finish(config, test_images)
@@ -234,6 +253,9 @@ def main(argv=None):
             return 0
     except KeyboardInterrupt:
         print("\nstopped at once; what was saved before is whole", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"train_eval.py: {str(error).partition(chr(10))[0]} Try a smaller --batch_size or "
+                         "--base_channels") from None
     except OSError as error:  # a full disk, most likely
         raise SystemExit(f"train_eval.py: {error}; what was saved before is whole") from None
     finally:
@@ -248,25 +270,29 @@ def prepare(config, given):
     from diffusion import DDPM, load_checkpoint
     from ema import EMA
 
-    save_dir, saved = Path(config.save_dir), None
+    save_dir, saved, warning = Path(config.save_dir), None, None
     check(config)
     if config.resume:
         saved = load_checkpoint(save_dir / "last.pt", ("config", "step", "network", "optimizer"))
-        config = adopt(config, given, saved["config"], FREE_TO_RESUME)
+        config, warning = adopt(config, given, saved["config"], FREE_TO_RESUME), saved["warning"]
     elif config.evaluate:
-        best = DDPM.load(save_dir / "best_model.pt", "cpu")
-        config = adopt(config, given, best.info["config"], FREE_TO_EVALUATE)
+        info = DDPM.load(save_dir / "best_model.pt", "cpu").info
+        if "config" not in info:
+            raise ValueError(f"{save_dir / 'best_model.pt'}: not written by train_eval.py; load it with DDPM.load")
+        config, warning = adopt(config, given, info["config"], FREE_TO_EVALUATE), info["warning"]
     check(config)  # the device of the saved run may not be here
     torch.manual_seed(config.seed)
-    ddpm = build(config)
-    ema = EMA(ddpm.network, config.ema_decay, config.ema_start, config.ema_update_rate)
+    ddpm = ema = None
+    if not config.evaluate:
+        ddpm = build(config)
+        ema = EMA(ddpm.network, config.ema_decay, config.ema_start, config.ema_update_rate)
     train_images, test_images = load_data(
         config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels,
         train_size=config.train_size, test_size=config.test_size, augment=config.use_augmentation, seed=config.seed,
         device=config.device)
     config.dataset, config.train_size, config.test_size = train_images.name, len(train_images), len(test_images)
     make_room(save_dir, keep=config.resume or config.evaluate)
-    return config, saved, ddpm, ema, train_images, test_images
+    return config, saved, ddpm, ema, train_images, test_images, train_images.warning or warning
 
 
 def build(config):
@@ -323,8 +349,10 @@ def train(config, ddpm, ema, train_images, test_images, saved=None):
         parts["scheduler"] = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps)
     progress = {"step": 0, "best_loss": math.inf, "train_curve": [], "test_curve": [],
                 "warning": train_images.warning, "log": time.strftime("%Y-%m-%d_%H-%M-%S")}
-    if saved:
+    resumed = saved is not None
+    if resumed:
         restore(config, parts, progress, saved, total_steps)
+        saved.clear()  # gigabytes, for the reference
     epoch, start = divmod(progress["step"], steps_per_epoch)
     seen = epoch * len(train_images) + start * config.batch_size
     window = Window(config)
@@ -336,11 +364,11 @@ def train(config, ddpm, ema, train_images, test_images, saved=None):
 
     with (interruptible() as stop,
           SummaryWriter(save_dir / "tensorboard_logs" / progress["log"], flush_secs=10,
-                        purge_step=progress["step"] + 1 if saved else None) as writer,
+                        purge_step=progress["step"] + 1 if resumed else None) as writer,
           tqdm(total=config.epochs * len(train_images), initial=seen, unit="img", smoothing=0.05,
                mininterval=0.5) as bar):
-        if not saved:
-            log_start(writer, config, ddpm, train_images)
+        if not resumed:
+            log_start(writer, config, ddpm, test_images)
         for x0, y in batches(config, train_images, epoch, start):
             window.add(*train_step(config, ddpm, parts, x0, y))
             progress["step"] = step = progress["step"] + 1
@@ -366,13 +394,12 @@ def train(config, ddpm, ema, train_images, test_images, saved=None):
                 break
 
     plot_losses(progress, save_dir / "loss_curve.png")
-    if progress["step"] < total_steps:
-        if not (save_dir / "best_model.pt").exists():  # stopped before the first epoch was over
-            save_best(config, ddpm, ema, progress, epoch=0)
+    if not (save_dir / "best_model.pt").exists():  # stopped before the first epoch was over
+        save_best(config, ddpm, ema, progress, epoch=0)
+    if stop:
         print(f"stopped at step {progress['step']:,}; everything is saved. To go on: python train_eval.py --resume"
               + (f" --save_dir {save_dir}" if config.save_dir != "checkpoints" else ""))
-        return False
-    return True
+    return not stop
 
 
 def batches(config, train_images, first, start):
@@ -503,7 +530,7 @@ def save_best(config, ddpm, ema, progress, epoch):
     """best_model.pt: the EMA weights, and how they came to be."""
     with ema.applied():
         ddpm.save(Path(config.save_dir) / "best_model.pt", config=vars(config), epoch=epoch, step=progress["step"],
-                  test_loss=progress["best_loss"], log=progress["log"])
+                  test_loss=progress["best_loss"], warning=progress["warning"], log=progress["log"])
 
 
 # Evaluation
@@ -559,14 +586,15 @@ def finish(config, test_images):
     path = save_dir / "samples" / "final.png"
     with SummaryWriter(save_dir / "tensorboard_logs" / ddpm.info["log"]) as writer:
         write_grid(images, path, writer, "samples/final", ddpm.info["step"])
-    print(f"test loss {loss:.5f} ({ddpm.info['epoch']} epochs, {len(test_images):,} images, EMA weights)\n"
+    print(f"test loss {loss:.5f} ({ddpm.info['epoch']} epochs, {len(test_images):,} images of {config.dataset}, EMA "
+          "weights)\n"
           f"model: {save_dir / 'best_model.pt'}   samples: {path}")
 
 
 # What a person looks at
 
 
-def log_start(writer, config, ddpm, train_images):
+def log_start(writer, config, ddpm, test_images):
     """The config as a table, the reference's fields first, and a grid of real data."""
     known = vars(config) | {
         "optimizer_type": "AdamW", "scheduler_type": "CosineAnnealingLR" if config.use_scheduler else None,
@@ -574,8 +602,7 @@ def log_start(writer, config, ddpm, train_images):
         "num_classes": ddpm.num_classes, "normalization": "[-1, 1]", "convert_to_rgb": config.channels == 3}
     names = [*FIELDS, *(name for name in known if name not in FIELDS)]
     writer.add_text("config", "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {known[name]} |" for name in names)]))
-    with torch.random.fork_rng():  # augmentation draws random numbers; a picture must not change the run
-        x0, _ = train_images.batch(torch.arange(min(config.num_samples, len(train_images))))
+    x0, _ = test_images.batch(torch.arange(min(config.num_samples, len(test_images))))
     write_grid(x0, Path(config.save_dir) / "samples" / "real.png", writer, "real", 0)
 
 

@@ -120,7 +120,7 @@ class UNet(nn.Module):
 
 
 class SinusoidalEmbedding(nn.Module):
-    """Timesteps (N,) -> sines and cosines (N, dim) of `dim / 2` frequencies from 1 to 1/10000 (DDPM, appendix B)."""
+    """Timesteps (N,) -> sines and cosines (N, dim) of `dim / 2` frequencies that fall from 1 towards 1/10000."""
 
     def __init__(self, dim):
         super().__init__()

@@ -12,19 +12,24 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.utils import make_grid
 
 import train_eval
 from diffusion import DDPM
+from ema import EMA
+from unet import UNet
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--device cpu --train_size 320 --test_size 100 --base_channels 32 --channel_mult 1 --num_res_blocks 1 "
          "--time_emb_dim 32 --patch_size 4 --attention_resolutions none --batch_size 16 --epochs 2 --sample_steps 3 "
          "--preview_steps 2 --num_samples 20 --log_every 5 --sample_every 10 --save_every 10").split()
 STEPS = 40
+PEAK = train_eval.read_constants({"device": "cpu"})["learning_rate"][1]
 
 
 def command(*flags):
@@ -98,8 +103,7 @@ def test_tensorboard_has_the_curves_the_grids_and_the_config(trained):
     assert list(curves["train/loss"]) == list(range(5, STEPS + 1, 5)) and list(curves["test/loss"]) == [20, 40]
     rate = curves["train/learning_rate"]
     for step, value in rate.items():  # cosine to zero over the run
-        peak = train_eval.learning_rate if train_eval.device == "cpu" else 2e-3
-        assert value == pytest.approx(peak * (1 + math.cos(math.pi * step / STEPS)) / 2, abs=1e-9)
+        assert value == pytest.approx(PEAK * (1 + math.cos(math.pi * step / STEPS)) / 2, abs=1e-9)
     first, last = (curves["train/loss"][step] for step in (5, STEPS))
     assert last < 0.95 * first, "training must lower the loss"
     assert {"real", "samples", "samples/final"} == set(events.Tags()["images"])
@@ -121,6 +125,59 @@ def test_best_model_holds_the_ema_weights_of_the_best_epoch(trained):
     assert not same(dict(best.network.state_dict()), dict(last["network"]))
     assert best.sample_steps == 3 and best.info["config"]["use_conditional_generation"] is True
     assert best.sample(2, y=[3, 7]).shape == (2, 3, 32, 32)
+
+
+def test_adamw_has_the_constants_and_its_fused_form(trained):
+    (group,) = torch.load(trained[0] / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 1e-4 and group["fused"] and group["initial_lr"] == PEAK
+
+
+def test_grids_during_training_are_ema_weights_by_ddim_in_few_steps_a_column_a_digit(trained, tmp_path):
+    """The last grid of the run, drawn again from the EMA weights that best_model.pt holds."""
+    save_dir, flags, _ = trained
+    config, _ = train_eval.configure([*map(str, flags), "--save_dir", str(tmp_path)])
+    best = DDPM.load(save_dir / "best_model.pt", "cpu")
+    images = best.sample(20, torch.arange(20) % 10, sampler="ddim", steps=2, seed=0)
+    torch.testing.assert_close(train_eval.draw(config, best, sampler="ddim", steps=2), images)
+    drawn = torch.from_numpy(np.array(Image.open(save_dir / "samples" / f"step_{STEPS:07d}.png")))
+    expected = make_grid((images + 1) / 2, nrow=10).clamp(0, 1) * 255
+    assert (drawn.permute(2, 0, 1) - expected).abs().max() < 2
+
+
+def test_a_training_step_gives_the_network_labels_and_bf16_and_clips_the_gradient():
+    config, _ = train_eval.configure([*SMALL, "--use_conditional_generation", "--bf16", "--grad_clip", "0.01"])
+    ddpm, seen, norms = train_eval.build(config), [], []
+    assert ddpm.network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.nn.init.normal_(ddpm.network.conv_out.weight)
+    ddpm.network.register_forward_hook(lambda module, args, output: seen.append((*args, output.dtype)))
+    optimizer = torch.optim.SGD(ddpm.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: norms.append(torch.stack(
+        [p.grad.norm() for p in ddpm.parameters() if p.grad is not None]).norm()))
+    ema = EMA(ddpm.network)
+    y = torch.arange(50) % 10
+    parts = {"optimizer": optimizer, "ema": ema}
+    losses, t, norm = train_eval.train_step(config, ddpm, parts, torch.rand(50, 3, 32, 32), y)
+    (_, t_seen, y_seen, dtype), = seen
+    assert losses.shape == t.shape == (50,) and torch.equal(t, t_seen) and dtype == torch.bfloat16
+    assert ((y_seen == y) | (y_seen == 10)).all() and (y_seen == y).sum() > 30
+    assert norm > 0.01 and norms[0].item() == pytest.approx(0.01, rel=1e-3) and ema.step == 1
+
+
+def test_a_window_tells_what_its_steps_did(monkeypatch):
+    config, _ = train_eval.configure(["--device", "cpu", "--num_timesteps", "1000", "--log_every", "5"])
+    window = train_eval.Window(config)
+    monkeypatch.setattr(train_eval.time, "perf_counter", lambda: window.clock + 2.0)
+    window.add(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 249, 250]), torch.tensor(4.0))
+    window.add(torch.tensor([5.0]), torch.tensor([999]), torch.tensor(6.0))
+    assert window.read(2) == {
+        "train/loss": 3.5, "train/grad_norm": 5.0, "train/images_per_second": 2.0,
+        "train_loss_by_t/quartile_1": 1.5, "train_loss_by_t/quartile_2": 3.0, "train_loss_by_t/quartile_4": 5.0}
+    window.add(torch.tensor([7.0]), torch.tensor([600]), torch.tensor(1.0))
+    assert window.read(3)["train_loss_by_t/quartile_3"] == 7.0  # it began anew
+    window.add(torch.tensor([1.0]), torch.tensor([0]), torch.tensor(1.0))
+    window.add(torch.tensor([1.0]), torch.tensor([0]), torch.tensor(float("inf")))
+    with pytest.raises(SystemExit, match="step 5: loss 1.0, gradient norm inf"):
+        window.read(5)
 
 
 def test_a_seed_decides_the_run_to_the_bit_and_another_seed_another_run(trained, tmp_path):
@@ -280,6 +337,12 @@ def test_the_device_decides_the_values_below_it():
     (["--sample_steps", "1001"], ["steps 1001"]),
     (["--preview_steps", "1001"], ["preview_steps 1001"]),
     (["--guidance_scale", "nan"], ["guidance_scale nan"]),
+    (["--guidance_scale", "2", "--no-use_conditional_generation"], ["guidance_scale 2.0", "needs labels"]),
+    (["--channels", "2"], ["channels 2", "1 (grey) or 3 (RGB)"]),
+    (["--channels", "5"], ["channels 5", "at most 3"]),
+    (["--device", "meta"], ["device 'meta'"]),
+    (["--resume", "--evaluate"], ["resume and evaluate"]),
+    (["--log_every", "1000000000000"], ["log_every 1000000000000", "at most"]),
     (["--train_size", "0"], ["train_size 0"]),
     (["--num_timesteps", "0"], ["num_timesteps 0"]),
 ])
@@ -290,12 +353,45 @@ def test_a_bad_flag_is_one_clear_line(capsys, tmp_path, flags, words):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("edit, words", [
+    ("epochs = 2.0", "epochs 2.0: expected a whole number"),
+    ("attention_resolutions = (8)", "attention_resolutions 8"),
+    ("batch_size = -4", "batch_size -4"),
+])
+def test_a_constant_edited_to_what_it_cannot_be_is_one_clear_line(tmp_path, edit, words):
+    done = subprocess.run([sys.executable, edited(tmp_path, edit), "--dataset", "glyphs"], capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def edited(folder, *lines):
+    """The script with lines added at the end of its constants."""
+    for name in ("train_eval.py", "dataprocess.py", "diffusion.py", "unet.py", "ema.py"):
+        text = (ROOT / name).read_text().replace("# end of constants", "\n".join([*lines, "# end of constants"]), 1)
+        (folder / name).write_text(text)
+    return str(folder / "train_eval.py")
+
+
+def test_constants_are_edited_as_any_python(tmp_path):
+    script = edited(
+        tmp_path, "epochs += 5", "if device:", "    batch_size = 7", "channel_mult = (  # width # of levels", "    1,",
+        "    3,", ")", 'data_dir = "a#b"  # another folder', "steps: int = 3  # my own")
+    code = ("import train_eval; c = train_eval.configure(['--epochs', '4'])[0]; "
+            "d = train_eval.configure([])[0]; "
+            "print(c.epochs, d.epochs, c.batch_size, c.channel_mult, c.data_dir, c.steps)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(script).parent, capture_output=True, text=True)
+    assert done.stdout.split("\n")[0] == f"4 {train_eval.epochs + 5} 7 (1, 3) a#b 3", done.stderr
+
+
 def test_a_missing_checkpoint_or_a_flag_that_differs_is_one_clear_line(trained, capsys, tmp_path):
     save_dir, _, _ = trained
     assert "last.pt: no such" in refused(capsys, "--resume", "--save_dir", tmp_path)
     assert "best_model.pt: no such" in refused(capsys, "--evaluate", "--save_dir", tmp_path)
     line = refused(capsys, "--resume", "--save_dir", save_dir, "--base_channels", 64)
     assert "base_channels 64" in line and "32" in line
+    DDPM(UNet(base_channels=32, channel_mult=(1,), patch_size=4, attention_resolutions=())).save(
+        tmp_path / "best_model.pt")
+    assert "not written by train_eval.py" in refused(capsys, "--evaluate", "--save_dir", tmp_path)
     (tmp_path / "last.pt").write_bytes((save_dir / "last.pt").read_bytes()[:3000])
     assert "not a readable checkpoint" in refused(capsys, "--resume", "--save_dir", tmp_path)
 
@@ -323,6 +419,8 @@ def test_glyphs_stand_in_for_missing_mnist_with_a_warning_at_both_ends(tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("glyphs") >= 2 and done.stderr.rstrip().count("MNIST") >= 2
     assert DDPM.load(tmp_path / "run" / "best_model.pt", "cpu").info["config"]["dataset"] == "glyphs"
+    again = run("--evaluate", "--save_dir", tmp_path / "run", "--device", "cpu")
+    assert again.stderr.count("THIS IS NOT MNIST") == 2 and "images of glyphs" in again.stdout
 
 
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])

@@ -1,9 +1,12 @@
 """The network: the reference's exact size, attention where it was asked for, labels, patches, the zero start."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from unet import Attention, UNet
+from unet import Attention, ResidualBlock, SinusoidalEmbedding, UNet, Upsample
 
 
 def count(**options):
@@ -127,6 +130,39 @@ def test_attention_mixes_pixels_by_similarity():
         q, k, v = attention.qkv(attention.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
         mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
         torch.testing.assert_close(attention(x), x + attention.out(mixed))
+
+
+def test_the_time_embedding_is_sines_then_cosines_of_falling_frequencies():
+    embedding = SinusoidalEmbedding(8)(torch.tensor([0, 7, 999]))
+    for row, t in zip(embedding, (0, 7, 999)):
+        angles = [t * 10000 ** (-i / 4) for i in range(4)]
+        expected = [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+        torch.testing.assert_close(row, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_the_residual_block_is_the_designs(attention):
+    """GroupNorm - SiLU - conv, plus the projected embedding, GroupNorm - SiLU - conv, shortcut, then attention."""
+    block = trained(ResidualBlock(32, 64, 16, dropout=0.5, attention=attention))
+    x, embedding = torch.randn(2, 32, 8, 8), torch.randn(2, 16)
+    with torch.no_grad():
+        h = F.conv2d(F.silu(F.group_norm(x, 32, block.norm1.weight, block.norm1.bias)),
+                     block.conv1.weight, block.conv1.bias, padding=1)
+        h = h + F.linear(embedding, block.project.weight, block.project.bias).view(2, 64, 1, 1)
+        h = F.conv2d(F.silu(F.group_norm(h, 32, block.norm2.weight, block.norm2.bias)),
+                     block.conv2.weight, block.conv2.bias, padding=1)
+        h = h + F.conv2d(x, block.shortcut.weight, block.shortcut.bias)
+        torch.testing.assert_close(block(x, embedding), block.attention(h) if attention else h)
+        block.train()
+        assert not torch.allclose(block(x, embedding), block(x, embedding))  # dropout
+
+
+def test_upsampling_repeats_pixels():
+    upsample = Upsample(1)
+    torch.nn.init.dirac_(upsample.conv.weight)
+    torch.nn.init.zeros_(upsample.conv.bias)
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(1, 1, 2, 2)
+    assert torch.equal(upsample(x, None), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
 def test_the_config_builds_the_same_network():
