@@ -47,12 +47,12 @@ patch_size = 1 if cuda else 2  # pixels folded into channels on the way in: 2 wo
 
 # diffusion
 num_timesteps = 1000  # steps from image to noise
-beta_schedule = "linear" if cuda else "cosine"  # how noise grows; cosine wastes fewer steps on pure noise
-prediction = "eps" if cuda else "v"  # what the network predicts; v learns clean digits sooner
+beta_schedule = "linear"  # how noise grows: linear or cosine
+prediction = "eps" if cuda else "x0"  # what the network predicts: eps, v or x0; x0 learns clean digits soonest
 loss = "mse"  # distance of prediction and truth
 
 # training
-batch_size = 16 if cuda else 32  # images a step
+batch_size = 16  # images a step
 epochs = 50 if cuda else 2  # passes over the training images
 learning_rate = 1e-4 if cuda else 2e-3  # peak; of AdamW
 weight_decay = 1e-4  # of AdamW
@@ -65,13 +65,13 @@ ema_update_rate = 1  # steps from one update of the shadow weights to the next
 # sampling
 sampler = "ddpm"  # that best_model.pt will use unless told otherwise
 sample_steps = 1000 if cuda else 50  # network calls an image, of best_model.pt
-guidance_scale = 1.0 if cuda or not use_conditional_generation else 2.0  # uncond + s (cond - uncond): 1 is none
+guidance_scale = 1.0 if cuda or not use_conditional_generation else 2.0  # s in uncond + s (cond - uncond)
 num_samples = 100  # images in a grid
 preview_steps = 20 if cuda else 10  # network calls an image, of the grids drawn during training, by DDIM
 
 # rhythm
-log_every = 100 if cuda else 20  # steps from one TensorBoard entry to the next
-sample_every = 5000 if cuda else 500  # steps from one grid to the next; the first comes after 200
+log_every = 100 if cuda else 50  # steps from one TensorBoard entry to the next
+sample_every = 5000 if cuda else 1000  # steps from one grid to the next; the first comes after 200
 save_every = 5000 if cuda else 500  # steps from one last.pt to the next; each epoch and Ctrl-C write it too
 # end of constants
 

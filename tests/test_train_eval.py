@@ -310,7 +310,7 @@ def test_the_device_decides_the_values_below_it():
         beta_schedule="linear", prediction="eps", loss="mse", sampler="ddpm", sample_steps=1000)
     assert {name: values[name] for name in reference} == reference
     config, _ = train_eval.configure(["--device", "cpu"])
-    assert config.patch_size == 2 and config.prediction == "v"
+    assert config.patch_size == 2 and config.prediction == "x0"
 
 
 @pytest.mark.parametrize("flags, words", [
