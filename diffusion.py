@@ -51,10 +51,10 @@ class DDPM(nn.Module):
         _check_choice("loss", loss, LOSSES)
         _check_choice("sampler", sampler, SAMPLERS)
         self.network = UNet(image_size=image_size, channels=channels) if network is None else network
-        for name, value in (("image_size", image_size), ("channels", channels)):
-            expected = getattr(self.network, "config", {}).get(name, value)
-            if value != expected:
-                raise ValueError(f"{name} {value}: expected {expected}, as in the network")
+        if isinstance(self.network, UNet):
+            for name, value in (("image_size", image_size), ("channels", channels)):
+                if value != self.network.config[name]:
+                    raise ValueError(f"{name} {value}: expected {self.network.config[name]}, as in the network")
         self.num_classes = getattr(self.network, "num_classes", None)
         self.image_size = image_size
         self.channels = channels
@@ -294,8 +294,8 @@ class DDPM(nn.Module):
         settings = {name: getattr(self, name) for name in (
             "image_size", "channels", "num_timesteps", "beta_schedule", "prediction", "loss",
             "sampler", "sample_steps", "guidance_scale")}
-        save_checkpoint(path, dict(network=getattr(self.network, "config", None), diffusion=settings,
-                                   weights=self.state_dict(), info=info))
+        network = self.network.config if isinstance(self.network, UNet) else None
+        save_checkpoint(path, dict(network=network, diffusion=settings, weights=self.state_dict(), info=info))
 
     @classmethod
     def load(cls, path, device=None, network=None):

@@ -65,7 +65,7 @@ ema_update_rate = 1  # steps from one update of the shadow weights to the next
 # sampling
 sampler = "ddpm"  # that best_model.pt will use unless told otherwise
 sample_steps = 1000 if cuda else 50  # network calls an image, of best_model.pt
-guidance_scale = 1.0 if cuda or not use_conditional_generation else 2.0  # s in uncond + s (cond - uncond)
+guidance_scale = 1.0 if cuda or not use_conditional_generation else 1.5  # s in uncond + s (cond - uncond)
 num_samples = 100  # images in a grid
 preview_steps = 20 if cuda else 10  # network calls an image, of the grids drawn during training, by DDIM
 
