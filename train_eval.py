@@ -135,20 +135,19 @@ class Parser(argparse.ArgumentParser):
     """argparse, with one-line errors that name the nearest flag."""
 
     def error(self, message):
+        """One line, without the usage, and exit status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_args(self, argv=None):
+        """As argparse's; an unknown flag is answered with the nearest one."""
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(flag.replace("-", "_"), [f.replace("-", "_") for f in self.flags], n=1)
-            near = [f for f in self.flags if f.replace("-", "_") in near]
-            self.error(f"{unknown[0]}: unknown; " + (f"did you mean {near[0]}?" if near else "--help lists the flags"))
+            known = {name.replace("-", "_"): name for name in self._option_string_actions if name.startswith("--")}
+            near = difflib.get_close_matches(flag.replace("-", "_"), known, n=1)
+            self.error(f"{unknown[0]}: unknown; "
+                       + (f"did you mean {known[near[0]]}?" if near else "--help lists the flags"))
         return args
-
-    @property
-    def flags(self):
-        return [flag for flag in self._option_string_actions if flag.startswith("--")]
 
 
 def make_parser(constants):
