@@ -205,7 +205,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(trained, tmp_path, signum):
 
     done = run("--save_dir", tmp_path, "--resume", "--device", "cpu")  # the run's own constants come back with it
     assert done.returncode == 0, done.stderr
-    assert "not used from train_eval.py" in done.stdout and "batch_size" in done.stdout
+    assert "not used from train_eval.py" in done.stdout and "train_size 60000" in done.stdout
     whole, resumed = state(save_dir), state(tmp_path)
     for curve in ("train_curve", "test_curve"):  # the entry in which it was cut is two
         assert {s: loss for s, loss in resumed.pop(curve) if s % 5 == 0 and s > step + 5}.items() <= {
