@@ -95,6 +95,8 @@ def test_any_length_is_a_diffusion(schedule, num_timesteps):
     betas = make_betas(schedule, num_timesteps)
     assert len(betas) == num_timesteps and ((betas > 0) & (betas < 1)).all()
     assert torch.cumprod(1 - betas, 0)[-1] < 1e-4
+    if num_timesteps == 20:
+        assert betas[-1] == 0.999  # 1 would divide by zero later
 
 
 # Forward process
@@ -432,6 +434,31 @@ def test_files_that_are_no_model_are_one_clear_line(tmp_path):
         with pytest.raises(ValueError, match=words) as error:
             DDPM.load(tmp_path / name)
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+class Intruder:
+    """Pickles as an order to make a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_loading_runs_no_code_from_the_file(tmp_path):
+    saved = {"network": None, "diffusion": {}, "weights": Intruder(tmp_path / "here"), "info": {}}
+    torch.save(saved, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="not a readable"):
+        DDPM.load(tmp_path / "m.pt")
+    assert not (tmp_path / "here").exists()
+
+
+def test_a_save_never_writes_into_the_old_file(tmp_path, monkeypatch):
+    path, written, save = tmp_path / "last.pt", [], torch.save
+    monkeypatch.setattr(torch, "save", lambda state, to: (written.append(str(to)), save(state, to)))
+    save_checkpoint(path, {"step": 1})
+    assert written and str(path) not in written and load_checkpoint(path, ["step"]) == {"step": 1}
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path):
