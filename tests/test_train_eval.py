@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -142,6 +143,16 @@ def test_grids_during_training_are_ema_weights_by_ddim_in_few_steps_a_column_a_d
     drawn = torch.from_numpy(np.array(Image.open(save_dir / "samples" / f"step_{STEPS:07d}.png")))
     expected = make_grid((images + 1) / 2, nrow=10).clamp(0, 1) * 255
     assert (drawn.permute(2, 0, 1) - expected).abs().max() < 2
+
+
+def test_a_grid_asks_for_the_digits_in_turn_and_for_the_same_noise():
+    def asked(*flags):
+        config, _ = train_eval.configure([*SMALL, "--seed", "7", *flags])
+        return train_eval.draw(config, SimpleNamespace(sample=lambda n, y, **options: (n, y, options)), steps=3)
+
+    n, y, options = asked("--use_conditional_generation")
+    assert n == 20 and y.tolist() == [*range(10), *range(10)] and options == {"seed": 7, "steps": 3}
+    assert asked("--no-use_conditional_generation") == (20, None, {"seed": 7, "steps": 3})
 
 
 def test_a_training_step_gives_the_network_labels_and_bf16_and_clips_the_gradient():
