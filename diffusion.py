@@ -1,12 +1,14 @@
-"""Denoising diffusion: schedules, forward process, training loss, samplers, save and load.
+"""Denoising diffusion: schedules, forward process, losses, samplers, likelihood, save and load.
 
-DDPM: arXiv 2006.11239. Improved DDPM: 2102.09672. DDIM: 2010.02502. Guidance: 2207.12598. v-prediction: 2202.00512.
-Timesteps are 0-based: t = 0 is the paper's t = 1, and t = -1 is the clean image.
+DDPM: arXiv 2006.11239. Improved DDPM: 2102.09672. DDIM: 2010.02502. DPM-Solver++: 2211.01095. Guidance: 2207.12598.
+v-prediction: 2202.00512. Min-SNR weights: 2303.09556. Zero terminal SNR: 2305.08891.
+Timesteps are 0-based: t = 0 is the papers' t = 1, and t = -1 is the clean image.
 """
 
 import math
 import os
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,9 +18,12 @@ from unet import UNet
 
 BETA_SCHEDULES = ("linear", "cosine")
 PREDICTIONS = ("eps", "v", "x0")
-LOSSES = ("mse", "l1")
-SAMPLERS = {"ddpm": 1.0, "ddim": 0.0}  # and the eta that makes the general update this sampler
+LOSSES = ("mse", "l1", "vlb")
+VARIANCES = ("fixed_small", "fixed_large", "learned")
+SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2)}  # eta and order that make the general update it
+SPACINGS = ("trailing", "linspace")
 LABEL_DROPOUT = 0.1  # of the labels in training, so that the network also learns 'no label'
+VLB_WEIGHT = 0.001  # lambda of Improved DDPM eq. 16
 
 
 class DDPM(nn.Module):
@@ -27,15 +32,21 @@ class DDPM(nn.Module):
     Args:
         network: any module called `network(xt, t, y)`, that predicts what `prediction` says; None builds `UNet()`.
             It is conditional if it has an attribute `num_classes` that is not None; the label `num_classes` then
-            means 'no label'.
+            means 'no label'. With a learned variance it gives twice the channels.
         image_size: height and width of the images, in pixels.
         channels: channels of the images.
         num_timesteps: length of the diffusion.
         beta_schedule: 'linear' (DDPM) or 'cosine' (Improved DDPM).
         prediction: what the network predicts: the noise 'eps', the velocity 'v' or the image 'x0'.
-        loss: 'mse' or 'l1', between prediction and truth.
-        sampler, sample_steps, guidance_scale: what `sample` does where its caller says nothing; `sample_steps`
-            None means all `num_timesteps`.
+        loss: 'mse' or 'l1', between prediction and truth, or 'vlb', the variational bound itself.
+        variance: of p(x_{t-1} | x_t): 'fixed_small', the posterior's, 'fixed_large', beta (DDPM sec. 3.2), or
+            'learned' between the two (Improved DDPM sec. 3.1), which adds 0.001 of the bound to 'mse' and 'l1'.
+        zero_terminal_snr: rescale the schedule so that x_T is noise alone; not for 'eps', which would then say
+            nothing of x0 at the start.
+        min_snr_gamma: weigh 'mse' and 'l1' by noise level as min(SNR, gamma) weighs errors of x0; 0 does not.
+        sampler, sample_steps, timestep_spacing, guidance_scale: what `sample` does where its caller says nothing;
+            `sample_steps` None means all `num_timesteps`. `timestep_spacing` is 'trailing' or 'linspace', see
+            `timesteps`.
 
     Buffers: `betas` and `alphas_cumprod`, float64, (num_timesteps,). They must stay float64: for half precision use
     autocast, not `.half()`.
@@ -45,14 +56,26 @@ class DDPM(nn.Module):
     """
 
     def __init__(self, network=None, *, image_size=32, channels=3, num_timesteps=1000, beta_schedule="linear",
-                 prediction="eps", loss="mse", sampler="ddpm", sample_steps=None, guidance_scale=1.0):
+                 prediction="eps", loss="mse", variance="fixed_small", zero_terminal_snr=False, min_snr_gamma=0.0,
+                 sampler="ddpm", sample_steps=None, timestep_spacing="trailing", guidance_scale=1.0):
         super().__init__()
         _check_choice("prediction", prediction, PREDICTIONS)
         _check_choice("loss", loss, LOSSES)
+        _check_choice("variance", variance, VARIANCES)
         _check_choice("sampler", sampler, SAMPLERS)
-        self.network = UNet(image_size=image_size, channels=channels) if network is None else network
+        _check_choice("timestep_spacing", timestep_spacing, SPACINGS)
+        if zero_terminal_snr and prediction == "eps":
+            raise ValueError("zero_terminal_snr with prediction 'eps': pure noise says nothing of x0; expected 'v' or "
+                             "'x0'")
+        if min_snr_gamma < 0 or (min_snr_gamma and loss == "vlb"):
+            raise ValueError(f"min_snr_gamma {min_snr_gamma} with loss {loss!r}: expected a number above 0 with 'mse' "
+                             "or 'l1', or 0 for no weights")
+        out_channels = 2 * channels if variance == "learned" else channels
+        if network is None:
+            network = UNet(image_size=image_size, channels=channels, out_channels=out_channels)
+        self.network = network
         if isinstance(self.network, UNet):
-            for name, value in (("image_size", image_size), ("channels", channels)):
+            for name, value in (("image_size", image_size), ("channels", channels), ("out_channels", out_channels)):
                 if value != self.network.config[name]:
                     raise ValueError(f"{name} {value}: expected {self.network.config[name]}, as in the network")
         self.num_classes = getattr(self.network, "num_classes", None)
@@ -62,13 +85,17 @@ class DDPM(nn.Module):
         self.beta_schedule = beta_schedule
         self.prediction = prediction
         self.loss = loss
+        self.variance = variance
+        self.zero_terminal_snr = zero_terminal_snr
+        self.min_snr_gamma = min_snr_gamma
         self.sampler = sampler
         self.sample_steps = num_timesteps if sample_steps is None else sample_steps
+        self.timestep_spacing = timestep_spacing
         self.guidance_scale = guidance_scale
         self.info = {}  # what `save` was given beside the model
 
-        betas = make_betas(beta_schedule, num_timesteps)
-        self._check_steps("sample_steps", self.sample_steps)
+        betas = make_betas(beta_schedule, num_timesteps, zero_terminal_snr)
+        self._check_steps("sample_steps", self.sample_steps, num_timesteps)
         # Made from the settings, so not saved; float64, since 1 - alphas_cumprod is small at the clean end.
         self.register_buffer("betas", betas, persistent=False)
         self.register_buffer("alphas_cumprod", torch.cumprod(1 - betas, dim=0), persistent=False)
@@ -102,7 +129,11 @@ class DDPM(nn.Module):
     # Training
 
     def forward(self, x0, y=None, *, t=None, eps=None, reduction="mean"):
-        """The simple loss (DDPM eq. 14): how far the prediction is from the truth, at random timesteps.
+        """What training minimises, at random timesteps.
+
+        'mse' and 'l1' are the simple loss (DDPM eq. 14): how far the prediction is from the truth. With a learned
+        variance it is the hybrid loss (Improved DDPM eq. 16). 'vlb' is one term of the bound times `num_timesteps`, so
+        that its mean over timesteps is the bound, in bits a dimension.
 
         Args:
             x0: images in [-1, 1], (N, C, H, W).
@@ -120,10 +151,18 @@ class DDPM(nn.Module):
             y = torch.where(torch.rand(n, device=x0.device) < LABEL_DROPOUT, self.num_classes, y)
 
         xt = self.q_sample(x0, t, eps)
-        output = self.network(xt, t, y).float()
-        difference = output - self._target(x0, eps, t)
-        losses = difference.square() if self.loss == "mse" else difference.abs()
-        losses = losses.flatten(1).mean(dim=1)
+        output, between = self._network(xt, t, y)
+        losses = 0.0
+        if self.loss != "vlb":
+            difference = output - self._target(x0, eps, t)
+            losses = difference.square() if self.loss == "mse" else difference.abs()
+            losses = losses.flatten(1).mean(dim=1)
+            if self.min_snr_gamma:
+                losses = losses * self._min_snr_weight(t).to(losses.dtype)
+            output = output.detach()  # the bound's part of the hybrid loss moves the variance alone
+        if self.loss == "vlb" or self.variance == "learned":
+            bound = self.num_timesteps * self._bound_term(x0, xt, t, self._x0(output, xt, t), between)
+            losses = losses + (bound if self.loss == "vlb" else VLB_WEIGHT * bound)
         return losses.mean() if reduction == "mean" else losses
 
     def _target(self, x0, eps, t):
@@ -134,6 +173,13 @@ class DDPM(nn.Module):
             return x0
         alpha_bar = self._alpha_bar(t)
         return _times(alpha_bar.sqrt(), eps) - _times((1 - alpha_bar).sqrt(), x0)  # v: 2202.00512, sec. 4
+
+    def _min_snr_weight(self, t):
+        """Weight of the error of the prediction that weighs the error of x0 by min(SNR, gamma), float64, (N,)."""
+        alpha_bar = self.alphas_cumprod[t]
+        snr = alpha_bar / (1 - alpha_bar)
+        of_x0 = {"x0": 1.0, "eps": snr, "v": snr + 1}[self.prediction]  # its squared error there over that of x0
+        return snr.clamp(max=self.min_snr_gamma) / of_x0  # 2303.09556 sec. 3.4
 
     # Reverse process
 
@@ -150,68 +196,129 @@ class DDPM(nn.Module):
         Returns:
             x0, clipped to [-1, 1], and the noise that explains `xt` with it, both (N, C, H, W).
         """
-        if y is None or guidance_scale == 1:
-            output = self.network(xt, t, y).float()
-        elif guidance_scale == 0:
-            output = self.network(xt, t, None).float()
+        return self._denoise(xt, t, y, guidance_scale)[:2]
+
+    def _denoise(self, xt, t, y, guidance_scale):
+        """`predict`, and where a learned variance lies (else None)."""
+        output, between = self._network(xt, t, y, guidance_scale)
+        x0 = self._x0(output, xt, t).clamp(-1, 1)
+        return x0, self._eps(x0, xt, t), between
+
+    def _network(self, xt, t, y=None, guidance_scale=1.0):
+        """The network's prediction, guided, and where its variance lies from small, 0, to large, 1 (None if fixed)."""
+        if y is None or guidance_scale in (0, 1):
+            output = self.network(xt, t, None if guidance_scale == 0 else y).float()
         else:  # one doubled batch; 2207.12598 eq. 6, whose w is s - 1
             labels = torch.cat([y, torch.full_like(y, self.num_classes)])
             cond, uncond = self.network(torch.cat([xt, xt]), torch.cat([t, t]), labels).float().chunk(2)
             output = uncond + guidance_scale * (cond - uncond)
+            output[:, self.channels:] = cond[:, self.channels:]  # a variance is not guided
+        expected = self.channels * (2 if self.variance == "learned" else 1)
+        if output.shape[1] != expected:
+            raise ValueError(f"network: its output has {output.shape[1]} channels; expected {expected}, for images of "
+                             f"{self.channels} and variance {self.variance!r}")
+        between = (output[:, self.channels:] + 1) / 2 if self.variance == "learned" else None
+        return output[:, :self.channels], between
 
+    def _x0(self, output, xt, t):
+        """The x0 that a prediction means."""
         alpha_bar = self._alpha_bar(t)
         if self.prediction == "eps":
-            x0 = _times(1 / alpha_bar.sqrt(), xt) - _times((1 / alpha_bar - 1).sqrt(), output)  # DDPM eq. 15
-        elif self.prediction == "v":
-            x0 = _times(alpha_bar.sqrt(), xt) - _times((1 - alpha_bar).sqrt(), output)
-        else:
-            x0 = output
-        x0 = x0.clamp(-1, 1)
-        eps = _times(1 / (1 - alpha_bar).sqrt(), xt) - _times((alpha_bar / (1 - alpha_bar)).sqrt(), x0)
-        return x0, eps
+            return _times(1 / alpha_bar.sqrt(), xt) - _times((1 / alpha_bar - 1).sqrt(), output)  # DDPM eq. 15
+        if self.prediction == "v":
+            return _times(alpha_bar.sqrt(), xt) - _times((1 - alpha_bar).sqrt(), output)
+        return output
+
+    def _eps(self, x0, xt, t):
+        """The noise that explains x_t with this x0 (DDPM eq. 4, solved for it)."""
+        alpha_bar = self._alpha_bar(t)
+        return _times(1 / (1 - alpha_bar).sqrt(), xt) - _times((alpha_bar / (1 - alpha_bar)).sqrt(), x0)
 
     def p_mean_variance(self, xt, t, y=None, guidance_scale=1.0):
-        """Mean, (N, C, H, W), and variance, (N, 1, 1, 1), of p(x_{t-1} | x_t), and the x0 behind them.
+        """Mean and variance of p(x_{t-1} | x_t), and the x0 behind them.
 
-        The posterior of the predicted x0 (DDPM sec. 3.2; the variance is its beta tilde).
+        Returns:
+            mean, (N, C, H, W): the posterior's, for the predicted x0 (DDPM sec. 3.2); variance, of a shape that
+            broadcasts to it; x0, (N, C, H, W), clipped.
         """
-        x0, _ = self.predict(xt, t, y, guidance_scale)
-        mean, variance = self.q_posterior(x0, xt, t)
-        return mean, variance, x0
+        x0, _, between = self._denoise(xt, t, y, guidance_scale)
+        return self.q_posterior(x0, xt, t)[0], self._log_variance(t, t - 1, between).exp().to(xt.dtype), x0
 
-    def step(self, x0, eps, t, s, eta=0.0, noise=None):
-        """Move from t to the less noisy s, both (N,), given the predicted x0 and eps (DDIM eq. 12 and 16).
+    def _log_variances(self, t, s):
+        """Logarithms of the two fixed variances of p(x_s | x_t), small and large, float64, (N, 1, 1, 1).
 
-        `eta` 1 with standard normal `noise` draws from `q_posterior`, which is DDPM on the timesteps that are
-        visited; `eta` 0 is DDIM and needs no noise.
+        On fewer timesteps they are those of the diffusion that has only these (Improved DDPM sec. 4).
         """
         alpha_bar_t, alpha_bar_s = self._alpha_bar(t), self._alpha_bar(s)
-        sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)).sqrt()
-        xs = _times(alpha_bar_s.sqrt(), x0) + _times((1 - alpha_bar_s - sigma**2).clamp(min=0).sqrt(), eps)
-        return xs if noise is None else xs + _times(sigma, noise)
+        large = 1 - alpha_bar_t / alpha_bar_s
+        small = (1 - alpha_bar_s) / (1 - alpha_bar_t) * large
+        # That is 0 on the way to the image, where the decoder needs a variance: there, as the papers do, that of t = 1.
+        smallest = self.betas[0] * self.betas[1] / (1 - self.alphas_cumprod[1]) if self.num_timesteps > 1 else large
+        return torch.where(s[:, None, None, None] < 0, smallest, small).log(), large.log()
 
-    def timesteps(self, steps):
-        """The timesteps that a sampler of so many steps visits, falling: evenly spaced over all of them."""
-        self._check_steps("steps", steps)
-        return torch.linspace(self.num_timesteps - 1, 0, steps, dtype=torch.float64).round().long().tolist()
+    def _log_variance(self, t, s, between=None):
+        """Logarithm of the variance of p(x_s | x_t), float64; `between` places a learned one."""
+        small, large = self._log_variances(t, s)
+        if between is not None:
+            return between * large + (1 - between) * small  # Improved DDPM eq. 15
+        return large if self.variance == "fixed_large" else small
+
+    def step(self, x0, eps, t, s, eta=0.0, noise=None, between=None):
+        """Move from t to the less noisy s, both (N,), given the predicted x0 and eps (DDIM eq. 12 and 16).
+
+        `eta` 0 is DDIM and needs no noise; `eta` 1 with standard normal `noise` is DDPM on the timesteps that are
+        visited: the mean of `q_posterior`, and the model's variance. The image itself, s = -1, gets no noise.
+        """
+        alpha_bar_t, alpha_bar_s = self._alpha_bar(t), self._alpha_bar(s)
+        sigma2 = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
+        xs = _times(alpha_bar_s.sqrt(), x0) + _times((1 - alpha_bar_s - sigma2).clamp(min=0).sqrt(), eps)
+        if noise is None:
+            return xs
+        std = eta * (self._log_variance(t, s, between) / 2).exp()
+        return xs + _times(std * (s >= 0)[:, None, None, None], noise)
+
+    def _extrapolate(self, x0, x0_before, t_before, t, s):
+        """x0 as it will be half way from t to s in log SNR, given its last two predictions (2211.01095, alg. 2).
+
+        With it in the place of x0, `step` is DPM-Solver++(2M) for `eta` 0, and its SDE form for `eta` 1.
+        """
+        before, now, after = (self._alpha_bar(u).logit() for u in (t_before, t, s))  # log SNR; the steps' ratio counts
+        return x0 + _times((after - now) / (now - before) / 2, x0 - x0_before)
+
+    def timesteps(self, steps, start=None, spacing=None):
+        """The timesteps that a sampler of so many steps visits, falling from `start` (None: the noisiest), evenly.
+
+        'trailing' leaves out the clean end, where little happens (2305.08891 sec. 3.3); 'linspace' goes down to
+        t = 0 (Improved DDPM sec. 4). With as many steps as timesteps both visit all.
+        """
+        start = self.num_timesteps - 1 if start is None else start
+        if not 0 <= start < self.num_timesteps:
+            raise ValueError(f"start {start}: expected a timestep from 0 to {self.num_timesteps - 1}")
+        self._check_steps("steps", steps, start + 1)
+        spacing = self.timestep_spacing if spacing is None else spacing
+        _check_choice("timestep_spacing", spacing, SPACINGS)
+        last = (start + 1) / steps if spacing == "trailing" else 1  # counting timesteps from 1, as the papers do
+        return (torch.linspace(start + 1, last, steps, dtype=torch.float64).round().long() - 1).tolist()
 
     @torch.no_grad()
     def sample(self, n, y=None, *, sampler=None, steps=None, eta=None, guidance_scale=None, seed=None, xT=None,
-               return_sequence=False, progress=False, batch_size=256):
+               start=None, return_sequence=False, progress=False, batch_size=256):
         """Draw images. What is left out comes from the model's own settings.
 
         Args:
             n: how many.
             y: labels: n integers, or one for all. None leaves the choice open: a conditional model then draws a label
                 for each image, each label equally likely.
-            sampler: 'ddpm' or 'ddim'.
+            sampler: 'ddpm', 'ddim' or 'dpm++'.
             steps: network calls an image, from 1 to `num_timesteps`.
-            eta: share of DDPM's noise that each step adds, 0 to 1; None means the sampler's: 1 for 'ddpm', 0 for
-                'ddim'.
+            eta: share of DDPM's noise that each step adds, 0 to 1; None means the sampler's: 1 for 'ddpm', else 0.
+                'dpm++' with 1 is the solver's SDE form.
             guidance_scale: s in uncond + s (cond - uncond): 1 is no guidance, 0 ignores the labels; others need `y`.
             seed: decides the images, on one kind of device; None draws from torch's global state.
-            xT: the noise to start from, (n, C, H, W); None draws it.
-            return_sequence: return the prediction of x0 at every step.
+            xT: what to start from, (n, C, H, W); None draws noise.
+            start: timestep that `xT` belongs to; None means the noisiest. From a lower one the default of `steps` is
+                its share.
+            return_sequence: return the prediction of x0 at every step: progressive generation, DDPM sec. 4.3.
             progress: show a progress bar.
             batch_size: images made at once, which bounds the memory.
 
@@ -221,8 +328,11 @@ class DDPM(nn.Module):
         Raises:
             ValueError: for an argument that does not fit the model.
         """
-        y, eta, guidance_scale = self._check_sampling(n, y, sampler, eta, guidance_scale, batch_size)
-        timesteps = self.timesteps(self.sample_steps if steps is None else steps)
+        y, eta, order, guidance_scale = self._check_sampling(n, y, sampler, eta, guidance_scale, batch_size)
+        if steps is None:
+            share = 1 if start is None else (start + 1) / self.num_timesteps
+            steps = max(1, round(self.sample_steps * share))
+        timesteps = self.timesteps(steps, start)
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         if y is None and self.num_classes is not None:
             y = torch.randint(self.num_classes, (n,), generator=generator, device=self.device)
@@ -235,27 +345,66 @@ class DDPM(nn.Module):
 
         images = []
         with _evaluating(self), tqdm(total=n * len(timesteps), unit="call", disable=not progress, leave=False) as bar:
-            for xt, label in zip(xT.to(self.device, torch.float32).split(batch_size), labels):
+            for noise, label in zip(xT.to(self.device, torch.float32).split(batch_size), labels):
                 sequence = []
-                for t, s in zip(timesteps, timesteps[1:] + [-1]):
-                    t, s = (torch.full((len(xt),), i, device=self.device) for i in (t, s))
-                    x0, eps = self.predict(xt, t, label, guidance_scale)
-                    noise = torch.randn(xt.shape, generator=generator, device=self.device) if eta else None
-                    xt = self.step(x0, eps, t, s, eta, noise)
+                for x0, xt in self._walk(noise, [*timesteps, -1], label, guidance_scale, eta, order, generator):
                     if return_sequence:
                         sequence.append(x0)
                     bar.update(len(xt))
                 images.append(torch.stack(sequence) if return_sequence else xt)
         return torch.cat(images, dim=1 if return_sequence else 0)
 
+    def _walk(self, xt, timesteps, y, guidance_scale, eta, order, generator=None):
+        """The sampling loop: yields the predicted x0 and the new x_t after every step along `timesteps`."""
+        x0_before = t_before = None
+        for now, after in zip(timesteps, timesteps[1:]):
+            t, s = (torch.full((len(xt),), i, device=self.device) for i in (now, after))
+            x0, eps, between = self._denoise(xt, t, y, guidance_scale)
+            predicted = x0
+            if order == 2:
+                if x0_before is not None and after >= 0:  # the last step, of infinite log SNR, is of first order
+                    x0 = self._extrapolate(x0, x0_before, t_before, t, s)
+                    eps = self._eps(x0, xt, t)
+                x0_before, t_before = predicted, t
+            noise = torch.randn(xt.shape, generator=generator, device=self.device) if eta else None
+            xt = self.step(x0, eps, t, s, eta, noise, between)
+            yield predicted, xt
+
+    def interpolate(self, x0, other, weights, t, y=None, **options):
+        """Mix images through their noisy versions: (len(weights), N, C, H, W) (DDPM sec. 4.4).
+
+        Args:
+            x0, other: images in [-1, 1], (N, C, H, W).
+            weights: of `other`, each from 0 to 1. All weights share the noise.
+            t: timestep to mix at: the higher, the less is left of the two.
+            y: labels of the results, N integers or one for all; None means no label.
+            options: as for `sample`; `seed` decides the noise too.
+        """
+        if x0.shape != other.shape:
+            raise ValueError(f"other of shape {tuple(other.shape)}: expected {tuple(x0.shape)}, as of x0")
+        self.timesteps(1, t)
+        x0, other = x0.to(self.device), other.to(self.device)
+        seed = options.get("seed")
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        at = torch.full((len(x0),), t, device=self.device)
+        xt, xt_other = (self.q_sample(image, at, torch.randn(image.shape, generator=generator, device=self.device))
+                        for image in (x0, other))
+        mixed = torch.cat([torch.lerp(xt, xt_other, weight) for weight in weights])
+        if y is None:
+            options = {"guidance_scale": 0} | options
+        else:
+            y = torch.as_tensor(y).expand(len(x0)).repeat(len(weights))
+        images = self.sample(len(mixed), y, xT=mixed, start=t, **options)
+        return images.unflatten(0, (len(weights), len(x0)))
+
     def _check_sampling(self, n, y, sampler, eta, guidance_scale, batch_size):
-        """Labels as a tensor, eta and guidance scale, with the defaults filled in; ValueError for what does not fit."""
+        """Labels as a tensor, eta, order, guidance scale, with the defaults filled in; ValueError for what is wrong."""
         for name, value in (("n", n), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} {value}: expected at least 1 image")
         sampler = self.sampler if sampler is None else sampler
         _check_choice("sampler", sampler, SAMPLERS)
-        eta = SAMPLERS[sampler] if eta is None else eta
+        eta, order = (SAMPLERS[sampler][0] if eta is None else eta), SAMPLERS[sampler][1]
         if not 0 <= eta <= 1:
             raise ValueError(f"eta {eta}: expected a number from 0 (DDIM) to 1 (DDPM)")
         if y is None:
@@ -273,16 +422,81 @@ class DDPM(nn.Module):
             if y.min() < 0 or y.max() >= self.num_classes:
                 raise ValueError(f"y from {y.min()} to {y.max()}: expected labels from 0 to {self.num_classes - 1}")
             y = y.to(self.device)
-        return y, eta, self.guidance_scale if guidance_scale is None else guidance_scale
+        return y, eta, order, self.guidance_scale if guidance_scale is None else guidance_scale
 
-    def _check_steps(self, name, steps):
-        if not 1 <= steps <= self.num_timesteps:
-            raise ValueError(f"{name} {steps}: expected from 1 to {self.num_timesteps}, the length of the diffusion")
+    def _check_steps(self, name, steps, most):
+        if not 1 <= steps <= most:
+            raise ValueError(f"{name} {steps}: expected from 1 to {most}, the number of timesteps")
 
     def _alpha_bar(self, t):
         """alphas_cumprod at timesteps from -1, (N,) -> float64 (N, 1, 1, 1)."""
         bar = torch.where(t < 0, 1.0, self.alphas_cumprod[t.clamp(min=0)])
         return bar[:, None, None, None]
+
+    # Likelihood
+
+    def _bound_term(self, x0, xt, t, x0_predicted, between=None):
+        """The term of the variational bound of timestep t, in bits a dimension, (N,) (DDPM eq. 5).
+
+        KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and for t = 0 -log p(x_0 | x_1): the discrete decoder.
+        """
+        true_mean, mean = (self.q_posterior(image, xt, t)[0] for image in (x0, x0_predicted))
+        true_log_variance, log_variance = self._log_variances(t, t - 1)[0], self._log_variance(t, t - 1, between)
+        spread = true_log_variance - log_variance
+        kl = (spread.exp() - 1 - spread + (true_mean - mean).square() * (-log_variance).exp()) / 2
+        nll = -discrete_log_likelihood(x0, mean, log_variance.to(x0.dtype))
+        terms = torch.where((t == 0)[:, None, None, None], nll, kl.to(nll.dtype))
+        return terms.flatten(1).mean(dim=1) / math.log(2)
+
+    def _prior_term(self, x0):
+        """KL(q(x_T | x_0) || N(0, 1)), in bits a dimension, float64, (N,)."""
+        alpha_bar = self.alphas_cumprod[-1]
+        return ((alpha_bar * (x0.double().square() - 1) - torch.log1p(-alpha_bar)) / 2).flatten(1).mean(1) / math.log(2)
+
+    @torch.no_grad()
+    def bits_per_dim(self, x0, y=None, *, terms=None, seed=None, progress=False, batch_size=256):
+        """The variational bound on -log2 p(x0) a dimension, of 8-bit images (DDPM sec. 3.3 and 4.1).
+
+        Args:
+            x0: images of 256 levels in [-1, 1], (N, C, H, W).
+            y: labels, int64, (N,), or None.
+            terms: how many of the `num_timesteps` terms to compute for each image: the decoder, and one drawn from
+                each of so many stretches of the others, short where the terms are large. That leaves the estimate
+                unbiased. None means all.
+            seed: decides noise and timesteps; None draws from torch's global state.
+            progress: show a progress bar.
+            batch_size: images at once, which bounds the memory.
+
+        Returns:
+            BitsPerDim: the bound, its standard error, its parts, and the rate-distortion curve.
+        """
+        terms = self.num_timesteps if terms is None else terms
+        if not min(2, self.num_timesteps) <= terms <= self.num_timesteps:
+            raise ValueError(f"terms {terms}: expected from {min(2, self.num_timesteps)} to {self.num_timesteps}, the "
+                             "number of timesteps")
+        cube = (self.num_timesteps - 1) * torch.linspace(0, 1, terms, dtype=torch.float64) ** 3
+        edges = [0, *torch.maximum(1 + cube.round(), 1.0 + torch.arange(terms)).long().tolist()]
+        stretches = list(zip(edges, edges[1:]))[::-1]  # from noise to the decoder, which is the stretch (0, 1)
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        bits, errors = [], []
+        with _evaluating(self), tqdm(total=len(x0) * terms, unit="call", disable=not progress, leave=False) as bar:
+            for index in torch.arange(len(x0)).split(batch_size):
+                x, labels = (None if i is None else i[index].to(self.device) for i in (x0, y))
+                bits.append([self._prior_term(x)])
+                errors.append([])
+                for low, high in stretches:
+                    t = torch.randint(low, high, (len(x),), generator=generator, device=self.device)
+                    xt = self.q_sample(x, t, torch.randn(x.shape, generator=generator, device=self.device))
+                    predicted, _, between = self._denoise(xt, t, labels, 1.0)
+                    bits[-1].append((high - low) * self._bound_term(x, xt, t, predicted, between).double())
+                    errors[-1].append((x - predicted).square().flatten(1).mean(dim=1).double())
+                    bar.update(len(x))
+        bits = torch.cat([torch.stack(of_batch) for of_batch in bits], dim=1)  # (1 + terms, N)
+        errors = torch.cat([torch.stack(of_batch) for of_batch in errors], dim=1)
+        mean, total = bits.mean(dim=1), bits.sum(dim=0)
+        error = (total.std() / math.sqrt(len(x0))).item() if len(x0) > 1 else math.nan
+        return BitsPerDim(total.mean().item(), error, mean[0].item(), mean[1:-1].sum().item(), mean[-1].item(),
+                          mean[:-1].cumsum(0).cpu(), 127.5 * errors.mean(dim=1).sqrt().cpu())
 
     # Save and load
 
@@ -293,7 +507,8 @@ class DDPM(nn.Module):
         """
         settings = {name: getattr(self, name) for name in (
             "image_size", "channels", "num_timesteps", "beta_schedule", "prediction", "loss",
-            "sampler", "sample_steps", "guidance_scale")}
+            "variance", "zero_terminal_snr", "min_snr_gamma", "sampler", "sample_steps", "timestep_spacing",
+            "guidance_scale")}
         network = self.network.config if isinstance(self.network, UNet) else None
         save_checkpoint(path, dict(network=network, diffusion=settings, weights=self.state_dict(), info=info))
 
@@ -325,21 +540,98 @@ class DDPM(nn.Module):
         return ddpm.to(device).eval()
 
 
-def make_betas(schedule, num_timesteps):
+class BitsPerDim(NamedTuple):
+    """The variational bound in bits a dimension: mean over images, standard error of that mean, and parts.
+
+    `prior + kl` is DDPM's rate and `decoder` its distortion. Its progressive coding (sec. 4.3), float64, (terms,), from
+    noise to image: `rate`, the bits received before x_t is known, and `rmse`, of the x0 predicted from x_t, in grey
+    levels from 0 to 255.
+    """
+
+    total: float
+    standard_error: float
+    prior: float
+    kl: float
+    decoder: float
+    rate: torch.Tensor
+    rmse: torch.Tensor
+
+
+class ImportanceSampler(nn.Module):
+    """Timesteps drawn in proportion to the root mean square of their losses (Improved DDPM eq. 18).
+
+    It remembers ten losses a timestep, and draws evenly until it has them all; one draw in a thousand stays even, so
+    that no timestep is ever left out. Losses times the weights that come with the timesteps have the mean that even
+    draws would give them.
+    """
+
+    HISTORY = 10
+    EVEN = 0.001
+
+    def __init__(self, num_timesteps):
+        super().__init__()
+        self.register_buffer("losses", torch.zeros(num_timesteps, self.HISTORY, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(num_timesteps, dtype=torch.long))
+
+    def probabilities(self):
+        """Of each timestep, float64, (num_timesteps,)."""
+        p = self.losses.square().mean(dim=1).sqrt()
+        p = (1 - self.EVEN) * p / p.sum() + self.EVEN / len(p)
+        return torch.where((self.counts >= self.HISTORY).all(), p, 1 / len(p))
+
+    def sample(self, n):
+        """n timesteps, int64, and the weights of their losses, float32, both (n,)."""
+        p = self.probabilities()
+        t = torch.multinomial(p, n, replacement=True)
+        return t, (1 / (len(p) * p[t])).float()
+
+    @torch.no_grad()
+    def update(self, t, losses):
+        """Take in the unweighted losses of these timesteps, both (N,); the oldest are forgotten."""
+        earlier = (t[:, None] == t).tril(-1).sum(dim=1)  # how often t came before in this batch
+        self.losses[t, (self.counts[t] + earlier) % self.HISTORY] = losses.double()
+        self.counts.index_add_(0, t, torch.ones_like(t))
+
+
+def make_betas(schedule, num_timesteps, zero_terminal_snr=False):
     """The variances of the forward process, float64, (num_timesteps,).
 
     'linear' runs from 1e-4 to 0.02 for 1000 steps (DDPM sec. 4), and scales so that the end is as noisy for any other
-    number; 'cosine' is Improved DDPM eq. 17, with s = 0.008 and betas of at most 0.999.
+    number; 'cosine' is Improved DDPM eq. 17, with s = 0.008 and betas of at most 0.999. `zero_terminal_snr` shifts and
+    scales sqrt(alphas_cumprod) to end at 0 and begin as before (2305.08891, alg. 1).
     """
     _check_choice("beta_schedule", schedule, BETA_SCHEDULES)
-    if num_timesteps < 1:
-        raise ValueError(f"num_timesteps {num_timesteps}: expected at least 1")
+    least = 2 if zero_terminal_snr else 1
+    if num_timesteps < least:
+        raise ValueError(f"num_timesteps {num_timesteps}: expected at least {least}")
     if schedule == "linear":
         scale = 1000 / num_timesteps
-        return torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64).clamp(max=0.999)
-    t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
-    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        betas = torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64).clamp(max=0.999)
+    else:
+        t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    if zero_terminal_snr:
+        root = torch.cumprod(1 - betas, dim=0).sqrt()
+        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        betas = 1 - alpha_bar / torch.cat([torch.ones_like(root[:1]), alpha_bar[:-1]])
+    return betas
+
+
+def discrete_log_likelihood(x0, mean, log_variance):
+    """log of the probability that N(mean, variance) gives the 8-bit level x0, in nats, as x0 in shape (DDPM eq. 13).
+
+    Levels are 2/255 apart in [-1, 1]; the two outermost take the tails. Differences of the distribution function are
+    taken in logarithms on its lower side, so that they are exact however unlikely the level.
+    """
+    scale = (-log_variance / 2).exp()
+    off = x0 - mean
+    upper, lower = (1 / 255 - off.abs()) * scale, (-1 / 255 - off.abs()) * scale  # mirrored: both on the lower side
+    upper, lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
+    inside = upper + torch.log1p(-torch.exp(lower - upper))
+    darkest = torch.special.log_ndtr((off + 1 / 255) * scale)
+    brightest = torch.special.log_ndtr((1 / 255 - off) * scale)
+    return torch.where(x0 < -0.999, darkest, torch.where(x0 > 0.999, brightest, inside))
 
 
 def save_checkpoint(path, state):

@@ -18,7 +18,7 @@ class UNet(nn.Module):
 
     Args:
         image_size: height and width of the images, in pixels.
-        channels: channels of the images, and of the prediction.
+        channels: channels of the images.
         base_channels: width of the first level; a multiple of 32.
         channel_mult: width of each level as a multiple of `base_channels`; each level halves the resolution.
         num_res_blocks: residual blocks a level going down; one more going up.
@@ -27,6 +27,10 @@ class UNet(nn.Module):
         dropout: probability, in every residual block.
         time_emb_dim: width of the time embedding.
         num_classes: number of labels; None for an unconditional network.
+        num_heads: heads of every attention; no effect on the number of parameters.
+        adaptive_norm: the embedding scales and shifts what the second GroupNorm of a residual block gives (Improved
+            DDPM, sec. 6), instead of being added before it.
+        out_channels: channels of the prediction; None means `channels`. Learned variances need twice as many.
         patch_size: images enter as pixels of `patch_size` squared times as many channels (pixel-unshuffle) and
             leave the same way, so that the network works at `image_size / patch_size` inside.
 
@@ -35,13 +39,16 @@ class UNet(nn.Module):
     """
 
     def __init__(self, image_size=32, channels=3, base_channels=128, channel_mult=(1, 2, 4, 8), num_res_blocks=2,
-                 attention_resolutions=(8, 16), dropout=0.1, time_emb_dim=512, num_classes=None, patch_size=1):
+                 attention_resolutions=(8, 16), dropout=0.1, time_emb_dim=512, num_classes=None, patch_size=1,
+                 num_heads=1, adaptive_norm=False, out_channels=None):
         super().__init__()
+        out_channels = channels if out_channels is None else out_channels
         # What rebuilds this network: saved beside the weights.
         self.config = dict(image_size=image_size, channels=channels, base_channels=base_channels,
                            channel_mult=tuple(channel_mult), num_res_blocks=num_res_blocks,
                            attention_resolutions=tuple(attention_resolutions), dropout=dropout,
-                           time_emb_dim=time_emb_dim, num_classes=num_classes, patch_size=patch_size)
+                           time_emb_dim=time_emb_dim, num_classes=num_classes, patch_size=patch_size,
+                           num_heads=num_heads, adaptive_norm=adaptive_norm, out_channels=out_channels)
         self.num_classes = num_classes
         self.patch_size = patch_size
         resolutions = _check(self.config)
@@ -52,8 +59,9 @@ class UNet(nn.Module):
         # The last row stands for 'no label' (classifier-free guidance, arXiv 2207.12598).
         self.label_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, time_emb_dim)
 
-        def block(in_channels, out_channels, attention):
-            return ResidualBlock(in_channels, out_channels, time_emb_dim, dropout, attention)
+        def block(width_in, width_out, attention):
+            return ResidualBlock(width_in, width_out, time_emb_dim, dropout, num_heads if attention else 0,
+                                 adaptive_norm)
 
         self.conv_in = nn.Conv2d(channels * patch_size**2, base_channels, 3, padding=1)
         width = base_channels
@@ -79,7 +87,7 @@ class UNet(nn.Module):
                 self.up.append(Upsample(width))
 
         self.norm_out = nn.GroupNorm(NUM_GROUPS, width)
-        self.conv_out = _zero(nn.Conv2d(width, channels * patch_size**2, 3, padding=1))
+        self.conv_out = _zero(nn.Conv2d(width, out_channels * patch_size**2, 3, padding=1))
 
     def forward(self, xt, t, y=None):
         """Predict from noisy images.
@@ -90,7 +98,8 @@ class UNet(nn.Module):
             y: labels, int64, (N,), where `num_classes` means 'no label'; None means that for all of them.
 
         Returns:
-            The prediction, of the shape of `xt`: the noise, v or x0, whatever the network was trained for.
+            The prediction, (N, out_channels, image_size, image_size): the noise, v or x0, whatever the network was
+            trained for, and behind it what places a learned variance, if it has one.
 
         Raises:
             ValueError: for labels given to an unconditional network.
@@ -135,41 +144,50 @@ class SinusoidalEmbedding(nn.Module):
 class ResidualBlock(nn.Module):
     """Two convolutions, the time embedding between them, a shortcut around them, attention after them if wanted.
 
-    Maps (N, in_channels, H, W) and the activated embedding (N, time_emb_dim) to (N, out_channels, H, W).
+    Maps (N, in_channels, H, W) and the activated embedding (N, time_emb_dim) to (N, out_channels, H, W). `num_heads` 0
+    means no attention.
     """
 
-    def __init__(self, in_channels, out_channels, time_emb_dim, dropout, attention):
+    def __init__(self, in_channels, out_channels, time_emb_dim, dropout, num_heads=0, adaptive_norm=False):
         super().__init__()
         self.norm1 = nn.GroupNorm(NUM_GROUPS, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.project = nn.Linear(time_emb_dim, out_channels)
+        self.adaptive_norm = adaptive_norm
+        self.project = nn.Linear(time_emb_dim, 2 * out_channels if adaptive_norm else out_channels)
         self.norm2 = nn.GroupNorm(NUM_GROUPS, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-        self.attention = Attention(out_channels) if attention else nn.Identity()
+        self.attention = Attention(out_channels, num_heads) if num_heads else nn.Identity()
 
     def forward(self, x, embedding):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.project(embedding)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        told = self.project(embedding)[:, :, None, None]
+        if self.adaptive_norm:
+            scale, shift = told.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + told)
+        h = self.conv2(self.dropout(F.silu(h)))
         return self.attention(h + self.shortcut(x))
 
 
 class Attention(nn.Module):
     """Self-attention over the pixels of a feature map, with a residual: (N, C, H, W) -> (N, C, H, W)."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, num_heads=1):
         super().__init__()
+        self.num_heads = num_heads
         self.norm = nn.GroupNorm(NUM_GROUPS, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = _zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x):
         n, c, height, width = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(n, 3, c, height * width).unbind(1)
+        q, k, v = (self.qkv(self.norm(x)).reshape(n, 3, self.num_heads, c // self.num_heads, height * width)
+                   .transpose(0, 1).flatten(1, 2))  # each (N heads, C / heads, H W)
         # Plain products: on CPU the fused kernel's backward pass is slower than these.
-        weights = torch.softmax(torch.bmm(q.transpose(1, 2), k) * c**-0.5, dim=-1)  # (N, query, key)
+        weights = torch.softmax(torch.bmm(q.transpose(1, 2), k) * q.shape[1] ** -0.5, dim=-1)  # (.., query, key)
         h = torch.bmm(v, weights.transpose(1, 2))
         return x + self.out(h.reshape(n, c, height, width))
 
@@ -205,7 +223,8 @@ def _zero(module):
 
 def _check(config):
     """The height of the feature maps of each level, if the numbers fit together; ValueError if not."""
-    for name in ("image_size", "channels", "base_channels", "num_res_blocks", "time_emb_dim", "patch_size"):
+    for name in ("image_size", "channels", "base_channels", "num_res_blocks", "time_emb_dim", "patch_size",
+                 "num_heads", "out_channels"):
         if config[name] < 1:
             raise ValueError(f"{name} {config[name]}: expected at least 1")
     if config["base_channels"] % NUM_GROUPS:
@@ -224,4 +243,9 @@ def _check(config):
         if resolution not in resolutions:
             raise ValueError(f"attention_resolutions {resolution}: no feature map has that height; "
                              f"this network has {', '.join(map(str, resolutions))}")
+    for mult, resolution in zip(config["channel_mult"], resolutions):
+        width = config["base_channels"] * mult
+        if resolution in (*config["attention_resolutions"], resolutions[-1]) and width % config["num_heads"]:
+            raise ValueError(f"num_heads {config['num_heads']}: expected a divisor of {width}, the width of the "
+                             f"attention at {resolution}x{resolution}")
     return resolutions

@@ -143,7 +143,7 @@ def test_the_time_embedding_is_sines_then_cosines_of_falling_frequencies():
 @pytest.mark.parametrize("attention", [False, True])
 def test_the_residual_block_is_the_designs(attention):
     """GroupNorm - SiLU - conv, plus the projected embedding, GroupNorm - SiLU - conv, shortcut, then attention."""
-    block = trained(ResidualBlock(32, 64, 16, dropout=0.5, attention=attention))
+    block = trained(ResidualBlock(32, 64, 16, dropout=0.5, num_heads=1 if attention else 0))
     x, embedding = torch.randn(2, 32, 8, 8), torch.randn(2, 16)
     with torch.no_grad():
         h = F.conv2d(F.silu(F.group_norm(x, 32, block.norm1.weight, block.norm1.bias)),
