@@ -43,16 +43,22 @@ num_res_blocks = 2 if cuda else 1  # residual blocks a level
 attention_resolutions = (8, 16) if cuda else (8,)  # heights of the feature maps with attention after each block
 dropout = 0.1 if cuda else 0.0  # probability, in each residual block
 time_emb_dim = 512 if cuda else 256  # width of the time embedding
+num_heads = 1  # of each attention
+adaptive_norm = False  # the time embedding scales and shifts after a norm, instead of being added before it
 patch_size = 1 if cuda else 2  # pixels folded into channels on the way in: 2 works at half the resolution inside
 
 # diffusion
 num_timesteps = 1000  # steps from image to noise
 beta_schedule = "linear"  # how noise grows: linear or cosine
 prediction = "eps" if cuda else "x0"  # what the network predicts: eps, v or x0; x0 learns clean digits soonest
-loss = "mse"  # distance of prediction and truth
+loss = "mse"  # distance of prediction and truth: mse or l1; vlb is the variational bound instead
+variance = "fixed_small"  # of the reverse steps: fixed_small, fixed_large, or learned, with the hybrid loss
+zero_terminal_snr = False  # the last step is noise alone; for v and x0
+min_snr_gamma = 0.0  # weighs the loss as min(SNR, this) weighs errors of x0; 5 is usual, 0 leaves it unweighted
 
 # training
 batch_size = 16  # images a step
+timestep_sampling = "uniform"  # how training draws t: uniform, or importance, by the size of past losses; for vlb
 epochs = 50 if cuda else 2  # passes over the training images
 learning_rate = 1e-4 if cuda else 2e-3  # peak; of AdamW
 weight_decay = 1e-4  # of AdamW
@@ -63,11 +69,14 @@ ema_start = 5000 if cuda else 0  # steps before averaging begins
 ema_update_rate = 1  # steps from one update of the shadow weights to the next
 
 # sampling
-sampler = "ddpm"  # that best_model.pt will use unless told otherwise
+sampler = "ddpm"  # of best_model.pt: ddpm, ddim or dpm++
 sample_steps = 1000 if cuda else 50  # network calls an image, of best_model.pt
+timestep_spacing = "trailing"  # which timesteps fewer calls visit: trailing, or linspace, down to the clean end
 guidance_scale = 1.0 if cuda or not use_conditional_generation else 1.5  # s in uncond + s (cond - uncond)
 num_samples = 100  # images in a grid
 preview_steps = 20 if cuda else 10  # network calls an image, of the grids drawn during training, by DDIM
+bound_images = 1000  # test images, the first so many, of which --evaluate measures bits per dimension
+bound_terms = 50  # of the num_timesteps terms of the bound that it computes for each, if there are more
 
 # rhythm
 log_every = 100 if cuda else 50  # steps from one TensorBoard entry to the next
@@ -81,16 +90,18 @@ RANGES = {  # of what the modules do not check themselves: smallest, largest
     "seed": (0, 2**63 - 1), "channels": (1, 3), "batch_size": (1, math.inf), "epochs": (1, math.inf),
     "learning_rate": (0, math.inf), "weight_decay": (0, math.inf), "grad_clip": (0, math.inf),
     "guidance_scale": (0, math.inf), "sample_steps": (1, math.inf), "preview_steps": (1, math.inf),
-    "num_samples": (1, 10_000), "log_every": (1, 100_000), "sample_every": (1, math.inf), "save_every": (1, math.inf),
+    "num_samples": (1, 10_000), "bound_images": (2, math.inf), "bound_terms": (2, math.inf),
+    "log_every": (1, 100_000), "sample_every": (1, math.inf), "save_every": (1, math.inf),
 }
-FLOATS = {"learning_rate", "weight_decay", "grad_clip", "dropout", "ema_decay", "guidance_scale"}
+FLOATS = {"learning_rate", "weight_decay", "grad_clip", "dropout", "ema_decay", "guidance_scale", "min_snr_gamma"}
 TUPLES = {"channel_mult", "attention_resolutions"}
 # Constants that a saved run does not bring with it, and flags that may differ from those that it began with.
 HERE = {"save_dir", "resume", "evaluate"}
 FREE_TO_RESUME = HERE | {"device", "bf16", "data_dir", "epochs", "learning_rate", "grad_clip", "num_samples",
-                         "preview_steps", "log_every", "sample_every", "save_every"}
+                         "preview_steps", "bound_images", "bound_terms", "log_every", "sample_every", "save_every"}
 FREE_TO_EVALUATE = HERE | {"device", "data_dir", "bf16", "seed", "test_size", "num_samples", "sampler", "sample_steps",
-                           "guidance_scale"}
+                           "timestep_spacing", "guidance_scale", "bound_images", "bound_terms"}
+TIMESTEP_SAMPLINGS = ("uniform", "importance")
 FIELDS = (  # of the reference's log, in its order
     "device", "batch_size", "epochs", "save_dir", "optimizer_type", "learning_rate", "weight_decay", "use_scheduler",
     "scheduler_type", "total_params", "image_size", "channels", "num_timesteps", "base_channels", "num_res_blocks",
@@ -153,10 +164,11 @@ class Parser(argparse.ArgumentParser):
 def make_parser(constants):
     """A flag for each constant, with its comment as help. What is not given is absent from the result."""
     from dataprocess import DATASETS
-    from diffusion import BETA_SCHEDULES, LOSSES, PREDICTIONS, SAMPLERS
+    from diffusion import BETA_SCHEDULES, LOSSES, PREDICTIONS, SAMPLERS, SPACINGS, VARIANCES
 
     choices = {"dataset": DATASETS, "beta_schedule": BETA_SCHEDULES, "prediction": PREDICTIONS, "loss": LOSSES,
-               "sampler": tuple(SAMPLERS)}
+               "variance": VARIANCES, "timestep_sampling": TIMESTEP_SAMPLINGS, "sampler": tuple(SAMPLERS),
+               "timestep_spacing": SPACINGS}
     parser = Parser(prog="train_eval.py", usage="train_eval.py [--CONSTANT VALUE ...]",
                     description="Train a DDPM on MNIST, watch it, draw digits. Each flag stands in for the line "
                     "of that constant at the top of train_eval.py.",
@@ -303,11 +315,15 @@ def build(config):
         image_size=config.image_size, channels=config.channels, base_channels=config.base_channels,
         channel_mult=config.channel_mult, num_res_blocks=config.num_res_blocks,
         attention_resolutions=config.attention_resolutions, dropout=config.dropout, time_emb_dim=config.time_emb_dim,
-        num_classes=NUM_CLASSES if config.use_conditional_generation else None, patch_size=config.patch_size)
+        num_classes=NUM_CLASSES if config.use_conditional_generation else None, patch_size=config.patch_size,
+        num_heads=config.num_heads, adaptive_norm=config.adaptive_norm,
+        out_channels=config.channels * (2 if config.variance == "learned" else 1))
     ddpm = DDPM(
         network, image_size=config.image_size, channels=config.channels, num_timesteps=config.num_timesteps,
-        beta_schedule=config.beta_schedule, prediction=config.prediction, loss=config.loss, sampler=config.sampler,
-        sample_steps=config.sample_steps, guidance_scale=config.guidance_scale)
+        beta_schedule=config.beta_schedule, prediction=config.prediction, loss=config.loss, variance=config.variance,
+        zero_terminal_snr=config.zero_terminal_snr, min_snr_gamma=config.min_snr_gamma, sampler=config.sampler,
+        sample_steps=config.sample_steps, timestep_spacing=config.timestep_spacing,
+        guidance_scale=config.guidance_scale)
     return ddpm.to(config.device, memory_format=torch.channels_last)
 
 
@@ -337,6 +353,8 @@ def train(config, ddpm, ema, train_images, test_images, saved=None):
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
 
+    from diffusion import ImportanceSampler
+
     torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16, on GPUs that have it
     torch.backends.cudnn.benchmark = True
     steps_per_epoch = math.ceil(len(train_images) / config.batch_size)
@@ -346,6 +364,8 @@ def train(config, ddpm, ema, train_images, test_images, saved=None):
     parts = {"network": ddpm.network, "ema": ema, "optimizer": optimizer}
     if config.use_scheduler:
         parts["scheduler"] = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps)
+    if config.timestep_sampling == "importance":
+        parts["timesteps"] = ImportanceSampler(config.num_timesteps).to(config.device)
     progress = {"step": 0, "best_loss": math.inf, "train_curve": [], "test_curve": [],
                 "warning": train_images.warning, "log": time.strftime("%Y-%m-%d_%H-%M-%S")}
     resumed = saved is not None
@@ -409,19 +429,27 @@ def batches(config, train_images, first, start):
 
 
 def train_step(config, ddpm, parts, x0, y):
-    """One step of AdamW. Returns what happened, left on the device: losses (N,), timesteps (N,), gradient norm ()."""
+    """One step of AdamW.
+
+    Returns what happened, left on the device: losses, their weights and timesteps, (N,), and the gradient's norm, ().
+    """
     ddpm.train()
-    t = torch.randint(config.num_timesteps, (len(x0),), device=x0.device)
+    if "timesteps" in parts:
+        t, weights = parts["timesteps"].sample(len(x0))
+    else:
+        t, weights = torch.randint(config.num_timesteps, (len(x0),), device=x0.device), torch.ones_like(x0[:, 0, 0, 0])
     with autocast(config):
         losses = ddpm(x0, y if config.use_conditional_generation else None, t=t, reduction="none")
-    losses.mean().backward()
+    (weights * losses).mean().backward()
     norm = torch.nn.utils.clip_grad_norm_(ddpm.parameters(), config.grad_clip or math.inf)
     parts["optimizer"].step()
     parts["optimizer"].zero_grad()
     if "scheduler" in parts:
         parts["scheduler"].step()
     parts["ema"].update()
-    return losses.detach(), t, norm
+    if "timesteps" in parts:
+        parts["timesteps"].update(t, losses)
+    return losses.detach(), weights, t, norm
 
 
 def autocast(config):
@@ -435,7 +463,7 @@ class Window:
     def __init__(self, config):
         self.num_timesteps = config.num_timesteps
         self.steps = torch.zeros(2, config.log_every, device=config.device)  # loss and gradient norm of each
-        self.quartiles = torch.zeros(2, 4, dtype=torch.float64, device=config.device)  # sum and count of losses by t
+        self.quartiles = torch.zeros(2, 4, dtype=torch.float64, device=config.device)  # by t: sums of losses, weights
         self.start()
 
     def start(self):
@@ -445,13 +473,13 @@ class Window:
         self.count = self.images = 0
         self.clock = time.perf_counter()
 
-    def add(self, losses, t, norm):
-        """Take a step in: losses (N,), timesteps (N,), gradient norm ()."""
-        self.steps[0, self.count] = losses.mean()
+    def add(self, losses, weights, t, norm):
+        """Take a step in: losses, their weights and timesteps, (N,), gradient norm ()."""
+        self.steps[0, self.count] = (weights * losses).mean()
         self.steps[1, self.count] = norm
         quartile = t * 4 // self.num_timesteps
-        self.quartiles[0].index_add_(0, quartile, losses.double())
-        self.quartiles[1].index_add_(0, quartile, torch.ones_like(losses, dtype=torch.float64))
+        self.quartiles[0].index_add_(0, quartile, (weights * losses).double())
+        self.quartiles[1].index_add_(0, quartile, weights.double())
         self.count += 1
         self.images += len(losses)
 
@@ -469,9 +497,9 @@ class Window:
                                  "lower --learning_rate or --grad_clip")
         scalars = {"train/loss": sum(losses) / self.count, "train/grad_norm": sum(norms) / self.count,
                    "train/images_per_second": self.images / (time.perf_counter() - self.clock)}
-        for quartile, (total, count) in enumerate(self.quartiles.T.tolist(), start=1):
-            if count:
-                scalars[f"train_loss_by_t/quartile_{quartile}"] = total / count
+        for quartile, (total, weight) in enumerate(self.quartiles.T.tolist(), start=1):
+            if weight:
+                scalars[f"train_loss_by_t/quartile_{quartile}"] = total / weight
         self.start()
         return scalars
 
@@ -564,6 +592,14 @@ def test_loss(config, ddpm, test_images):
     return total / n
 
 
+def bits_per_dim(config, ddpm, test_images):
+    """The variational bound of the first `bound_images` test images, the same noise each time."""
+    x0, y = test_images.batch(torch.arange(min(config.bound_images, len(test_images))))
+    with autocast(config):
+        return ddpm.bits_per_dim(x0, y if config.use_conditional_generation else None, seed=config.seed,
+                                 terms=min(config.bound_terms, config.num_timesteps), progress=True)
+
+
 def draw(config, ddpm, **options):
     """`num_samples` images from the same noise each time; of a conditional model the digits in turn."""
     y = torch.arange(config.num_samples) % NUM_CLASSES if config.use_conditional_generation else None
@@ -579,6 +615,7 @@ def finish(config, test_images):
 
     save_dir = Path(config.save_dir)
     ddpm = DDPM.load(save_dir / "best_model.pt", config.device)
+    ddpm.timestep_spacing = config.timestep_spacing
     loss = test_loss(config, ddpm, test_images) if config.evaluate else ddpm.info["test_loss"]
     images = draw(config, ddpm, sampler=config.sampler, steps=config.sample_steps,
                   guidance_scale=config.guidance_scale, progress=True)
@@ -586,8 +623,13 @@ def finish(config, test_images):
     with SummaryWriter(save_dir / "tensorboard_logs" / ddpm.info["log"]) as writer:
         write_grid(images, path, writer, "samples/final", ddpm.info["step"])
     print(f"test loss {loss:.5f} ({ddpm.info['epoch']} epochs, {len(test_images):,} images of {config.dataset}, EMA "
-          "weights)\n"
-          f"model: {save_dir / 'best_model.pt'}   samples: {path}")
+          "weights)")
+    if config.evaluate:
+        bits = bits_per_dim(config, ddpm, test_images)
+        print(f"bits per dimension {bits.total:.4f} +- {bits.standard_error:.4f}: prior {bits.prior:.4f}, KL terms "
+              f"{bits.kl:.4f}, decoder {bits.decoder:.4f} ({min(config.bound_images, len(test_images)):,} images, "
+              f"{min(config.bound_terms, config.num_timesteps)} of {config.num_timesteps} terms)")
+    print(f"model: {save_dir / 'best_model.pt'}   samples: {path}")
 
 
 # What a person looks at

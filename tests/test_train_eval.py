@@ -16,11 +16,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from conftest import DATA_DIR
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.utils import make_grid
 
 import train_eval
+from dataprocess import load_data
 from diffusion import DDPM
 from ema import EMA
 from unet import UNet
@@ -77,7 +79,8 @@ def trained(tmp_path_factory, data_flags):
     """A whole run, conditional, with every option that takes part in the bits."""
     save_dir = tmp_path_factory.mktemp("run")
     flags = [*SMALL, *data_flags, "--use_augmentation", "--dropout", 0.1, "--use_conditional_generation",
-             "--ema_start", 5]
+             "--ema_start", 5, "--variance", "learned", "--timestep_sampling", "importance", "--num_timesteps", 10,
+             "--num_heads", 2]  # so few timesteps that importance sampling is warm before the first epoch is over
     done = run(*flags, "--save_dir", save_dir)
     assert done.returncode == 0, done.stderr
     return save_dir, flags, done
@@ -167,7 +170,7 @@ def test_a_training_step_gives_the_network_labels_and_bf16_and_clips_the_gradien
     ema = EMA(ddpm.network)
     y = torch.arange(50) % 10
     parts = {"optimizer": optimizer, "ema": ema}
-    losses, t, norm = train_eval.train_step(config, ddpm, parts, torch.rand(50, 3, 32, 32), y)
+    losses, weights, t, norm = train_eval.train_step(config, ddpm, parts, torch.rand(50, 3, 32, 32), y)
     (_, t_seen, y_seen, dtype), = seen
     assert losses.shape == t.shape == (50,) and torch.equal(t, t_seen) and dtype == torch.bfloat16
     assert ((y_seen == y) | (y_seen == 10)).all() and (y_seen == y).sum() > 30
@@ -178,17 +181,42 @@ def test_a_window_tells_what_its_steps_did(monkeypatch):
     config, _ = train_eval.configure(["--device", "cpu", "--num_timesteps", "1000", "--log_every", "5"])
     window = train_eval.Window(config)
     monkeypatch.setattr(train_eval.time, "perf_counter", lambda: window.clock + 2.0)
-    window.add(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 249, 250]), torch.tensor(4.0))
-    window.add(torch.tensor([5.0]), torch.tensor([999]), torch.tensor(6.0))
+    one = torch.ones(1)
+    window.add(torch.tensor([1.0, 2.0, 3.0]), torch.ones(3), torch.tensor([0, 249, 250]), torch.tensor(4.0))
+    window.add(torch.tensor([5.0]), one, torch.tensor([999]), torch.tensor(6.0))
     assert window.read(2) == {
         "train/loss": 3.5, "train/grad_norm": 5.0, "train/images_per_second": 2.0,
         "train_loss_by_t/quartile_1": 1.5, "train_loss_by_t/quartile_2": 3.0, "train_loss_by_t/quartile_4": 5.0}
-    window.add(torch.tensor([7.0]), torch.tensor([600]), torch.tensor(1.0))
+    window.add(torch.tensor([7.0]), one, torch.tensor([600]), torch.tensor(1.0))
     assert window.read(3)["train_loss_by_t/quartile_3"] == 7.0  # it began anew
-    window.add(torch.tensor([1.0]), torch.tensor([0]), torch.tensor(1.0))
-    window.add(torch.tensor([1.0]), torch.tensor([0]), torch.tensor(float("inf")))
+    window.add(torch.tensor([1.0]), one, torch.tensor([0]), torch.tensor(1.0))
+    window.add(torch.tensor([1.0]), one, torch.tensor([0]), torch.tensor(float("inf")))
     with pytest.raises(SystemExit, match="step 5: loss 1.0, gradient norm inf"):
         window.read(5)
+    window.start()
+    window.add(torch.tensor([4.0, 1.0]), torch.tensor([0.5, 1.5]), torch.tensor([0, 1]), torch.tensor(1.0))
+    scalars = window.read(6)  # timesteps drawn by importance weigh less
+    assert scalars["train/loss"] == 1.75 and scalars["train_loss_by_t/quartile_1"] == 1.75
+
+
+def test_importance_sampling_draws_the_timesteps_weighs_the_losses_and_learns_from_them():
+    config, _ = train_eval.configure([*SMALL, "--no-use_conditional_generation"])
+    ddpm, taken = train_eval.build(config), []
+    draws = torch.arange(4), torch.tensor([0.0, 0.0, 2.0, 2.0])
+    parts = {"optimizer": torch.optim.SGD(ddpm.parameters(), lr=0.0), "ema": EMA(ddpm.network),
+             "timesteps": SimpleNamespace(sample=lambda n: draws, update=lambda *args: taken.append(args))}
+    before = []
+    parts["optimizer"].register_step_pre_hook(lambda *args: before.append(ddpm.network.conv_out.bias.grad.clone()))
+    x0 = torch.rand(4, 3, 32, 32)
+    torch.manual_seed(0)
+    losses, weights, t, _ = train_eval.train_step(config, ddpm, parts, x0, None)
+    assert torch.equal(t, draws[0]) and torch.equal(weights, draws[1])
+    assert torch.equal(taken[0][0], t) and torch.equal(taken[0][1], losses)
+    torch.manual_seed(0)
+    ddpm.zero_grad()
+    ddpm(x0, t=t, reduction="none")[2:].sum().div(2).backward()
+    clip = min(1.0, 1.0 / torch.stack([p.grad.norm() for p in ddpm.parameters() if p.grad is not None]).norm().item())
+    torch.testing.assert_close(before[0], ddpm.network.conv_out.bias.grad * clip, rtol=1e-4, atol=1e-6)
 
 
 def test_a_seed_decides_the_run_to_the_bit_and_another_seed_another_run(trained, tmp_path):
@@ -268,6 +296,12 @@ def test_evaluate_draws_and_measures_the_best_model_again(trained, capsys):
     (save_dir / "samples" / "final.png").unlink()
     assert train_eval.main(["--evaluate", "--save_dir", str(save_dir), "--device", "cpu"]) == 0
     out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("bits per dimension")]
+    ddpm = DDPM.load(save_dir / "best_model.pt", "cpu")
+    _, images = load_data("mnist" if "mnist" in done.stdout else "glyphs", DATA_DIR, test_size=100)
+    bits = ddpm.bits_per_dim(*images.batch(torch.arange(100)), terms=10, seed=0)
+    assert line == (f"bits per dimension {bits.total:.4f} +- {bits.standard_error:.4f}: prior {bits.prior:.4f}, KL "
+                    f"terms {bits.kl:.4f}, decoder {bits.decoder:.4f} (100 images, 10 of 10 terms)")
     assert (save_dir / "samples" / "final.png").read_bytes() == before
     assert [line for line in out.splitlines() if "test loss" in line] == [
         line for line in done.stdout.splitlines() if "test loss" in line]
@@ -450,7 +484,9 @@ def test_the_notebook_runs_on_what_a_run_leaves(trained, monkeypatch):
     notebook = json.loads((ROOT / "explore.ipynb").read_text())
     code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert not any(cell.get("outputs") for cell in notebook["cells"])
-    best = DDPM.load(save_dir / "best_model.pt", "cpu")
+    trained_for_10 = DDPM.load(save_dir / "best_model.pt", "cpu")
+    best = DDPM(trained_for_10.network, variance="learned", sample_steps=3)  # as many timesteps as usual
+    best.info = trained_for_10.info
     monkeypatch.setattr(DDPM, "load", lambda path: best)
     matplotlib.use("Agg")
     names = {}
