@@ -297,8 +297,9 @@ class DDPM(nn.Module):
         self._check_steps("steps", steps, start + 1)
         spacing = self.timestep_spacing if spacing is None else spacing
         _check_choice("timestep_spacing", spacing, SPACINGS)
-        last = (start + 1) / steps if spacing == "trailing" else 1  # counting timesteps from 1, as the papers do
-        return (torch.linspace(start + 1, last, steps, dtype=torch.float64).round().long() - 1).tolist()
+        if spacing == "linspace":
+            return torch.linspace(start, 0, steps, dtype=torch.float64).round().long().tolist()
+        return (torch.linspace(start + 1, (start + 1) / steps, steps, dtype=torch.float64).round().long() - 1).tolist()
 
     @torch.no_grad()
     def sample(self, n, y=None, *, sampler=None, steps=None, eta=None, guidance_scale=None, seed=None, xT=None,
