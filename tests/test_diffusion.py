@@ -25,7 +25,7 @@ class Oracle(torch.nn.Module):
         self.prediction, self.means = prediction, torch.tensor(means)
         self.num_classes = len(means) if len(means) > 1 else None
         self.calls, self.largest = 0, 0
-        self.alphas_cumprod = DDPM(torch.nn.Identity(), **settings).alphas_cumprod
+        self.alphas_cumprod = DDPM(torch.nn.Identity(), prediction=prediction, **settings).alphas_cumprod
 
     def forward(self, xt, t, y=None):
         self.calls, self.largest = self.calls + 1, max(self.largest, len(xt))
@@ -48,19 +48,36 @@ def constant(value, prediction="eps", **settings):
     return DDPM(network, image_size=4, channels=1, prediction=prediction, **settings)
 
 
-def final_moments(timesteps, ddpm, eta):
-    """Mean and variance that the general update gives, followed in closed form from x_T ~ N(0, 1)."""
-    mean, variance = 0.0, 1.0
+def final_moments(timesteps, ddpm, eta, order=1):
+    """Mean and variance that a sampler gives, followed in closed form from x_T ~ N(0, 1).
+
+    The state is (x_t, the x0 predicted before), both linear in the noises so far. The formulas are the papers': DDIM
+    eq. 12 and 16, and 2211.01095 alg. 2 and its SDE form, in half log SNR.
+    """
+    mean, covariance = torch.tensor([0.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 0.0])).double()
+    h_before = None
     for t, s in zip(timesteps, timesteps[1:] + [-1]):
         a, b = ddpm.alphas_cumprod[t].item(), ddpm.alphas_cumprod[s].item() if s >= 0 else 1.0
-        sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
         gain = math.sqrt(a) * STD**2 / (a * STD**2 + 1 - a)  # of x_t in x0
         offset = MEAN - gain * math.sqrt(a) * MEAN
-        direction = math.sqrt(1 - b - sigma**2)
-        slope = math.sqrt(b) * gain + direction * (1 - math.sqrt(a) * gain) / math.sqrt(1 - a)
-        shift = math.sqrt(b) * offset - direction * math.sqrt(a) * offset / math.sqrt(1 - a)
-        mean, variance = slope * mean + shift, slope**2 * variance + sigma**2
-    return mean, variance
+        h = math.inf if s < 0 or a == 0 else (math.log(b / (1 - b)) - math.log(a / (1 - a))) / 2
+        c = h / h_before / 2 if order == 2 and h_before is not None and s >= 0 else 0.0
+        if order == 1:
+            sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
+            of_x = math.sqrt(1 - b - sigma**2) / math.sqrt(1 - a)
+            of_x0 = math.sqrt(b) - of_x * math.sqrt(a)
+        elif eta == 0:
+            sigma, of_x, of_x0 = 0.0, math.sqrt((1 - b) / (1 - a)), math.sqrt(b) * (1 - math.exp(-h))
+        else:
+            sigma = math.sqrt(1 - b) * math.sqrt(1 - math.exp(-2 * h))
+            of_x, of_x0 = math.sqrt((1 - b) / (1 - a)) * math.exp(-h), math.sqrt(b) * (1 - math.exp(-2 * h))
+        if ddpm.variance == "fixed_large" and s >= 0:
+            sigma = eta * math.sqrt(1 - a / b)
+        step = torch.tensor([[of_x + of_x0 * (1 + c) * gain, -of_x0 * c], [gain, 0.0]], dtype=torch.float64)
+        mean = step @ mean + torch.tensor([of_x0 * (1 + c) * offset, offset])
+        covariance = step @ covariance @ step.T + torch.diag(torch.tensor([sigma**2, 0.0]).double())
+        h_before = h
+    return mean[0].item(), covariance[0, 0].item()
 
 
 # Schedules
@@ -226,18 +243,109 @@ def test_x0_is_clipped_and_eps_explains_x_t_with_the_clipped_one():
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("sampler, steps, eta", [
     ("ddpm", 1000, None), ("ddpm", 50, None), ("ddim", 1000, None), ("ddim", 10, None), ("ddim", 50, 0.5),
-    ("ddim", 50, 1.0), ("ddpm", 1, None)])
+    ("ddim", 50, 1.0), ("ddpm", 1, None), ("dpm++", 20, None), ("dpm++", 20, 1.0), ("dpm++", 2, None)])
 def test_samplers_give_the_exact_mean_and_variance(prediction, schedule, sampler, steps, eta):
     if steps == 1000 and (prediction, schedule) not in (("eps", "linear"), ("v", "cosine")):
         steps = 250
     ddpm = gaussian(prediction, beta_schedule=schedule)
-    n = 300
+    check_moments(ddpm, sampler, steps, eta)
+    if steps == 1000:  # and all steps give the data's own
+        mean, variance = final_moments(ddpm.timesteps(steps), ddpm, SAMPLERS[sampler][0])
+        assert mean == pytest.approx(MEAN, abs=2e-3) and variance == pytest.approx(STD**2, rel=0.1)
+
+
+def check_moments(ddpm, sampler, steps, eta=None, n=300):
     images = ddpm.sample(n, sampler=sampler, steps=steps, eta=eta, seed=1, batch_size=n).double()
-    mean, variance = final_moments(ddpm.timesteps(steps), ddpm, SAMPLERS[sampler][0] if eta is None else eta)
+    default, order = SAMPLERS[sampler]
+    mean, variance = final_moments(ddpm.timesteps(steps), ddpm, default if eta is None else eta, order)
     assert images.mean().item() == pytest.approx(mean, abs=1e-4 + 4 * math.sqrt(variance / images.numel()))
     assert images.var().item() == pytest.approx(variance, rel=4 * math.sqrt(2 / images.numel()), abs=1e-6)
-    if steps == 1000:  # and all steps give the data's own
-        assert mean == pytest.approx(MEAN, abs=2e-3) and variance == pytest.approx(STD**2, rel=0.1)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(variance="fixed_large"), dict(timestep_spacing="linspace"),
+    dict(prediction="v", zero_terminal_snr=True), dict(prediction="x0", zero_terminal_snr=True),
+    dict(prediction="v", zero_terminal_snr=True, beta_schedule="cosine", timestep_spacing="linspace")])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_give_the_exact_mean_and_variance_under_every_setting(settings, sampler):
+    for steps in (20, 200):
+        check_moments(gaussian(**settings), sampler, steps)
+
+
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm++", 2)])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_deterministic_samplers_converge_to_the_exact_flow_at_their_order(sampler, order, prediction):
+    """The flow keeps x_t's distance from its mean in standard deviations. Here between inner steps of a fine chain."""
+    ddpm = gaussian(prediction, num_timesteps=100_000)
+    first, last = 80_000, 20_000
+    a, b = (ddpm.alphas_cumprod[i].item() for i in (first, last))
+    xt = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    xt = math.sqrt(a) * MEAN + math.sqrt(a * STD**2 + 1 - a) * xt
+    exact = math.sqrt(b) * MEAN + math.sqrt((b * STD**2 + 1 - b) / (a * STD**2 + 1 - a)) * (xt - math.sqrt(a) * MEAN)
+    errors = []
+    for steps in (8, 16, 32, 64):
+        timesteps = torch.linspace(first, last, steps + 1).long().tolist()
+        *_, (_, xs) = ddpm._walk(xt.double(), timesteps, None, 1.0, *SAMPLERS[sampler])
+        errors.append((xs - exact).abs().max().item())
+    slopes = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:])]
+    assert order - 0.15 < slopes[-1] < order + 0.35 and slopes == pytest.approx([order] * 3, abs=0.5), slopes
+
+
+def test_more_steps_come_nearer_to_the_exact_flow_to_the_image():
+    ddpm, xT = gaussian(beta_schedule="cosine", prediction="v"), torch.randn(2, 1, 8, 8)
+    a = ddpm.alphas_cumprod[-1].item()
+    exact = MEAN + STD / math.sqrt(a * STD**2 + 1 - a) * (xT - math.sqrt(a) * MEAN)
+    for sampler in ("ddim", "dpm++"):
+        errors = [(ddpm.sample(2, sampler=sampler, steps=n, xT=xT) - exact).abs().max().item() for n in (5, 20, 80)]
+        assert errors[0] > 2 * errors[1] > 5 * errors[2], errors
+
+
+def test_a_chain_can_start_anywhere():
+    ddpm = gaussian()
+    torch.manual_seed(0)
+    at = torch.full((300,), 400)
+    xt = ddpm.q_sample(MEAN + STD * torch.randn(300, 1, 8, 8), at, torch.randn(300, 1, 8, 8))
+    images = ddpm.sample(300, xT=xt, start=400, steps=401, sampler="ddpm", seed=0, batch_size=300)
+    assert ddpm.timesteps(401, 400) == list(range(400, -1, -1))
+    assert images.mean().item() == pytest.approx(MEAN, abs=3e-3)
+    assert images.std().item() == pytest.approx(STD, rel=0.05)
+    calls = ddpm.network.calls
+    ddpm.sample(1, xT=xt[:1], start=99)
+    assert ddpm.network.calls - calls == 100  # a tenth of the model's 1000
+    for start in (-1, 1000):
+        with pytest.raises(ValueError, match=f"start {start}: expected a timestep from 0 to 999"):
+            ddpm.sample(1, start=start)
+    with pytest.raises(ValueError, match="steps 12: expected from 1 to 11"):
+        ddpm.sample(1, start=10, steps=12)
+
+
+def test_interpolation_mixes_two_noisy_images_and_denoises_the_mixture():
+    ddpm = gaussian()
+    a, b = torch.full((2, 1, 8, 8), 0.2), torch.full((2, 1, 8, 8), 0.4)
+    images = ddpm.interpolate(a, b, [0.0, 0.3, 1.0], t=300, sampler="ddim", steps=3, seed=4)
+    assert images.shape == (3, 2, 1, 8, 8)
+    generator = torch.Generator().manual_seed(4)
+    at = torch.full((2,), 300)
+    xt, other = (ddpm.q_sample(x, at, torch.randn(x.shape, generator=generator)) for x in (a, b))
+    for weight, mixed in zip((0.0, 0.3, 1.0), images):
+        expected = ddpm.sample(2, xT=(1 - weight) * xt + weight * other, start=300, sampler="ddim", steps=3)
+        torch.testing.assert_close(mixed, expected)
+    near = ddpm.interpolate(a, b, [0.0, 1.0], t=0)
+    torch.testing.assert_close(near, torch.stack([a, b]), atol=0.05, rtol=0)
+    with pytest.raises(ValueError, match="other of shape"):
+        ddpm.interpolate(a, b[:1], [0.5], t=300)
+    with pytest.raises(ValueError, match="start 1000"):
+        ddpm.interpolate(a, b, [0.5], t=1000)
+
+
+def test_interpolation_without_labels_asks_for_no_label_and_with_them_for_these():
+    ddpm, seen = gaussian(means=(-0.4, 0.4)), []
+    ddpm.network.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    a = torch.zeros(2, 1, 8, 8)
+    ddpm.interpolate(a, a, [0.2, 0.5, 0.8], t=10, steps=1)
+    ddpm.interpolate(a, a, [0.2, 0.5, 0.8], t=10, steps=1, y=[1, 0])
+    ddpm.interpolate(a, a, [0.2, 0.5, 0.8], t=10, steps=1, y=1)
+    assert seen[0] is None and seen[1].tolist() == [1, 0] * 3 and seen[2].tolist() == [1] * 6
 
 
 def test_eta_one_is_the_posterior_and_p_mean_variance_its_one_step():
