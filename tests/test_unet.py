@@ -61,6 +61,9 @@ def test_attention_stands_at_the_resolutions_named_and_in_the_middle(resolutions
     (dict(num_res_blocks=0), "num_res_blocks 0"),
     (dict(time_emb_dim=0), "time_emb_dim 0"),
     (dict(dropout=1.5), "dropout 1.5"),
+    (dict(num_heads=0), "num_heads 0"),
+    (dict(num_heads=3), "num_heads 3: expected a divisor of 256, the width of the attention at 16x16"),
+    (dict(out_channels=0), "out_channels 0"),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(options, words):
     with pytest.raises(ValueError, match=words) as error:
@@ -132,6 +135,43 @@ def test_attention_mixes_pixels_by_similarity():
         torch.testing.assert_close(attention(x), x + attention.out(mixed))
 
 
+def test_heads_attend_each_on_its_own_channels_and_cost_no_parameter():
+    """Against torch's own attention over four heads of eight channels."""
+    attention = trained(Attention(32, num_heads=4))
+    x = torch.randn(2, 32, 4, 4)
+    with torch.no_grad():
+        qkv = attention.qkv(attention.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in qkv)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(attention(x), x + attention.out(mixed.transpose(1, 2).reshape(x.shape)))
+    assert count(num_heads=8) == count()
+    assert [module.num_heads for module in small(num_heads=4).modules() if isinstance(module, Attention)] == [4] * 4
+
+
+def test_a_second_half_of_channels_comes_out_behind_the_first():
+    """With patches too: the two halves are images of their own."""
+    network = trained(small(out_channels=6))
+    xt, t = torch.randn(2, 3, 32, 32), torch.tensor([5, 500])
+    both = network(xt, t)
+    assert both.shape == (2, 6, 32, 32)
+    alone = small()
+    alone.load_state_dict({name: value[:12] if name.startswith("conv_out") else value
+                           for name, value in network.state_dict().items()})
+    torch.testing.assert_close(both[:, :3], alone.eval()(xt, t))
+
+
+def test_adaptive_norm_scales_and_shifts_after_the_second_norm():
+    block = trained(ResidualBlock(32, 64, 16, dropout=0.0, adaptive_norm=True))
+    x, embedding = torch.randn(2, 32, 8, 8), torch.randn(2, 16)
+    with torch.no_grad():
+        scale, shift = block.project(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = block.norm2(block.conv1(F.silu(block.norm1(x)))) * (1 + scale) + shift
+        torch.testing.assert_close(block(x, embedding), block.conv2(F.silu(h)) + block.shortcut(x))
+    widths = [module.conv1.out_channels for module in small().modules() if isinstance(module, ResidualBlock)]
+    assert count(**small().config | {"adaptive_norm": True}) - count(**small().config) == sum(
+        65 * width for width in widths)  # time_emb_dim 64, and a bias
+
+
 def test_the_time_embedding_is_sines_then_cosines_of_falling_frequencies():
     embedding = SinusoidalEmbedding(8)(torch.tensor([0, 7, 999]))
     for row, t in zip(embedding, (0, 7, 999)):
@@ -166,7 +206,7 @@ def test_upsampling_repeats_pixels():
 
 
 def test_the_config_builds_the_same_network():
-    network = small(num_classes=10, dropout=0.3)
+    network = small(num_classes=10, dropout=0.3, num_heads=2, adaptive_norm=True, out_channels=6)
     twin = UNet(**network.config)
     twin.load_state_dict(network.state_dict())
     assert twin.config == network.config
