@@ -301,7 +301,6 @@ class DDPM(nn.Module):
             return torch.linspace(start, 0, steps, dtype=torch.float64).round().long().tolist()
         return (torch.linspace(start + 1, (start + 1) / steps, steps, dtype=torch.float64).round().long() - 1).tolist()
 
-    @torch.no_grad()
     def sample(self, n, y=None, *, sampler=None, steps=None, eta=None, guidance_scale=None, seed=None, xT=None,
                start=None, return_sequence=False, progress=False, batch_size=256):
         """Draw images. What is left out comes from the model's own settings.
@@ -345,7 +344,8 @@ class DDPM(nn.Module):
         labels = [None] * n if y is None else y.split(batch_size)
 
         images = []
-        with _evaluating(self), tqdm(total=n * len(timesteps), unit="call", disable=not progress, leave=False) as bar:
+        with (torch.inference_mode(), _evaluating(self),
+              tqdm(total=n * len(timesteps), unit="call", disable=not progress, leave=False) as bar):
             for noise, label in zip(xT.to(self.device, torch.float32).split(batch_size), labels):
                 sequence = []
                 for x0, xt in self._walk(noise, [*timesteps, -1], label, guidance_scale, eta, order, generator):
@@ -353,7 +353,7 @@ class DDPM(nn.Module):
                         sequence.append(x0)
                     bar.update(len(xt))
                 images.append(torch.stack(sequence) if return_sequence else xt)
-        return torch.cat(images, dim=1 if return_sequence else 0)
+        return torch.cat(images, dim=1 if return_sequence else 0)  # outside inference mode: to train on, if one likes
 
     def _walk(self, xt, timesteps, y, guidance_scale, eta, order, generator=None):
         """The sampling loop: yields the predicted x0 and the new x_t after every step along `timesteps`."""
@@ -454,7 +454,7 @@ class DDPM(nn.Module):
         alpha_bar = self.alphas_cumprod[-1]
         return ((alpha_bar * (x0.double().square() - 1) - torch.log1p(-alpha_bar)) / 2).flatten(1).mean(1) / math.log(2)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def bits_per_dim(self, x0, y=None, *, terms=None, seed=None, progress=False, batch_size=256):
         """The variational bound on -log2 p(x0) a dimension, of 8-bit images (DDPM sec. 3.3 and 4.1).
 

@@ -521,6 +521,12 @@ def test_a_saved_model_comes_back_whole(tmp_path):
     assert not again.training and again.info == {"epoch": 3, "config": {"epochs": 5, "channel_mult": (1, 2)}}
     assert torch.equal(again.sample(2, y=[3, 4], seed=0), ddpm.sample(2, y=[3, 4], seed=0))
     torch.load(tmp_path / "model.pt", weights_only=True)  # runs no code from the file
+    settings = dict(num_timesteps=50, beta_schedule="cosine", prediction="v", loss="l1", variance="fixed_large",
+                    zero_terminal_snr=True, min_snr_gamma=5.0, sampler="dpm++", sample_steps=7,
+                    timestep_spacing="linspace", guidance_scale=2.0)
+    DDPM(small_unet(), **settings).save(tmp_path / "model.pt")
+    again = DDPM.load(tmp_path / "model.pt", device="cpu")
+    assert {name: getattr(again, name) for name in settings} == settings
     assert not any(name.startswith(("_orig_mod", "module")) for name in again.state_dict())
 
 

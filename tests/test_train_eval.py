@@ -1,6 +1,7 @@
 """The script, run as a person runs it, on a few real digits and a very small network."""
 
 import ast
+import functools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from torchvision.utils import make_grid
 
 import train_eval
 from dataprocess import load_data
-from diffusion import DDPM
+from diffusion import DDPM, ImportanceSampler
 from ema import EMA
 from unet import UNet
 
@@ -123,6 +124,7 @@ def test_best_model_holds_the_ema_weights_of_the_best_epoch(trained):
     save_dir, _, _ = trained
     best = DDPM.load(save_dir / "best_model.pt", "cpu")
     last = torch.load(save_dir / "last.pt", weights_only=True)
+    assert last["timesteps"]["counts"].sum() == 640 and last["timesteps"]["losses"].all()
     assert best.info["test_loss"] == last["best_loss"] == min(loss for _, loss in last["test_curve"])
     assert best.info["step"] == last["step"] == STEPS  # the loss falls to the end
     assert same(dict(best.network.state_dict()), last["ema"]["shadow"])
@@ -161,7 +163,8 @@ def test_a_grid_asks_for_the_digits_in_turn_and_for_the_same_noise():
 def test_a_training_step_gives_the_network_labels_and_bf16_and_clips_the_gradient():
     config, _ = train_eval.configure([*SMALL, "--use_conditional_generation", "--bf16", "--grad_clip", "0.01"])
     ddpm, seen, norms = train_eval.build(config), [], []
-    assert ddpm.network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert ddpm.network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)  # and plain in float32:
+    assert train_eval.build(train_eval.configure([*SMALL, "--no-bf16"])[0]).network.conv_in.weight.is_contiguous()
     torch.nn.init.normal_(ddpm.network.conv_out.weight)
     ddpm.network.register_forward_hook(lambda module, args, output: seen.append((*args, output.dtype)))
     optimizer = torch.optim.SGD(ddpm.parameters(), lr=0.0)
@@ -175,6 +178,117 @@ def test_a_training_step_gives_the_network_labels_and_bf16_and_clips_the_gradien
     assert losses.shape == t.shape == (50,) and torch.equal(t, t_seen) and dtype == torch.bfloat16
     assert ((y_seen == y) | (y_seen == 10)).all() and (y_seen == y).sum() > 30
     assert norm > 0.01 and norms[0].item() == pytest.approx(0.01, rel=1e-3) and ema.step == 1
+
+
+def test_every_constant_of_the_model_reaches_it():
+    flags = {"num_heads": 2, "adaptive_norm": True, "prediction": "v", "beta_schedule": "cosine", "loss": "l1",
+             "variance": "learned", "zero_terminal_snr": True, "min_snr_gamma": 5.0, "sampler": "dpm++",
+             "sample_steps": 7, "timestep_spacing": "linspace", "guidance_scale": 2.5, "num_timesteps": 50}
+    given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
+    ddpm = train_eval.build(train_eval.configure([*SMALL, "--use_conditional_generation", *given])[0])
+    for name, value in flags.items():
+        assert (ddpm.network.config if name in ddpm.network.config else vars(ddpm))[name] == value, name
+    assert ddpm.network.config["out_channels"] == 6
+
+
+def test_an_evaluation_may_visit_other_timesteps(trained, monkeypatch):
+    save_dir, _, _ = trained
+    seen, draw = [], train_eval.draw
+    monkeypatch.setattr(train_eval, "draw", lambda config, ddpm, **options: (
+        seen.append(ddpm.timestep_spacing), draw(config, ddpm, **options))[1])
+    for spacing in ("linspace", "trailing"):
+        train_eval.main(["--evaluate", "--save_dir", str(save_dir), "--device", "cpu", "--timestep_spacing", spacing])
+    assert seen == ["linspace", "trailing"]
+
+
+def test_a_compiled_run_is_the_same_run(data_flags, tmp_path):
+    """Whatever the compiler does, weights keep their names, and the loss its course; here with torch's own tracer."""
+    config, _ = train_eval.configure([*SMALL, *data_flags, "--use_compile", "--use_conditional_generation"])
+    losses, calls = {}, []
+    for use_compile in (False, True):
+        config.use_compile = use_compile
+        torch.manual_seed(0)
+        ddpm = train_eval.build(config)
+        names, state = list(ddpm.state_dict()), torch.get_rng_state()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", functools.partial(
+                torch.compile, backend=lambda graph, example: (calls.append(1), graph.forward)[1]))
+            train_eval.compile_network(config, ddpm)
+        assert torch.equal(torch.get_rng_state(), state) and list(ddpm.state_dict()) == names
+        assert all(p.grad is None for p in ddpm.parameters()) and len(calls) == use_compile
+        parts = {"optimizer": torch.optim.AdamW(ddpm.parameters(), 1e-3), "ema": EMA(ddpm.network)}
+        x0, y = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
+        losses[use_compile] = torch.stack([train_eval.train_step(config, ddpm, parts, x0, y)[0] for _ in range(3)])
+        assert ddpm.sample(2, y=1, steps=2).shape == (2, 3, 32, 32)
+    torch.testing.assert_close(losses[True], losses[False], rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiler_that_fails_costs_a_line(capsys, monkeypatch):
+    def broken(call, disable=False):
+        def fail(*args):
+            raise RuntimeError("no compiler\nlong story")
+        return call if disable else fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    config, _ = train_eval.configure([*SMALL, "--use_compile"])
+    ddpm = train_eval.build(config)
+    train_eval.compile_network(config, ddpm)
+    assert capsys.readouterr().err == (
+        "torch.compile failed (RuntimeError: no compiler); going on without it\n")
+    assert ddpm.sample(1, steps=1).shape == (1, 3, 32, 32)
+
+
+def test_the_bf16_step_is_the_float32_step_within_its_error():
+    """Loss and gradients of the layouts and precisions that a run may have: norms' statistics stay float32."""
+    torch.manual_seed(0)
+    results, weights, x0, eps = {}, None, torch.rand(8, 3, 32, 32), torch.randn(8, 3, 32, 32)
+    for flag in ("--no-bf16", "--bf16"):
+        config, _ = train_eval.configure([*SMALL, flag, "--channel_mult", "1,2", "--attention_resolutions", "8",
+                                          "--no-use_conditional_generation", "--guidance_scale", "1"])
+        ddpm = train_eval.build(config)
+        if weights is None:  # from the plain layout
+            weights = {name: torch.randn(value.shape) / math.sqrt(value[0].numel()) if value.ndim > 1 else value
+                       for name, value in ddpm.state_dict().items()}
+        ddpm.load_state_dict(weights)
+        with train_eval.autocast(config):
+            loss = ddpm(x0, t=torch.arange(8) * 120, eps=eps)
+        loss.backward()
+        results[flag] = loss.item(), torch.cat([p.grad.flatten() for p in ddpm.parameters() if p.grad is not None])
+    (loss, gradient), (loss16, gradient16) = results.values()
+    assert loss16 == pytest.approx(loss, rel=0.01) and loss16 != loss
+    assert (gradient16 - gradient).norm() < 0.05 * gradient.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: not run")
+def test_on_cuda_a_step_never_waits_for_the_device_and_agrees_with_the_cpu(data_flags):
+    flags = [flag for flag in SMALL if flag not in ("--device", "cpu")] + ["--timestep_sampling", "importance"]
+    config, _ = train_eval.configure([*flags, "--device", "cuda", "--use_conditional_generation"])
+    ddpm = train_eval.build(config)
+    ema = EMA(ddpm.network)
+    parts = {"optimizer": torch.optim.AdamW(ddpm.parameters(), 1e-3, fused=True), "ema": ema,
+             "timesteps": ImportanceSampler(config.num_timesteps).cuda()}
+    train_images, _ = load_data("glyphs", "", train_size=64, test_size=1, device="cuda")
+    train_eval.compile_network(config, ddpm)
+    window = train_eval.Window(config)
+    for x0, y in train_images.epoch(16, 0):  # the compiler and the allocator have had their say after one epoch
+        window.add(*train_eval.train_step(config, ddpm, parts, x0, y))
+    window.start()
+    batches = list(train_images.epoch(16, 1))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x0, y in batches:
+            window.add(*train_eval.train_step(config, ddpm, parts, x0, y))
+        ddpm.sample(4, y=torch.arange(4, device="cuda"), steps=3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    twin = train_eval.build(train_eval.configure([*SMALL, "--use_conditional_generation"])[0])
+    twin.load_state_dict(ddpm.state_dict())
+    x0, y = batches[0]
+    t, eps = torch.arange(16) * 60, torch.randn(16, 3, 32, 32)
+    ddpm.eval(), twin.eval()
+    with torch.no_grad():
+        on_cuda = ddpm(x0, y, t=t.cuda(), eps=eps.cuda()).item()
+        assert on_cuda == pytest.approx(twin(x0.cpu(), y.cpu(), t=t, eps=eps).item(), rel=0.02)
 
 
 def test_a_window_tells_what_its_steps_did(monkeypatch):
