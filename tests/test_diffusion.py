@@ -11,8 +11,7 @@ import resource
 import pytest
 import torch
 
-from diffusion import (DDPM, LABEL_DROPOUT, PREDICTIONS, SAMPLERS, SPACINGS, load_checkpoint, make_betas,
-                       save_checkpoint)
+from diffusion import DDPM, LABEL_DROPOUT, PREDICTIONS, SAMPLERS, load_checkpoint, make_betas, save_checkpoint
 from unet import UNet
 
 MEAN, STD = 0.3, 0.1  # so that clipping to [-1, 1] never bites
@@ -49,18 +48,18 @@ def constant(value, prediction="eps", **settings):
     return DDPM(network, image_size=4, channels=1, prediction=prediction, **settings)
 
 
-def final_moments(timesteps, ddpm, eta, order=1, data_mean=MEAN, place=None):
+def final_moments(timesteps, ddpm, eta, order=1):
     """Mean and variance that a sampler gives, followed in closed form from x_T ~ N(0, 1).
 
     The state is (x_t, the x0 predicted before), both linear in the noises so far. The formulas are the papers': DDIM
-    eq. 12 and 16, and 2211.01095 alg. 2 and its SDE form, in half log SNR. `place` is that of a learned variance.
+    eq. 12 and 16, and 2211.01095 alg. 2 and its SDE form, in half log SNR.
     """
     mean, covariance = torch.tensor([0.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 0.0])).double()
     h_before = None
     for t, s in zip(timesteps, timesteps[1:] + [-1]):
         a, b = ddpm.alphas_cumprod[t].item(), ddpm.alphas_cumprod[s].item() if s >= 0 else 1.0
         gain = math.sqrt(a) * STD**2 / (a * STD**2 + 1 - a)  # of x_t in x0
-        offset = data_mean - gain * math.sqrt(a) * data_mean
+        offset = MEAN - gain * math.sqrt(a) * MEAN
         h = math.inf if s < 0 or a == 0 else (math.log(b / (1 - b)) - math.log(a / (1 - a))) / 2
         c = h / h_before / 2 if order == 2 and h_before is not None and s >= 0 else 0.0
         if order == 1:
@@ -74,8 +73,6 @@ def final_moments(timesteps, ddpm, eta, order=1, data_mean=MEAN, place=None):
             of_x, of_x0 = math.sqrt((1 - b) / (1 - a)) * math.exp(-h), math.sqrt(b) * (1 - math.exp(-2 * h))
         if ddpm.variance == "fixed_large" and s >= 0:
             sigma = eta * math.sqrt(1 - a / b)
-        if place is not None and s >= 0:  # Improved DDPM eq. 15, of the beta and beta tilde of this step
-            sigma = eta * math.sqrt((1 - a / b) * ((1 - b) / (1 - a)) ** (1 - place))
         step = torch.tensor([[of_x + of_x0 * (1 + c) * gain, -of_x0 * c], [gain, 0.0]], dtype=torch.float64)
         mean = step @ mean + torch.tensor([of_x0 * (1 + c) * offset, offset])
         covariance = step @ covariance @ step.T + torch.diag(torch.tensor([sigma**2, 0.0]).double())
@@ -257,11 +254,10 @@ def test_samplers_give_the_exact_mean_and_variance(prediction, schedule, sampler
         assert mean == pytest.approx(MEAN, abs=2e-3) and variance == pytest.approx(STD**2, rel=0.1)
 
 
-def check_moments(ddpm, sampler, steps, eta=None, n=300, data_mean=MEAN, place=None, **options):
-    images = ddpm.sample(n, sampler=sampler, steps=steps, eta=eta, seed=1, batch_size=n, **options).double()
+def check_moments(ddpm, sampler, steps, eta=None, n=300):
+    images = ddpm.sample(n, sampler=sampler, steps=steps, eta=eta, seed=1, batch_size=n).double()
     default, order = SAMPLERS[sampler]
-    eta = default if eta is None else eta
-    mean, variance = final_moments(ddpm.timesteps(steps), ddpm, eta, order, data_mean, place)
+    mean, variance = final_moments(ddpm.timesteps(steps), ddpm, default if eta is None else eta, order)
     assert images.mean().item() == pytest.approx(mean, abs=1e-4 + 4 * math.sqrt(variance / images.numel()))
     assert images.var().item() == pytest.approx(variance, rel=4 * math.sqrt(2 / images.numel()), abs=1e-6)
 
@@ -274,32 +270,6 @@ def check_moments(ddpm, sampler, steps, eta=None, n=300, data_mean=MEAN, place=N
 def test_samplers_give_the_exact_mean_and_variance_under_every_setting(settings, sampler):
     for steps in (20, 200):
         check_moments(gaussian(**settings), sampler, steps)
-
-
-@pytest.mark.parametrize("sampler, eta", [("ddpm", None), ("ddim", 0.5), ("dpm++", None), ("dpm++", 1.0)])
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_samplers_give_the_exact_mean_and_variance_of_each_class_and_of_a_guided_one(prediction, sampler, eta):
-    """Guided, the predictor of means u and c is the exact one of u + s (c - u): both are linear in their means."""
-    ddpm = gaussian(prediction, means=(-0.2, MEAN))
-    check_moments(ddpm, sampler, 20, eta, data_mean=-0.2, y=0)
-    check_moments(ddpm, sampler, 20, eta, data_mean=MEAN, y=1)
-    check_moments(ddpm, sampler, 20, eta, data_mean=-0.2 + 0.5 * (MEAN + 0.2), y=1, guidance_scale=0.5)
-    check_moments(ddpm, sampler, 20, eta, data_mean=-0.2, y=1, guidance_scale=0)
-    check_moments(gaussian(prediction, means=(0.0, 0.1)), sampler, 20, eta, data_mean=0.3, y=1, guidance_scale=3.0)
-
-
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize("spacing", SPACINGS)
-def test_fewer_steps_are_the_shorter_diffusion_sampled_whole(variance, spacing):
-    """Improved DDPM sec. 4: the diffusion that has only the timesteps visited, with its own betas."""
-    ddpm = gaussian(variance=variance, timestep_spacing=spacing, beta_schedule="cosine")
-    visited = torch.tensor(ddpm.timesteps(12)[::-1])
-    short = gaussian(variance=variance, num_timesteps=12)
-    short.alphas_cumprod = short.network.alphas_cumprod = ddpm.alphas_cumprod[visited]
-    short.betas = 1 - short.alphas_cumprod / torch.cat([torch.ones(1), short.alphas_cumprod[:-1]])
-    for sampler, eta in (("ddpm", 1.0), ("ddpm", 0.5), ("dpm++", 0.0), ("dpm++", 1.0)):
-        few, whole = (model.sample(3, sampler=sampler, steps=12, eta=eta, seed=1) for model in (ddpm, short))
-        torch.testing.assert_close(few, whole)
 
 
 @pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm++", 2)])
@@ -342,11 +312,6 @@ def test_a_chain_can_start_anywhere():
     calls = ddpm.network.calls
     ddpm.sample(1, xT=xt[:1], start=99)
     assert ddpm.network.calls - calls == 100  # a tenth of the model's 1000
-    ddpm.sample_steps = 20
-    ddpm.sample(1, xT=xt[:1], start=99)
-    assert ddpm.network.calls - calls == 102
-    ddpm.sample(1, xT=xt[:1], start=9)  # its share is none, and one is the least
-    assert ddpm.network.calls - calls == 103
     for start in (-1, 1000):
         with pytest.raises(ValueError, match=f"start {start}: expected a timestep from 0 to 999"):
             ddpm.sample(1, start=start)
@@ -365,8 +330,6 @@ def test_interpolation_mixes_two_noisy_images_and_denoises_the_mixture():
     for weight, mixed in zip((0.0, 0.3, 1.0), images):
         expected = ddpm.sample(2, xT=(1 - weight) * xt + weight * other, start=300, sampler="ddim", steps=3)
         torch.testing.assert_close(mixed, expected)
-    again = ddpm.interpolate(a, b, torch.tensor([0.3]), t=300, sampler="ddim", steps=3, seed=4)
-    torch.testing.assert_close(again, images[1:2])  # the noise is the same, whatever weights stand beside
     near = ddpm.interpolate(a, b, [0.0, 1.0], t=0)
     torch.testing.assert_close(near, torch.stack([a, b]), atol=0.05, rtol=0)
     with pytest.raises(ValueError, match="other of shape"):
@@ -426,22 +389,6 @@ def test_timesteps_fall_from_noise_to_image(steps):
     even = gaussian(timestep_spacing="linspace").timesteps(steps)
     assert len(set(even)) == steps and even == sorted(even, reverse=True) and even[0] == 999
     assert steps == 1 or even[-1] == 0
-    assert gaussian().timesteps(steps, spacing="linspace") == even
-    assert gaussian(timestep_spacing="linspace").timesteps(steps, spacing="trailing") == timesteps
-
-
-def test_timesteps_by_hand():
-    ddpm = gaussian()
-    assert ddpm.timesteps(5) == [999, 799, 599, 399, 199]
-    assert ddpm.timesteps(5, spacing="linspace") == [999, 749, 500, 250, 0]
-    assert ddpm.timesteps(4, start=99) == [99, 74, 49, 24] and ddpm.timesteps(1, start=0) == [0]
-    assert ddpm.timesteps(4, start=99, spacing="linspace") == [99, 66, 33, 0]
-    for arguments, words in (((5, 3), "steps 5: expected from 1 to 4"), ((0,), "steps 0: expected from 1 to 1000"),
-                             ((1, 1000), "start 1000: expected a timestep from 0 to 999"),
-                             ((1, 9, "even"), "timestep_spacing 'even': expected 'trailing' or 'linspace'")):
-        with pytest.raises(ValueError, match=words) as error:
-            ddpm.timesteps(*arguments)
-        assert "\n" not in str(error.value)
 
 
 def test_any_number_of_images_goes_in_bounded_batches():
@@ -457,23 +404,6 @@ def test_the_sequence_ends_in_the_image():
         sequence = ddpm.sample(12, steps=6, sampler=sampler, seed=3, return_sequence=True, batch_size=5)
         assert sequence.shape == (6, 12, 1, 8, 8)
         torch.testing.assert_close(sequence[-1], ddpm.sample(12, steps=6, sampler=sampler, seed=3, batch_size=5))
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_sequence_is_what_the_network_predicted_at_each_step(sampler):
-    ddpm, said = gaussian("x0"), []
-    ddpm.network.register_forward_hook(lambda module, args, output: said.append(output))
-    sequence = ddpm.sample(2, steps=6, sampler=sampler, seed=3, return_sequence=True)
-    torch.testing.assert_close(sequence, torch.stack(said))
-
-
-def test_sampled_images_can_be_trained_on():
-    ddpm = DDPM(torch.nn.Conv2d(1, 1, 1), image_size=4, channels=1, num_timesteps=4)
-    ddpm.network.forward = lambda xt, t, y=None: torch.nn.Conv2d.forward(ddpm.network, xt)
-    images = ddpm.sample(2, seed=0)
-    mixed = ddpm.interpolate(images, images, [0.5], t=2)[0]
-    ddpm(images + mixed).backward()
-    assert not images.requires_grad and ddpm.network.weight.grad.abs().sum() > 0
 
 
 def test_what_is_left_out_comes_from_the_models_settings():
@@ -559,16 +489,11 @@ def test_labels_for_an_unconditional_model_are_refused():
 @pytest.mark.parametrize("settings, words", [
     (dict(beta_schedule="sigmoid"), "beta_schedule 'sigmoid'"), (dict(prediction="score"), "prediction 'score'"),
     (dict(loss="huber"), "loss 'huber'"), (dict(sampler="x"), "sampler 'x'"),
-    (dict(variance="learnt"), "variance 'learnt'.*'fixed_small' or 'fixed_large' or 'learned'"),
-    (dict(timestep_spacing="even"), "timestep_spacing 'even'"), (dict(min_snr_gamma=-1.0), "min_snr_gamma -1.0"),
-    (dict(min_snr_gamma=5.0, loss="vlb"), "min_snr_gamma 5.0 with loss 'vlb'"),
-    (dict(zero_terminal_snr=True), "zero_terminal_snr with prediction 'eps'"),
     (dict(num_timesteps=0), "num_timesteps 0"), (dict(sample_steps=1001), "sample_steps 1001"),
     (dict(num_timesteps=50, sample_steps=51), "1 to 50")])
 def test_settings_that_do_not_fit_are_refused(settings, words):
-    with pytest.raises(ValueError, match=words) as error:
+    with pytest.raises(ValueError, match=words):
         DDPM(torch.nn.Identity(), **settings)
-    assert "\n" not in str(error.value)
 
 
 def test_images_of_another_shape_than_the_networks_are_refused():
