@@ -61,7 +61,7 @@ class Classifier(nn.Module):
         return (self.read(images)[1].argmax(dim=1) == labels.cpu()).double().mean().item()
 
 
-def train_classifier(images, labels, *, seed=0, device="cpu", epochs=4, progress=False):
+def train_classifier(images, labels, *, seed=0, device="cpu", epochs=5, progress=False):
     """A classifier trained on images and labels, int64, (N,); `seed` decides it, on a CPU to the bit.
 
     Images are turned, shifted, scaled and slanted a little on the way in, each quarter of a batch in its own way.

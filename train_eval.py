@@ -6,6 +6,7 @@ Each constant is also a flag that stands in for its line: `python train_eval.py 
 import argparse
 import ast
 import difflib
+import json
 import math
 import os
 import signal
@@ -25,7 +26,7 @@ bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else amx 
 use_compile = cuda  # torch.compile the network: minutes at the start, and faster steps; on a CPU rarely worth it
 save_dir = "checkpoints"  # folder for everything that a run leaves
 resume = False  # go on with the run in save_dir from its last.pt
-evaluate = False  # no training: test loss and samples of save_dir's best_model.pt
+evaluate = False  # no training: measure save_dir's best_model.pt, or the PNGs in a folder: --evaluate FOLDER
 
 # data
 dataset = "auto"  # auto is mnist, and glyphs where there is neither a copy nor a network
@@ -76,6 +77,10 @@ timestep_spacing = "trailing"  # which timesteps fewer calls visit: trailing, or
 guidance_scale = 1.0 if cuda or not use_conditional_generation else 1.5  # s in uncond + s (cond - uncond)
 num_samples = 100  # images in a grid
 preview_steps = 20 if cuda else 10  # network calls an image, of the grids drawn during training, by DDIM
+
+# evaluation
+eval_every = 1  # epochs from one small measurement of the samples to the next, for a curve; 0 leaves them out
+eval_samples = 10_000 if cuda else 2000  # images that --evaluate draws and measures
 bound_images = 1000  # test images, the first so many, of which --evaluate measures bits per dimension
 bound_terms = 50  # of the num_timesteps terms of the bound that it computes for each, if there are more
 
@@ -87,11 +92,13 @@ save_every = 5000 if cuda else 500  # steps from one last.pt to the next; each e
 
 NUM_CLASSES = 10  # of every data set here
 FIRST_SAMPLE = 200  # steps
+FEW_SAMPLES = 500  # of the small measurements in training
 RANGES = {  # of what the modules do not check themselves: smallest, largest
     "seed": (0, 2**63 - 1), "channels": (1, 3), "batch_size": (1, math.inf), "epochs": (1, math.inf),
     "learning_rate": (0, math.inf), "weight_decay": (0, math.inf), "grad_clip": (0, math.inf),
     "guidance_scale": (0, math.inf), "sample_steps": (1, math.inf), "preview_steps": (1, math.inf),
-    "num_samples": (1, 10_000), "bound_images": (2, math.inf), "bound_terms": (2, math.inf),
+    "num_samples": (1, 10_000), "eval_every": (0, math.inf), "eval_samples": (1, math.inf),
+    "bound_images": (2, math.inf), "bound_terms": (2, math.inf),
     "log_every": (1, 100_000), "sample_every": (1, math.inf), "save_every": (1, math.inf),
 }
 FLOATS = {"learning_rate", "weight_decay", "grad_clip", "dropout", "ema_decay", "guidance_scale", "min_snr_gamma"}
@@ -99,10 +106,11 @@ TUPLES = {"channel_mult", "attention_resolutions"}
 # Constants that a saved run does not bring with it, and flags that may differ from those that it began with.
 HERE = {"save_dir", "resume", "evaluate"}
 FREE_TO_RESUME = HERE | {"device", "bf16", "use_compile", "data_dir", "epochs", "learning_rate", "grad_clip",
-                         "num_samples", "preview_steps", "bound_images", "bound_terms", "log_every", "sample_every",
-                         "save_every"}
+                         "num_samples", "preview_steps", "eval_every", "eval_samples", "bound_images", "bound_terms",
+                         "log_every", "sample_every", "save_every"}
 FREE_TO_EVALUATE = HERE | {"device", "data_dir", "bf16", "use_compile", "seed", "test_size", "num_samples", "sampler",
-                           "sample_steps", "timestep_spacing", "guidance_scale", "bound_images", "bound_terms"}
+                           "sample_steps", "timestep_spacing", "guidance_scale", "eval_samples", "bound_images",
+                           "bound_terms"}
 TIMESTEP_SAMPLINGS = ("uniform", "importance")
 FIELDS = (  # of the reference's log, in its order
     "device", "batch_size", "epochs", "save_dir", "optimizer_type", "learning_rate", "weight_decay", "use_scheduler",
@@ -180,7 +188,9 @@ def make_parser(constants):
         groups[group] = groups.get(group) or parser.add_argument_group(group)
         text = ",".join(map(str, value)) if isinstance(value, tuple) else value
         options = {"help": f"{comment} (default: {text})".replace("%", "%%")}
-        if isinstance(value, bool):
+        if name == "evaluate":
+            options |= {"nargs": "?", "const": True, "metavar": "FOLDER"}
+        elif isinstance(value, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif name in TUPLES:
             options |= {"type": integers, "metavar": "INT,INT"}
@@ -255,13 +265,16 @@ def main(argv=None):
     warning, begun = None, time.perf_counter()
     try:
         try:
-            config, saved, ddpm, ema, train_images, test_images, warning = prepare(*configure(argv))
+            config, saved, ddpm, ema, train_images, test_images, samples, warning = prepare(*configure(argv))
         except ValueError as error:  # the user's mistake; one further on would be ours
             Parser(prog="train_eval.py").error(error)
         if warning:
             print(warning, file=sys.stderr)
         if config.evaluate or train(config, ddpm, ema, train_images, test_images, saved):
-            finish(config, test_images)
+            if samples is None:
+                finish(config, train_images, test_images)
+            else:
+                report(config, samples, None, train_images, test_images)
             print(f"{(time.perf_counter() - begun) / 60:.1f} minutes, everything included")
             return 0
     except KeyboardInterrupt:
@@ -282,12 +295,15 @@ def prepare(config, given):
     from dataprocess import load_data
     from diffusion import DDPM, load_checkpoint
     from ema import EMA
+    from metrics import NUM_FEATURES, read_folder
 
-    save_dir, saved, warning = Path(config.save_dir), None, None
+    save_dir, saved, samples, warning = Path(config.save_dir), None, None, None
     check(config)
     if config.resume:
         saved = load_checkpoint(save_dir / "last.pt", ("config", "step", "network", "optimizer"))
         config, warning = adopt(config, given, saved["config"], FREE_TO_RESUME), saved["warning"]
+    elif isinstance(config.evaluate, str):
+        samples = read_folder(config.evaluate)
     elif config.evaluate:
         info = DDPM.load(save_dir / "best_model.pt", "cpu").info
         if "config" not in info:
@@ -304,8 +320,16 @@ def prepare(config, given):
         train_size=config.train_size, test_size=config.test_size, augment=config.use_augmentation, seed=config.seed,
         device=config.device)
     config.dataset, config.train_size, config.test_size = train_images.name, len(train_images), len(test_images)
+    least, most = NUM_FEATURES + 1, min(len(train_images), len(test_images))
+    if samples is not None and not least <= len(samples) <= most:
+        raise ValueError(f"evaluate {config.evaluate!r}: {len(samples)} PNGs; expected from {least} to {most}, the "
+                         "number of real images to compare with")
+    if (config.evaluate or config.eval_every) and min(config.eval_samples, most) < least:
+        raise ValueError(f"eval_samples {config.eval_samples}, train_size {len(train_images)}, test_size "
+                         f"{len(test_images)}: expected at least {least} of each to measure samples; "
+                         "--eval_every 0 trains without")
     make_room(save_dir, keep=config.resume or config.evaluate)
-    return config, saved, ddpm, ema, train_images, test_images, train_images.warning or warning
+    return config, saved, ddpm, ema, train_images, test_images, samples, train_images.warning or warning
 
 
 def build(config):
@@ -423,10 +447,10 @@ def train(config, ddpm, ema, train_images, test_images, saved=None):
                 log_step(writer, bar, progress, window.read(step), optimizer.param_groups[0]["lr"])
             if drawing:
                 with ema.applied():
-                    images = draw(config, ddpm, sampler="ddim", steps=config.preview_steps)
+                    images, _ = draw(config, ddpm, config.num_samples, sampler="ddim", steps=config.preview_steps)
                 write_grid(images, save_dir / "samples" / f"step_{step:07d}.png", writer, "samples", step)
             if ending:
-                evaluate_epoch(config, ddpm, ema, test_images, progress, step // steps_per_epoch, writer)
+                evaluate_epoch(config, ddpm, ema, train_images, test_images, progress, step // steps_per_epoch, writer)
             if saving:
                 save_last(config, parts, progress)
             if drawing or saving:
@@ -585,10 +609,16 @@ def save_best(config, ddpm, ema, progress, epoch):
 # Evaluation
 
 
-def evaluate_epoch(config, ddpm, ema, test_images, progress, epoch, writer):
-    """Test loss of the EMA weights; the best so far become best_model.pt."""
+def evaluate_epoch(config, ddpm, ema, train_images, test_images, progress, epoch, writer):
+    """Test loss of the EMA weights, the best of which become best_model.pt, and Fréchet distance of a few samples."""
     with ema.applied():
         value = test_loss(config, ddpm, test_images)
+        if config.eval_every and epoch % config.eval_every == 0:
+            n = min(FEW_SAMPLES, len(train_images), len(test_images))
+            samples, _ = draw(config, ddpm, n, sampler="ddim", steps=config.preview_steps)
+            result, _, _ = measure(config, samples, None, train_images, test_images, frechet_only=True)
+            writer.add_scalar("samples/frechet", result["frechet"], progress["step"])
+            writer.add_scalar("samples/frechet_real", result["frechet_real"], progress["step"])
     writer.add_scalar("test/loss", value, progress["step"])
     progress["test_curve"].append([progress["step"], value])
     if value < progress["best_loss"]:
@@ -622,15 +652,15 @@ def bits_per_dim(config, ddpm, test_images):
                                  terms=min(config.bound_terms, config.num_timesteps), progress=True)
 
 
-def draw(config, ddpm, **options):
-    """`num_samples` images from the same noise each time; of a conditional model the digits in turn."""
-    y = torch.arange(config.num_samples) % NUM_CLASSES if config.use_conditional_generation else None
+def draw(config, ddpm, n, **options):
+    """n images from the same noise each time, and their labels: the digits in turn, None for an unconditional model."""
+    y = torch.arange(n) % NUM_CLASSES if config.use_conditional_generation else None
     with autocast(config):
-        return ddpm.sample(config.num_samples, y, seed=config.seed, **options)
+        return ddpm.sample(n, y, seed=config.seed, **options), y
 
 
-def finish(config, test_images):
-    """What the run came to, from best_model.pt: its loss, and a grid by its own sampler."""
+def finish(config, train_images, test_images):
+    """What the run came to, from best_model.pt: its loss, a grid by its own sampler and, to evaluate, its measures."""
     from torch.utils.tensorboard import SummaryWriter
 
     from diffusion import DDPM
@@ -640,8 +670,8 @@ def finish(config, test_images):
     ddpm.timestep_spacing = config.timestep_spacing
     compile_network(config, ddpm)
     loss = test_loss(config, ddpm, test_images) if config.evaluate else ddpm.info["test_loss"]
-    images = draw(config, ddpm, sampler=config.sampler, steps=config.sample_steps,
-                  guidance_scale=config.guidance_scale, progress=True)
+    sampling = dict(sampler=config.sampler, steps=config.sample_steps, guidance_scale=config.guidance_scale)
+    images, _ = draw(config, ddpm, config.num_samples, progress=True, **sampling)
     path = save_dir / "samples" / "final.png"
     with SummaryWriter(save_dir / "tensorboard_logs" / ddpm.info["log"]) as writer:
         write_grid(images, path, writer, "samples/final", ddpm.info["step"])
@@ -652,7 +682,50 @@ def finish(config, test_images):
         print(f"bits per dimension {bits.total:.4f} +- {bits.standard_error:.4f}: prior {bits.prior:.4f}, KL terms "
               f"{bits.kl:.4f}, decoder {bits.decoder:.4f} ({min(config.bound_images, len(test_images)):,} images, "
               f"{min(config.bound_terms, config.num_timesteps)} of {config.num_timesteps} terms)")
+        samples, y = draw(config, ddpm, min(config.eval_samples, len(train_images), len(test_images)), progress=True,
+                          **sampling)
+        report(config, samples, y, train_images, test_images, ddpm.info, **sampling, test_loss=loss,
+               bits_per_dim=bits.total, bits_per_dim_error=bits.standard_error)
     print(f"model: {save_dir / 'best_model.pt'}   samples: {path}")
+
+
+def measure(config, samples, y, train_images, test_images, frechet_only=False):
+    """`metrics.measure` of samples in [-1, 1] or uint8, (N, C, H, W), and its classifier's accuracy on the test set."""
+    import metrics
+
+    if samples.is_floating_point():
+        samples = ((samples + 1) * 127.5).round().clamp(0, 255).byte()  # as a PNG keeps them
+    classifier = metrics.load_classifier(train_images.images, train_images.labels, config.save_dir,
+                                         device=config.device, progress=True)
+    result, pairs = metrics.measure(classifier, samples, train_images.images, test_images.images, y,
+                                    frechet_only=frechet_only)
+    return result, pairs, classifier.accuracy(test_images.images, test_images.labels)
+
+
+def report(config, samples, y, train_images, test_images, info=None, **known):
+    """Measure samples: a table, the same as JSON, a picture of those nearest to training images.
+
+    `info` is that of the model which drew them, and adds all this to TensorBoard; None is for a folder of PNGs.
+    `known` goes into the JSON.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    result, pairs, accuracy = measure(config, samples, y, train_images, test_images)
+    save_dir, name = Path(config.save_dir), "" if info else f"_{Path(config.evaluate).resolve().name}"
+    path, picture = save_dir / f"evaluation{name}.json", save_dir / "samples" / f"nearest{name}.png"
+    known |= {"dataset": config.dataset, "classifier_accuracy": accuracy}
+    if info:
+        known |= {"seed": config.seed, "epoch": info["epoch"], "step": info["step"]}
+    path.write_text(json.dumps(known | result, indent=2) + "\n", encoding="utf-8")
+    write_grid(pairs.float() / 127.5 - 1, picture)
+    if info:
+        with SummaryWriter(save_dir / "tensorboard_logs" / info["log"]) as writer:
+            for tag, value in result.items():
+                if not isinstance(value, list):
+                    writer.add_scalar(f"evaluation/{tag}", value, info["step"])
+            write_grid(pairs.float() / 127.5 - 1, picture, writer, "samples/nearest", info["step"])
+    print(table(result, config.dataset, accuracy))
+    print(f"measures: {path}   nearest pairs: {picture}")
 
 
 # What a person looks at
@@ -678,13 +751,33 @@ def log_step(writer, bar, progress, scalars, rate):
     progress["train_curve"].append([progress["step"], scalars["train/loss"]])
 
 
-def write_grid(images, path, writer, tag, step):
-    """Images in [-1, 1], (N, C, H, W), as a PNG with ten columns and in TensorBoard."""
+def table(result, dataset, accuracy):
+    """The result of `metrics.measure` as text: each figure of the samples beside that of real images."""
+    result = result | {f"{name}_digit{suffix}": pick(result[f"digits{suffix}"])
+                       for name, pick in (("rarest", min), ("commonest", max)) for suffix in ("", "_real")}
+    names = {
+        "frechet": "Fréchet distance to the test set", "precision": "precision", "recall": "recall",
+        "accuracy": "read as the digit asked for", "confidence": "confidence of the classifier",
+        "rarest_digit": "share of the rarest digit", "commonest_digit": "share of the commonest digit",
+        "colour": "deviation from grey, in grey levels", "nearest": "to the nearest training image, in grey levels",
+        "nearest_1st": "the same, first percentile", "copies": "nearer than 99 % of test digits"}
+    lines = [f"{result['samples']:,} samples, as many real digits: {'':14}samples      real"]
+    for name, text in names.items():
+        if name in result:
+            real = result.get(f"{name}_real")
+            lines.append(f"  {text:48}{result[name]:10.4f}" + (f"{real:10.4f}" if real is not None else ""))
+    lines.append(f"features and readings: a classifier of {dataset} with {accuracy:.2%} test accuracy")
+    return "\n".join(lines)
+
+
+def write_grid(images, path, writer=None, tag=None, step=None):
+    """Images in [-1, 1], (N, C, H, W), as a PNG with ten columns and, given a writer, in TensorBoard."""
     from torchvision.utils import make_grid, save_image
 
     grid = make_grid((images.float().cpu() + 1) / 2, nrow=10)
     save_image(grid, path)
-    writer.add_image(tag, grid.clamp(0, 1), step)
+    if writer is not None:
+        writer.add_image(tag, grid.clamp(0, 1), step)
 
 
 def plot_losses(progress, path):
