@@ -22,6 +22,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.utils import make_grid
 
+import metrics
 import train_eval
 from dataprocess import load_data
 from diffusion import DDPM, ImportanceSampler
@@ -89,8 +90,9 @@ def trained(tmp_path_factory, data_flags):
 
 def test_a_run_leaves_everything_that_it_promises(trained):
     save_dir, _, done = trained
+    (classifier,) = save_dir.glob("classifier-*.pt")
     assert sorted(path.name for path in save_dir.iterdir()) == [
-        "best_model.pt", "last.pt", "loss_curve.png", "samples", "tensorboard_logs"]
+        "best_model.pt", classifier.name, "last.pt", "loss_curve.png", "samples", "tensorboard_logs"]
     assert sorted(path.name for path in (save_dir / "samples").iterdir()) == [
         "final.png", "real.png", *(f"step_{step:07d}.png" for step in range(10, STEPS + 1, 10))]
     for path in (save_dir / "samples").iterdir():
@@ -104,8 +106,11 @@ def test_tensorboard_has_the_curves_the_grids_and_the_config(trained):
     events, curves = scalars(save_dir)
     assert set(curves) == {
         "train/loss", "test/loss", "train/grad_norm", "train/learning_rate", "train/images_per_second",
+        "samples/frechet", "samples/frechet_real",
         *(f"train_loss_by_t/quartile_{i}" for i in range(1, 5))}
     assert list(curves["train/loss"]) == list(range(5, STEPS + 1, 5)) and list(curves["test/loss"]) == [20, 40]
+    assert list(curves["samples/frechet"]) == list(curves["samples/frechet_real"]) == [20, 40]
+    assert curves["samples/frechet"][40] > 2 * curves["samples/frechet_real"][40] > 0  # no digits yet
     rate = curves["train/learning_rate"]
     for step, value in rate.items():  # cosine to zero over the run
         assert value == pytest.approx(PEAK * (1 + math.cos(math.pi * step / STEPS)) / 2, abs=1e-9)
@@ -144,7 +149,7 @@ def test_grids_during_training_are_ema_weights_by_ddim_in_few_steps_a_column_a_d
     config, _ = train_eval.configure([*map(str, flags), "--save_dir", str(tmp_path)])
     best = DDPM.load(save_dir / "best_model.pt", "cpu")
     images = best.sample(20, torch.arange(20) % 10, sampler="ddim", steps=4, seed=0)
-    torch.testing.assert_close(train_eval.draw(config, best, sampler="ddim", steps=4), images)
+    torch.testing.assert_close(train_eval.draw(config, best, 20, sampler="ddim", steps=4)[0], images)
     drawn = torch.from_numpy(np.array(Image.open(save_dir / "samples" / f"step_{STEPS:07d}.png")))
     expected = make_grid((images + 1) / 2, nrow=10).clamp(0, 1) * 255
     assert (drawn.permute(2, 0, 1) - expected).abs().max() < 2
@@ -153,11 +158,12 @@ def test_grids_during_training_are_ema_weights_by_ddim_in_few_steps_a_column_a_d
 def test_a_grid_asks_for_the_digits_in_turn_and_for_the_same_noise():
     def asked(*flags):
         config, _ = train_eval.configure([*SMALL, "--seed", "7", *flags])
-        return train_eval.draw(config, SimpleNamespace(sample=lambda n, y, **options: (n, y, options)), steps=3)
+        return train_eval.draw(config, SimpleNamespace(sample=lambda n, y, **options: (n, y, options)), 20, steps=3)
 
-    n, y, options = asked("--use_conditional_generation")
+    (n, y, options), labels = asked("--use_conditional_generation")
     assert n == 20 and y.tolist() == [*range(10), *range(10)] and options == {"seed": 7, "steps": 3}
-    assert asked("--no-use_conditional_generation") == (20, None, {"seed": 7, "steps": 3})
+    assert torch.equal(labels, y)
+    assert asked("--no-use_conditional_generation") == ((20, None, {"seed": 7, "steps": 3}), None)
 
 
 def test_a_training_step_gives_the_network_labels_and_bf16_and_clips_the_gradient():
@@ -194,11 +200,11 @@ def test_every_constant_of_the_model_reaches_it():
 def test_an_evaluation_may_visit_other_timesteps(trained, monkeypatch):
     save_dir, _, _ = trained
     seen, draw = [], train_eval.draw
-    monkeypatch.setattr(train_eval, "draw", lambda config, ddpm, **options: (
-        seen.append(ddpm.timestep_spacing), draw(config, ddpm, **options))[1])
+    monkeypatch.setattr(train_eval, "draw", lambda config, ddpm, n, **options: (
+        seen.append(ddpm.timestep_spacing), draw(config, ddpm, n, **options))[1])
     for spacing in ("linspace", "trailing"):
         train_eval.main(["--evaluate", "--save_dir", str(save_dir), "--device", "cpu", "--timestep_spacing", spacing])
-    assert seen == ["linspace", "trailing"]
+    assert seen == ["linspace", "linspace", "trailing", "trailing"]  # the grid, and what is measured
 
 
 def test_a_compiled_run_is_the_same_run(data_flags, tmp_path):
@@ -422,6 +428,60 @@ def test_evaluate_draws_and_measures_the_best_model_again(trained, capsys):
     assert not list(save_dir.glob("run_*"))
 
 
+def test_evaluate_writes_its_table_as_json_in_tensorboard_and_the_nearest_pairs(trained, capsys):
+    """The figures are those of `metrics.measure` for the samples that the model draws."""
+    save_dir, _, done = trained
+    assert train_eval.main(["--evaluate", "--save_dir", str(save_dir), "--device", "cpu", "--eval_samples", "90",
+                            "--guidance_scale", "2"]) == 0
+    out = capsys.readouterr().out
+    written = json.loads((save_dir / "evaluation.json").read_text())
+    ddpm = DDPM.load(save_dir / "best_model.pt", "cpu")
+    y = torch.arange(90) % 10
+    samples = ((ddpm.sample(90, y, seed=0, guidance_scale=2) + 1) * 127.5).round().clamp(0, 255).byte()
+    train, test = load_data("mnist" if "mnist" in done.stdout else "glyphs", DATA_DIR, train_size=320, test_size=100)
+    classifier = metrics.load_classifier(train.images, train.labels, save_dir)
+    expected, pairs = metrics.measure(classifier, samples, train.images, test.images, y)
+    assert {name: written[name] for name in expected} == expected
+    assert written["guidance_scale"] == 2 and written["step"] == STEPS and written["steps"] == 3
+    assert written["classifier_accuracy"] == classifier.accuracy(test.images, test.labels)
+    row = next(line.split() for line in out.splitlines() if "Fréchet" in line)
+    assert row[-2:] == [f"{expected['frechet']:.4f}", f"{expected['frechet_real']:.4f}"]
+    assert "90 samples" in out and f"{expected['accuracy']:.4f}" in out and str(save_dir / "evaluation.json") in out
+    assert all(f"{expected[name]:.4f}" in out for name in ("precision", "recall_real", "copies", "nearest_1st"))
+    events, curves = scalars(save_dir)
+    assert curves["evaluation/frechet"][STEPS] == pytest.approx(expected["frechet"])
+    assert "samples/nearest" in events.Tags()["images"]
+    drawn = torch.from_numpy(np.array(Image.open(save_dir / "samples" / "nearest.png")))[..., 0]
+    assert torch.equal(drawn[2:34, 2:34], pairs[0, 0]) and torch.equal(drawn[2:34, 36:68], pairs[1, 0])
+
+
+def test_a_folder_of_pngs_is_measured_as_a_model_is(data_flags, tmp_path, capsys):
+    sizes = ["--train_size", 320, "--test_size", 100, "--device", "cpu", "--save_dir", tmp_path / "run"]
+    train, test = load_data(data_flags[1], DATA_DIR, train_size=320, test_size=100)
+    samples = load_data(data_flags[1], DATA_DIR, train_size=400)[0].images[320:]
+    (tmp_path / "mine").mkdir()
+    for i, image in enumerate(samples):
+        Image.fromarray(image.numpy()).save(tmp_path / "mine" / f"{i:03}.png")
+    assert train_eval.main([*map(str, data_flags), *map(str, sizes), "--evaluate", str(tmp_path / "mine")]) == 0
+    written = json.loads((tmp_path / "run" / "evaluation_mine.json").read_text())
+    classifier = metrics.load_classifier(train.images, train.labels, tmp_path / "run")
+    expected, _ = metrics.measure(classifier, samples, train.images, test.images)
+    assert {name: written[name] for name in expected} == expected and "accuracy" not in written
+    assert (tmp_path / "run" / "samples" / "nearest_mine.png").exists()
+    assert not list((tmp_path / "mine").glob("nearest*")) and "80 samples" in capsys.readouterr().out
+    for path in list((tmp_path / "mine").iterdir())[:20]:
+        path.unlink()
+    line = refused(capsys, *data_flags, *sizes, "--evaluate", tmp_path / "mine")
+    assert "60 PNGs; expected from 65 to 100" in line
+    assert "no such folder" in refused(capsys, *data_flags, *sizes, "--evaluate", tmp_path / "yours")
+
+
+def test_too_few_images_to_measure_with_are_refused_before_training(data_flags, tmp_path, capsys):
+    flags = [*SMALL, *data_flags, "--save_dir", tmp_path / "run", "--test_size", 64]
+    assert "at least 65" in refused(capsys, *flags) and not (tmp_path / "run").exists()
+    assert "eval_samples 10" in refused(capsys, *SMALL, *data_flags, "--eval_samples", 10)
+
+
 def test_divergence_stops_the_run_names_the_step_and_keeps_the_checkpoint(tmp_path, data_flags):
     done = run(*SMALL, *data_flags, "--save_dir", tmp_path, "--learning_rate", 1e30, "--grad_clip", 0)
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -589,7 +649,7 @@ def test_every_option_that_trains_trains(device, tmp_path, data_flags):
             "--prediction x0 --grad_clip 0 --patch_size 1 --channel_mult 1,1 --attention_resolutions 8 --image_size 16",
             "--num_timesteps 50 --sample_steps 50 --sampler ddim --ema_update_rate 3 --batch_size 50")):
         flags = [*SMALL, *data_flags, *options.split(), "--device", device, "--epochs", 1, "--train_size", 40,
-                 "--test_size", 10, "--num_samples", 2]  # few: a CPU without bf16 is slow at it
+                 "--test_size", 10, "--num_samples", 2, "--eval_every", 0]  # few: a CPU without bf16 is slow at it
         assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path / str(i))]) == 0
 
 
