@@ -177,6 +177,8 @@ def test_what_the_classifier_sees_does_not_depend_on_batches_colours_or_size(cla
         other_features, other_probabilities = classifier.read(other, batch_size=size)
         assert torch.allclose(features, other_features, atol=1e-4)
         assert torch.allclose(probabilities, other_probabilities, atol=1e-5)
+    red = torch.stack([images // 3 * 3, images * 0, images * 0], dim=1)  # a third as bright
+    assert torch.allclose(classifier.read(red)[0], classifier.read(images // 3)[0], atol=1e-4)
     small = load_data(mnist[1].name, DATA_DIR, image_size=28, test_size=50)[1]
     assert (classifier.read(small.images)[1].argmax(1) == probabilities.argmax(1)).double().mean() > 0.9
     with pytest.raises(ValueError, match="float32.*expected uint8"):
