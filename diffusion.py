@@ -380,10 +380,16 @@ class DDPM(nn.Module):
             t: timestep to mix at: the higher, the less is left of the two.
             y: labels of the results, N integers or one for all; None means no label.
             options: as for `sample`; `seed` decides the noise too.
+
+        Raises:
+            ValueError: for an argument that does not fit the model, or the others.
         """
+        if not len(weights) or not all(0 <= weight <= 1 for weight in weights):
+            raise ValueError(f"weights {[float(weight) for weight in weights]}: expected one or more, from 0 to 1")
         if x0.shape != other.shape:
             raise ValueError(f"other of shape {tuple(other.shape)}: expected {tuple(x0.shape)}, as of x0")
         self.timesteps(1, t)
+        y = self._check_labels(y, len(x0))
         x0, other = x0.to(self.device), other.to(self.device)
         seed = options.get("seed")
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
@@ -391,10 +397,10 @@ class DDPM(nn.Module):
         xt, xt_other = (self.q_sample(image, at, torch.randn(image.shape, generator=generator, device=self.device))
                         for image in (x0, other))
         mixed = torch.cat([torch.lerp(xt, xt_other, weight) for weight in weights])
-        if y is None:
-            options = {"guidance_scale": 0} | options
-        else:
-            y = torch.as_tensor(y).expand(len(x0)).repeat(len(weights))
+        if y is not None:
+            y = y.repeat(len(weights))
+        elif options.get("guidance_scale") in (None, 0, 1):
+            options["guidance_scale"] = 0  # without it `sample` would draw labels
         images = self.sample(len(mixed), y, xT=mixed, start=t, **options)
         return images.unflatten(0, (len(weights), len(x0)))
 
@@ -408,22 +414,26 @@ class DDPM(nn.Module):
         eta, order = (SAMPLERS[sampler][0] if eta is None else eta), SAMPLERS[sampler][1]
         if not 0 <= eta <= 1:
             raise ValueError(f"eta {eta}: expected a number from 0 (DDIM) to 1 (DDPM)")
-        if y is None:
-            if guidance_scale not in (None, 0, 1):
-                raise ValueError(f"guidance_scale {guidance_scale}: guidance needs labels; give y")
-        elif self.num_classes is None:
-            raise ValueError("y: this model is unconditional; it knows no labels")
-        else:
-            y = torch.as_tensor(list(y) if isinstance(y, range) else y)
-            if y.is_floating_point():
-                raise ValueError(f"y of {y.dtype}: expected whole numbers")
-            y = y.long().expand(n) if y.ndim == 0 else y.long()
-            if y.shape != (n,):
-                raise ValueError(f"y of {len(y)} labels: expected {n}, one an image")
-            if y.min() < 0 or y.max() >= self.num_classes:
-                raise ValueError(f"y from {y.min()} to {y.max()}: expected labels from 0 to {self.num_classes - 1}")
-            y = y.to(self.device)
+        if y is None and guidance_scale not in (None, 0, 1):
+            raise ValueError(f"guidance_scale {guidance_scale}: guidance needs labels; give y")
+        y = self._check_labels(y, n)
         return y, eta, order, self.guidance_scale if guidance_scale is None else guidance_scale
+
+    def _check_labels(self, y, n):
+        """n labels, or one for all, as int64 on the model's device, (n,), or None; ValueError where they do not fit."""
+        if y is None:
+            return None
+        if self.num_classes is None:
+            raise ValueError("y: this model is unconditional; it knows no labels")
+        y = torch.as_tensor(list(y) if isinstance(y, range) else y)
+        if y.is_floating_point():
+            raise ValueError(f"y of {y.dtype}: expected whole numbers")
+        y = y.long().expand(n) if y.ndim == 0 else y.long()
+        if y.shape != (n,):
+            raise ValueError(f"y of {len(y)} labels: expected {n}, one an image")
+        if n and (y.min() < 0 or y.max() >= self.num_classes):
+            raise ValueError(f"y from {y.min()} to {y.max()}: expected labels from 0 to {self.num_classes - 1}")
+        return y.to(self.device)
 
     def _check_steps(self, name, steps, most):
         if not 1 <= steps <= most:
