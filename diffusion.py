@@ -464,13 +464,12 @@ class DDPM(nn.Module):
         alpha_bar = self.alphas_cumprod[-1]
         return ((alpha_bar * (x0.double().square() - 1) - torch.log1p(-alpha_bar)) / 2).flatten(1).mean(1) / math.log(2)
 
-    @torch.inference_mode()
     def bits_per_dim(self, x0, y=None, *, terms=None, seed=None, progress=False, batch_size=256):
         """The variational bound on -log2 p(x0) a dimension, of 8-bit images (DDPM sec. 3.3 and 4.1).
 
         Args:
             x0: images of 256 levels in [-1, 1], (N, C, H, W).
-            y: labels, int64, (N,), or None.
+            y: labels, N integers or one for all; None means no label.
             terms: how many of the `num_timesteps` terms to compute for each image: the decoder, and one drawn from
                 each of so many stretches of the others, short where the terms are large. That leaves the estimate
                 unbiased. None means all.
@@ -480,7 +479,14 @@ class DDPM(nn.Module):
 
         Returns:
             BitsPerDim: the bound, its standard error, its parts, and the rate-distortion curve.
+
+        Raises:
+            ValueError: for an argument that does not fit the model, or no images.
         """
+        for name, value in (("x0", len(x0)), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} of {value} images: expected at least 1")
+        y = self._check_labels(y, len(x0))
         terms = self.num_timesteps if terms is None else terms
         if not min(2, self.num_timesteps) <= terms <= self.num_timesteps:
             raise ValueError(f"terms {terms}: expected from {min(2, self.num_timesteps)} to {self.num_timesteps}, the "
@@ -490,9 +496,11 @@ class DDPM(nn.Module):
         stretches = list(zip(edges, edges[1:]))[::-1]  # from noise to the decoder, which is the stretch (0, 1)
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         bits, errors = [], []
-        with _evaluating(self), tqdm(total=len(x0) * terms, unit="call", disable=not progress, leave=False) as bar:
-            for index in torch.arange(len(x0)).split(batch_size):
-                x, labels = (None if i is None else i[index].to(self.device) for i in (x0, y))
+        batches = x0.split(batch_size), [None] * len(x0) if y is None else y.split(batch_size)
+        with (torch.inference_mode(), _evaluating(self),
+              tqdm(total=len(x0) * terms, unit="call", disable=not progress, leave=False) as bar):
+            for x, labels in zip(*batches):
+                x = x.to(self.device)
                 bits.append([self._prior_term(x)])
                 errors.append([])
                 for low, high in stretches:
@@ -502,6 +510,7 @@ class DDPM(nn.Module):
                     bits[-1].append((high - low) * self._bound_term(x, xt, t, predicted, between).double())
                     errors[-1].append((x - predicted).square().flatten(1).mean(dim=1).double())
                     bar.update(len(x))
+        # Outside inference mode: for tensors to compute with like any others.
         bits = torch.cat([torch.stack(of_batch) for of_batch in bits], dim=1)  # (1 + terms, N)
         errors = torch.cat([torch.stack(of_batch) for of_batch in errors], dim=1)
         mean, total = bits.mean(dim=1), bits.sum(dim=0)

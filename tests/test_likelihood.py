@@ -213,6 +213,28 @@ def test_the_bound_uses_labels_and_goes_in_batches_that_do_not_matter():
     assert split.total == pytest.approx(right.total, abs=4 * right.standard_error) and ddpm.network.largest == 40
 
 
+def test_the_bound_takes_one_label_for_all_and_gives_tensors_to_compute_with():
+    ddpm, x0 = gaussian(means=(-0.4, MEAN), num_timesteps=5), pixels(4)
+    one, many = (ddpm.bits_per_dim(x0, y, seed=1) for y in (1, [1] * 4))
+    assert one.total == many.total
+    factor = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    (factor * one.rate + factor * one.rmse).sum().backward()
+    torch.testing.assert_close(factor.grad, one.rate + one.rmse)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(y=[0, 1]), "y of 2 labels: expected 3, one an image"), (dict(y=[0, 1, 2]), "y from 0 to 2: expected labels"),
+    (dict(y=-1), "y from -1 to -1: expected labels from 0 to 1"), (dict(y=[0.5, 1, 1]), "y of torch.float32"),
+    (dict(batch_size=0), "batch_size of 0 images: expected at least 1"), (dict(batch_size=-1), "batch_size of -1"),
+    (dict(x0=torch.zeros(0, 1, 8, 8)), "x0 of 0 images: expected at least 1")])
+def test_a_bound_of_what_does_not_fit_is_one_clear_line(arguments, words):
+    with pytest.raises(ValueError, match=words) as error:
+        gaussian(means=(-0.4, MEAN), num_timesteps=5).bits_per_dim(**dict(x0=pixels(3)) | arguments)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="y: this model is unconditional"):
+        gaussian(num_timesteps=5).bits_per_dim(pixels(3), 1)
+
+
 # Losses
 
 
