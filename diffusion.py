@@ -455,7 +455,7 @@ class DDPM(nn.Module):
         true_log_variance, log_variance = self._log_variances(t, t - 1)[0], self._log_variance(t, t - 1, between)
         spread = true_log_variance - log_variance
         kl = (spread.exp() - 1 - spread + (true_mean - mean).square() * (-log_variance).exp()) / 2
-        nll = -discrete_log_likelihood(x0, mean, log_variance.to(x0.dtype))
+        nll = -discrete_log_likelihood(x0, mean, log_variance)
         terms = torch.where((t == 0)[:, None, None, None], nll, kl.to(nll.dtype))
         return terms.flatten(1).mean(dim=1) / math.log(2)
 
@@ -642,16 +642,17 @@ def discrete_log_likelihood(x0, mean, log_variance):
     """log of the probability that N(mean, variance) gives the 8-bit level x0, in nats, as x0 in shape (DDPM eq. 13).
 
     Levels are 2/255 apart in [-1, 1]; the two outermost take the tails. Differences of the distribution function are
-    taken in logarithms on its lower side, so that they are exact however unlikely the level.
+    taken in logarithms on its lower side, so that they are exact however unlikely the level; in float64, since
+    log_ndtr's gradient cancels in float32: it is off by 1 % at 300 standard deviations, by 27 % at 2000.
     """
-    scale = (-log_variance / 2).exp()
-    off = x0 - mean
+    scale = (-log_variance.double() / 2).exp()
+    off = x0.double() - mean.double()
     upper, lower = (1 / 255 - off.abs()) * scale, (-1 / 255 - off.abs()) * scale  # mirrored: both on the lower side
     upper, lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
     inside = upper + torch.log1p(-torch.exp(lower - upper))
     darkest = torch.special.log_ndtr((off + 1 / 255) * scale)
     brightest = torch.special.log_ndtr((1 / 255 - off) * scale)
-    return torch.where(x0 < -0.999, darkest, torch.where(x0 > 0.999, brightest, inside))
+    return torch.where(x0 < -0.999, darkest, torch.where(x0 > 0.999, brightest, inside)).to(x0.dtype)
 
 
 def save_checkpoint(path, state):

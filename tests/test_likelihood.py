@@ -120,13 +120,33 @@ def test_the_decoder_is_the_normal_distribution_on_levels():
     torch.testing.assert_close(log_p.exp(), upper - lower, rtol=1e-9, atol=1e-12)
 
 
-def test_the_decoder_is_exact_where_float32_has_no_probability_left():
-    mean = torch.tensor([0.9], requires_grad=True)
-    log_p = discrete_log_likelihood(torch.tensor([-64 / 127.5]), mean, torch.tensor([2 * math.log(0.01)]))
-    z = (0.9 + 64 / 127.5 - 1 / 255) / 0.01  # the near edge decides: -z^2 / 2 - log(z sqrt(2 pi))
-    assert log_p.item() == pytest.approx(-z**2 / 2 - math.log(z * math.sqrt(2 * math.pi)), rel=1e-4)
+@pytest.mark.parametrize("level", [0, 64, 255])
+@pytest.mark.parametrize("deviations", [140, 300, 2000])
+def test_the_decoder_and_its_gradients_are_exact_where_float32_has_no_probability_left(level, deviations):
+    x0 = torch.tensor([level / 127.5 - 1])
+    mean = torch.tensor([0.9 if level < 128 else -0.9], requires_grad=True)
+    sign = mean.sign().item()
+    near = abs(mean.item() - x0.item()) - 1 / 255  # the near edge decides
+    log_variance = torch.tensor([2 * math.log(near / deviations)], requires_grad=True)
+    std = math.exp(log_variance.item() / 2)
+    z = near / std
+    log_p = discrete_log_likelihood(x0, mean, log_variance)
+    assert log_p.dtype == torch.float32  # and its value -z^2 / 2 - log(z sqrt(2 pi)) + log(1 - 1 / z^2 + 3 / z^4)
+    assert log_p.item() == pytest.approx(
+        -z**2 / 2 - math.log(z * math.sqrt(2 * math.pi)) + math.log1p(-1 / z**2 + 3 / z**4), rel=1e-6)
     log_p.sum().backward()
-    assert torch.isfinite(mean.grad).all() and mean.grad.item() == pytest.approx(-z / 0.01, rel=1e-2)
+    assert mean.grad.item() == pytest.approx(-sign * (z + 1 / z - 2 / z**3) / std, rel=1e-5)
+    assert log_variance.grad.item() == pytest.approx((z**2 + 1 - 2 / z**2) / 2, rel=1e-5)
+
+
+def test_the_decoders_gradients_are_those_of_finite_differences():
+    x0 = LEVELS[::15]
+    mean = (x0 + 0.01 * torch.randn(18, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    log_variance = torch.linspace(-11, -2, 18).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *of: discrete_log_likelihood(x0, *of), (mean, log_variance))
+    exact = discrete_log_likelihood(x0, mean, log_variance).detach().float()
+    torch.testing.assert_close(discrete_log_likelihood(*(a.float() for a in (x0, mean, log_variance))), exact,
+                               rtol=2e-5, atol=2e-5)
 
 
 # The bound
