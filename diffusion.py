@@ -580,9 +580,9 @@ class BitsPerDim(NamedTuple):
 class ImportanceSampler(nn.Module):
     """Timesteps drawn in proportion to the root mean square of their losses (Improved DDPM eq. 18).
 
-    It remembers ten losses a timestep, and draws evenly until it has them all; one draw in a thousand stays even, so
-    that no timestep is ever left out. Losses times the weights that come with the timesteps have the mean that even
-    draws would give them.
+    It remembers ten losses a timestep, and draws evenly until it has them all, and where all are zero; one draw in a
+    thousand stays even, so that no timestep is ever left out. Losses times the weights that come with the timesteps
+    have the mean that even draws would give them.
     """
 
     HISTORY = 10
@@ -595,9 +595,9 @@ class ImportanceSampler(nn.Module):
 
     def probabilities(self):
         """Of each timestep, float64, (num_timesteps,)."""
-        p = self.losses.square().mean(dim=1).sqrt()
-        p = (1 - self.EVEN) * p / p.sum() + self.EVEN / len(p)
-        return torch.where((self.counts >= self.HISTORY).all(), p, 1 / len(p))
+        size = self.losses.square().mean(dim=1).sqrt()
+        p = (1 - self.EVEN) * size / size.sum() + self.EVEN / len(size)
+        return torch.where((self.counts >= self.HISTORY).all() & (size.sum() > 0), p, 1 / len(p))
 
     def sample(self, n):
         """n timesteps, int64, and the weights of their losses, float32, both (n,)."""
@@ -607,10 +607,20 @@ class ImportanceSampler(nn.Module):
 
     @torch.no_grad()
     def update(self, t, losses):
-        """Take in the unweighted losses of these timesteps, both (N,); the oldest are forgotten."""
-        earlier = (t[:, None] == t).tril(-1).sum(dim=1)  # how often t came before in this batch
-        self.losses[t, (self.counts[t] + earlier) % self.HISTORY] = losses.double()
-        self.counts.index_add_(0, t, torch.ones_like(t))
+        """Take in the unweighted losses of these timesteps, both (N,); the oldest are forgotten.
+
+        A loss that is not finite is passed over. Nothing here waits for the GPU.
+        """
+        finite = losses.isfinite()
+        alike = (t[:, None] == t) & finite
+        earlier, later = alike.tril(-1).sum(dim=1), alike.triu(1).sum(dim=1)  # how often t comes in this batch
+        # What is not to be kept goes to a spare column: which of two writes to one place wins is undefined on a GPU.
+        kept = finite & (later < self.HISTORY)
+        column = torch.where(kept, (self.counts[t] + earlier) % self.HISTORY, self.HISTORY)
+        losses_and_spare = nn.functional.pad(self.losses, (0, 1))
+        losses_and_spare[t, column] = losses.double()
+        self.losses.copy_(losses_and_spare[:, :-1])
+        self.counts.index_add_(0, t, finite.long())
 
 
 def make_betas(schedule, num_timesteps, zero_terminal_snr=False):

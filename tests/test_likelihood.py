@@ -5,10 +5,12 @@ The data are the independent normal pixels of test_diffusion.py, on 8-bit levels
 
 import copy
 import math
+from collections import deque
 
 import pytest
 import torch
 from test_diffusion import MEAN, STD, Oracle, gaussian
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion import DDPM, VLB_WEIGHT, ImportanceSampler, discrete_log_likelihood, make_betas
 from unet import UNet
@@ -402,3 +404,52 @@ def test_importance_sampling_never_leaves_a_timestep_out_and_remembers_itself():
     with torch.no_grad():
         twin.update(torch.tensor([0]), torch.tensor([9.0], requires_grad=True))
     assert not twin.losses.requires_grad
+
+
+def test_importance_sampling_survives_losses_of_zero_and_losses_that_are_not_finite():
+    sampler = ImportanceSampler(2)
+    sampler.update(torch.arange(2).repeat(10), torch.zeros(20))
+    assert sampler.probabilities().tolist() == [0.5, 0.5]
+    assert sampler.sample(100)[1].tolist() == [1.0] * 100
+    t, losses = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([math.nan, 3.0, math.inf, 1.0, -math.inf])
+    sampler.update(t, losses)
+    assert sampler.counts.tolist() == [11, 11]
+    assert sampler.losses.tolist() == [[3.0] + [0.0] * 9, [1.0] + [0.0] * 9]
+    assert sampler.probabilities().tolist() == pytest.approx([0.999 * 3 / 4 + 0.0005, 0.999 / 4 + 0.0005])
+    never = ImportanceSampler(2)
+    never.update(torch.arange(2).repeat(10), torch.tensor([math.nan, 1.0]).repeat(10))
+    assert never.counts.tolist() == [0, 10] and never.probabilities().tolist() == [0.5, 0.5]
+
+
+def test_importance_sampling_keeps_the_last_ten_of_each_timestep():
+    """Against a plain queue, in batches with up to all of one timestep, and with losses that are not finite."""
+    sampler, queues = ImportanceSampler(4), [deque(maxlen=10) for _ in range(4)]
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 5, 30, 64, 3, 100, 7):
+        t = torch.randint(4, (n,), generator=generator) ** 2 // 3  # 0, 0, 1, 3
+        losses = torch.rand(n, generator=generator, dtype=torch.float64)
+        losses[torch.rand(n, generator=generator) < 0.2] = math.nan
+        sampler.update(t, losses)
+        for i, loss in zip(t.tolist(), losses.tolist()):
+            if math.isfinite(loss):
+                queues[i].append(loss)
+        for kept, queue in zip(sampler.losses.tolist(), queues):
+            assert sorted(kept) == sorted([*queue] + [0.0] * (10 - len(queue)))
+
+
+def test_importance_sampling_writes_no_place_twice_and_does_not_wait_for_the_gpu():
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.index_put_.default:
+                places.extend(zip(*(index.tolist() for index in args[1])))
+            return function(*args, **kwargs or {})
+
+    places, sampler = [], ImportanceSampler(3)
+    t = torch.arange(3).repeat(25)
+    with Watch():
+        sampler.update(t, torch.rand(75))
+    places = [place for place in places if place[1] < 10]  # without the spare ones
+    assert len(places) == len(set(places)) == 30
+    on_meta = ImportanceSampler(3).to("meta")  # where whatever depends on values fails
+    on_meta.update(t.to("meta"), torch.rand(75, device="meta"))
+    assert on_meta.probabilities().is_meta
