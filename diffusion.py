@@ -207,10 +207,10 @@ class DDPM(nn.Module):
     def _network(self, xt, t, y=None, guidance_scale=1.0):
         """The network's prediction, guided, and where its variance lies from small, 0, to large, 1 (None if fixed)."""
         if y is None or guidance_scale in (0, 1):
-            output = self.network(xt, t, None if guidance_scale == 0 else y).float()
+            output = self.network(xt, t, None if guidance_scale == 0 else y).to(xt.dtype)
         else:  # one doubled batch; 2207.12598 eq. 6, whose w is s - 1
             labels = torch.cat([y, torch.full_like(y, self.num_classes)])
-            cond, uncond = self.network(torch.cat([xt, xt]), torch.cat([t, t]), labels).float().chunk(2)
+            cond, uncond = self.network(torch.cat([xt, xt]), torch.cat([t, t]), labels).to(xt.dtype).chunk(2)
             output = uncond + guidance_scale * (cond - uncond)
             output[:, self.channels:] = cond[:, self.channels:]  # a variance is not guided
         expected = self.channels * (2 if self.variance == "learned" else 1)
