@@ -207,10 +207,10 @@ class DDPM(nn.Module):
     def _network(self, xt, t, y=None, guidance_scale=1.0):
         """The network's prediction, guided, and where its variance lies from small, 0, to large, 1 (None if fixed)."""
         if y is None or guidance_scale in (0, 1):
-            output = self.network(xt, t, None if guidance_scale == 0 else y).float()
+            output = self.network(xt, t, None if guidance_scale == 0 else y).to(xt.dtype)
         else:  # one doubled batch; 2207.12598 eq. 6, whose w is s - 1
             labels = torch.cat([y, torch.full_like(y, self.num_classes)])
-            cond, uncond = self.network(torch.cat([xt, xt]), torch.cat([t, t]), labels).float().chunk(2)
+            cond, uncond = self.network(torch.cat([xt, xt]), torch.cat([t, t]), labels).to(xt.dtype).chunk(2)
             output = uncond + guidance_scale * (cond - uncond)
             output[:, self.channels:] = cond[:, self.channels:]  # a variance is not guided
         expected = self.channels * (2 if self.variance == "learned" else 1)
@@ -380,10 +380,16 @@ class DDPM(nn.Module):
             t: timestep to mix at: the higher, the less is left of the two.
             y: labels of the results, N integers or one for all; None means no label.
             options: as for `sample`; `seed` decides the noise too.
+
+        Raises:
+            ValueError: for an argument that does not fit the model, or the others.
         """
+        if not len(weights) or not all(0 <= weight <= 1 for weight in weights):
+            raise ValueError(f"weights {[float(weight) for weight in weights]}: expected one or more, from 0 to 1")
         if x0.shape != other.shape:
             raise ValueError(f"other of shape {tuple(other.shape)}: expected {tuple(x0.shape)}, as of x0")
         self.timesteps(1, t)
+        y = self._check_labels(y, len(x0))
         x0, other = x0.to(self.device), other.to(self.device)
         seed = options.get("seed")
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
@@ -391,10 +397,10 @@ class DDPM(nn.Module):
         xt, xt_other = (self.q_sample(image, at, torch.randn(image.shape, generator=generator, device=self.device))
                         for image in (x0, other))
         mixed = torch.cat([torch.lerp(xt, xt_other, weight) for weight in weights])
-        if y is None:
-            options = {"guidance_scale": 0} | options
-        else:
-            y = torch.as_tensor(y).expand(len(x0)).repeat(len(weights))
+        if y is not None:
+            y = y.repeat(len(weights))
+        elif options.get("guidance_scale") in (None, 0, 1):
+            options["guidance_scale"] = 0  # without it `sample` would draw labels
         images = self.sample(len(mixed), y, xT=mixed, start=t, **options)
         return images.unflatten(0, (len(weights), len(x0)))
 
@@ -408,22 +414,26 @@ class DDPM(nn.Module):
         eta, order = (SAMPLERS[sampler][0] if eta is None else eta), SAMPLERS[sampler][1]
         if not 0 <= eta <= 1:
             raise ValueError(f"eta {eta}: expected a number from 0 (DDIM) to 1 (DDPM)")
-        if y is None:
-            if guidance_scale not in (None, 0, 1):
-                raise ValueError(f"guidance_scale {guidance_scale}: guidance needs labels; give y")
-        elif self.num_classes is None:
-            raise ValueError("y: this model is unconditional; it knows no labels")
-        else:
-            y = torch.as_tensor(list(y) if isinstance(y, range) else y)
-            if y.is_floating_point():
-                raise ValueError(f"y of {y.dtype}: expected whole numbers")
-            y = y.long().expand(n) if y.ndim == 0 else y.long()
-            if y.shape != (n,):
-                raise ValueError(f"y of {len(y)} labels: expected {n}, one an image")
-            if y.min() < 0 or y.max() >= self.num_classes:
-                raise ValueError(f"y from {y.min()} to {y.max()}: expected labels from 0 to {self.num_classes - 1}")
-            y = y.to(self.device)
+        if y is None and guidance_scale not in (None, 0, 1):
+            raise ValueError(f"guidance_scale {guidance_scale}: guidance needs labels; give y")
+        y = self._check_labels(y, n)
         return y, eta, order, self.guidance_scale if guidance_scale is None else guidance_scale
+
+    def _check_labels(self, y, n):
+        """n labels, or one for all, as int64 on the model's device, (n,), or None; ValueError where they do not fit."""
+        if y is None:
+            return None
+        if self.num_classes is None:
+            raise ValueError("y: this model is unconditional; it knows no labels")
+        y = torch.as_tensor(list(y) if isinstance(y, range) else y)
+        if y.is_floating_point():
+            raise ValueError(f"y of {y.dtype}: expected whole numbers")
+        y = y.long().expand(n) if y.ndim == 0 else y.long()
+        if y.shape != (n,):
+            raise ValueError(f"y of {len(y)} labels: expected {n}, one an image")
+        if n and (y.min() < 0 or y.max() >= self.num_classes):
+            raise ValueError(f"y from {y.min()} to {y.max()}: expected labels from 0 to {self.num_classes - 1}")
+        return y.to(self.device)
 
     def _check_steps(self, name, steps, most):
         if not 1 <= steps <= most:
@@ -445,7 +455,7 @@ class DDPM(nn.Module):
         true_log_variance, log_variance = self._log_variances(t, t - 1)[0], self._log_variance(t, t - 1, between)
         spread = true_log_variance - log_variance
         kl = (spread.exp() - 1 - spread + (true_mean - mean).square() * (-log_variance).exp()) / 2
-        nll = -discrete_log_likelihood(x0, mean, log_variance.to(x0.dtype))
+        nll = -discrete_log_likelihood(x0, mean, log_variance)
         terms = torch.where((t == 0)[:, None, None, None], nll, kl.to(nll.dtype))
         return terms.flatten(1).mean(dim=1) / math.log(2)
 
@@ -454,13 +464,12 @@ class DDPM(nn.Module):
         alpha_bar = self.alphas_cumprod[-1]
         return ((alpha_bar * (x0.double().square() - 1) - torch.log1p(-alpha_bar)) / 2).flatten(1).mean(1) / math.log(2)
 
-    @torch.inference_mode()
     def bits_per_dim(self, x0, y=None, *, terms=None, seed=None, progress=False, batch_size=256):
         """The variational bound on -log2 p(x0) a dimension, of 8-bit images (DDPM sec. 3.3 and 4.1).
 
         Args:
             x0: images of 256 levels in [-1, 1], (N, C, H, W).
-            y: labels, int64, (N,), or None.
+            y: labels, N integers or one for all; None means no label.
             terms: how many of the `num_timesteps` terms to compute for each image: the decoder, and one drawn from
                 each of so many stretches of the others, short where the terms are large. That leaves the estimate
                 unbiased. None means all.
@@ -470,7 +479,14 @@ class DDPM(nn.Module):
 
         Returns:
             BitsPerDim: the bound, its standard error, its parts, and the rate-distortion curve.
+
+        Raises:
+            ValueError: for an argument that does not fit the model, or no images.
         """
+        for name, value in (("x0", len(x0)), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} of {value} images: expected at least 1")
+        y = self._check_labels(y, len(x0))
         terms = self.num_timesteps if terms is None else terms
         if not min(2, self.num_timesteps) <= terms <= self.num_timesteps:
             raise ValueError(f"terms {terms}: expected from {min(2, self.num_timesteps)} to {self.num_timesteps}, the "
@@ -480,9 +496,11 @@ class DDPM(nn.Module):
         stretches = list(zip(edges, edges[1:]))[::-1]  # from noise to the decoder, which is the stretch (0, 1)
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         bits, errors = [], []
-        with _evaluating(self), tqdm(total=len(x0) * terms, unit="call", disable=not progress, leave=False) as bar:
-            for index in torch.arange(len(x0)).split(batch_size):
-                x, labels = (None if i is None else i[index].to(self.device) for i in (x0, y))
+        batches = x0.split(batch_size), [None] * len(x0) if y is None else y.split(batch_size)
+        with (torch.inference_mode(), _evaluating(self),
+              tqdm(total=len(x0) * terms, unit="call", disable=not progress, leave=False) as bar):
+            for x, labels in zip(*batches):
+                x = x.to(self.device)
                 bits.append([self._prior_term(x)])
                 errors.append([])
                 for low, high in stretches:
@@ -492,6 +510,7 @@ class DDPM(nn.Module):
                     bits[-1].append((high - low) * self._bound_term(x, xt, t, predicted, between).double())
                     errors[-1].append((x - predicted).square().flatten(1).mean(dim=1).double())
                     bar.update(len(x))
+        # Outside inference mode: for tensors to compute with like any others.
         bits = torch.cat([torch.stack(of_batch) for of_batch in bits], dim=1)  # (1 + terms, N)
         errors = torch.cat([torch.stack(of_batch) for of_batch in errors], dim=1)
         mean, total = bits.mean(dim=1), bits.sum(dim=0)
@@ -561,9 +580,9 @@ class BitsPerDim(NamedTuple):
 class ImportanceSampler(nn.Module):
     """Timesteps drawn in proportion to the root mean square of their losses (Improved DDPM eq. 18).
 
-    It remembers ten losses a timestep, and draws evenly until it has them all; one draw in a thousand stays even, so
-    that no timestep is ever left out. Losses times the weights that come with the timesteps have the mean that even
-    draws would give them.
+    It remembers ten losses a timestep, and draws evenly until it has them all, and where all are zero; one draw in a
+    thousand stays even, so that no timestep is ever left out. Losses times the weights that come with the timesteps
+    have the mean that even draws would give them.
     """
 
     HISTORY = 10
@@ -576,9 +595,9 @@ class ImportanceSampler(nn.Module):
 
     def probabilities(self):
         """Of each timestep, float64, (num_timesteps,)."""
-        p = self.losses.square().mean(dim=1).sqrt()
-        p = (1 - self.EVEN) * p / p.sum() + self.EVEN / len(p)
-        return torch.where((self.counts >= self.HISTORY).all(), p, 1 / len(p))
+        size = self.losses.square().mean(dim=1).sqrt()
+        p = (1 - self.EVEN) * size / size.sum() + self.EVEN / len(size)
+        return torch.where((self.counts >= self.HISTORY).all() & (size.sum() > 0), p, 1 / len(p))
 
     def sample(self, n):
         """n timesteps, int64, and the weights of their losses, float32, both (n,)."""
@@ -588,10 +607,20 @@ class ImportanceSampler(nn.Module):
 
     @torch.no_grad()
     def update(self, t, losses):
-        """Take in the unweighted losses of these timesteps, both (N,); the oldest are forgotten."""
-        earlier = (t[:, None] == t).tril(-1).sum(dim=1)  # how often t came before in this batch
-        self.losses[t, (self.counts[t] + earlier) % self.HISTORY] = losses.double()
-        self.counts.index_add_(0, t, torch.ones_like(t))
+        """Take in the unweighted losses of these timesteps, both (N,); the oldest are forgotten.
+
+        A loss that is not finite is passed over. Nothing here waits for the GPU.
+        """
+        finite = losses.isfinite()
+        alike = (t[:, None] == t) & finite
+        earlier, later = alike.tril(-1).sum(dim=1), alike.triu(1).sum(dim=1)  # how often t comes in this batch
+        # What is not to be kept goes to a spare column: which of two writes to one place wins is undefined on a GPU.
+        kept = finite & (later < self.HISTORY)
+        column = torch.where(kept, (self.counts[t] + earlier) % self.HISTORY, self.HISTORY)
+        losses_and_spare = nn.functional.pad(self.losses, (0, 1))
+        losses_and_spare[t, column] = losses.double()
+        self.losses.copy_(losses_and_spare[:, :-1])
+        self.counts.index_add_(0, t, finite.long())
 
 
 def make_betas(schedule, num_timesteps, zero_terminal_snr=False):
@@ -623,16 +652,17 @@ def discrete_log_likelihood(x0, mean, log_variance):
     """log of the probability that N(mean, variance) gives the 8-bit level x0, in nats, as x0 in shape (DDPM eq. 13).
 
     Levels are 2/255 apart in [-1, 1]; the two outermost take the tails. Differences of the distribution function are
-    taken in logarithms on its lower side, so that they are exact however unlikely the level.
+    taken in logarithms on its lower side, so that they are exact however unlikely the level; in float64, since
+    log_ndtr's gradient cancels in float32: it is off by 1 % at 300 standard deviations, by 27 % at 2000.
     """
-    scale = (-log_variance / 2).exp()
-    off = x0 - mean
+    scale = (-log_variance.double() / 2).exp()
+    off = x0.double() - mean.double()
     upper, lower = (1 / 255 - off.abs()) * scale, (-1 / 255 - off.abs()) * scale  # mirrored: both on the lower side
     upper, lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
     inside = upper + torch.log1p(-torch.exp(lower - upper))
     darkest = torch.special.log_ndtr((off + 1 / 255) * scale)
     brightest = torch.special.log_ndtr((1 / 255 - off) * scale)
-    return torch.where(x0 < -0.999, darkest, torch.where(x0 > 0.999, brightest, inside))
+    return torch.where(x0 < -0.999, darkest, torch.where(x0 > 0.999, brightest, inside)).to(x0.dtype)
 
 
 def save_checkpoint(path, state):

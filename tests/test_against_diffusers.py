@@ -1,22 +1,47 @@
 """The same network, noise and timesteps through diffusers' schedulers give the same images.
 
-Where conventions differ they are set alike: all schedulers clip x0 (DPM-Solver++ cannot, so its network keeps x0
-inside), visit the timesteps that ours visit, and end at the image itself (`set_alpha_to_one`, `final_sigmas_type`).
+All is float64, theirs too (see `double`), so that 1e-9 tells rounding from another formula. Where conventions differ
+they are set alike: all schedulers clip x0 (DPM-Solver++ cannot, so its network keeps x0 inside), visit the timesteps
+that ours visit, and end at the image itself (`set_alpha_to_one`, `final_sigmas_type`).
 """
+
+import sys
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from diffusion import DDPM
+from diffusion import DDPM, SAMPLERS
 
-# eps with the cosine schedule is left out: x0 is then eps over 5e-5 at the start, and float32 decides nothing.
-CASES = [("eps", "linear"), ("v", "linear"), ("v", "cosine"), ("x0", "cosine")]
+CASES = [("eps", "linear"), ("eps", "cosine"), ("v", "linear"), ("v", "cosine"), ("x0", "cosine")]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own
 NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 SHAPE = (2, 1, 8, 8)
 DDPM_NOISE = "diffusers.schedulers.scheduling_ddpm.randn_tensor"  # what their DDPM draws with
+
+
+class Torch64:
+    """torch with float64 for float32."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def double():
+    """float64 and one thread, here and in the schedulers, which ask for float32 by name."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler):
+            patch.setattr(sys.modules[kind.__module__], "torch", Torch64())
+        yield
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
 
 
 class Network(torch.nn.Module):
@@ -29,8 +54,8 @@ class Network(torch.nn.Module):
         self.alphas_cumprod = None
 
     def forward(self, xt, t, y=None):
-        a = self.alphas_cumprod[t][:, None, None, None].float()
-        x0, fraction = torch.conv2d(xt, self.kernel, padding=1).add(3 * a).sin().chunk(2, dim=1)
+        a = self.alphas_cumprod[t][:, None, None, None]
+        x0, fraction = torch.conv2d(xt.double(), self.kernel, padding=1).add(3 * a).sin().chunk(2, dim=1)
         x0 = 1.5 * x0 if self.wild else 0.9 * x0
         eps = (xt - a.sqrt() * x0) / (1 - a).sqrt()
         said = {"x0": x0, "eps": eps, "v": a.sqrt() * eps - (1 - a).sqrt() * x0}[self.prediction]
@@ -47,22 +72,24 @@ def ours(prediction="eps", wild=False, variance="fixed_small", **settings):
     return ddpm
 
 
-def theirs(kind, ddpm, tables=True, **options):
-    """Their scheduler with our settings, and with our tables, which the first test compares."""
+def theirs(kind, ddpm, **options):
+    """Their scheduler with our settings."""
     options = dict(num_train_timesteps=ddpm.num_timesteps, beta_start=1e-4, beta_end=0.02,
                    beta_schedule=SCHEDULES[ddpm.beta_schedule], prediction_type=NAMES[ddpm.prediction],
                    timestep_spacing=ddpm.timestep_spacing, rescale_betas_zero_snr=ddpm.zero_terminal_snr) | options
-    scheduler = kind(**options)
-    if tables:  # theirs are float32, where 1 - alphas_cumprod has three digits at the clean end
-        scheduler.betas, scheduler.alphas, scheduler.alphas_cumprod = ddpm.betas, 1 - ddpm.betas, ddpm.alphas_cumprod
-    return scheduler
+    return kind(**options)
 
 
-def walk(scheduler, ddpm, steps, xT, noises=None, **options):
+def their_images(scheduler, ddpm, steps, noises=None, **options):
     """Their loop. `noises` stand in for what the scheduler would draw."""
     scheduler.set_timesteps(steps)
     assert scheduler.timesteps.tolist() == ddpm.timesteps(steps)
-    xt = xT
+    if isinstance(scheduler, DPMSolverMultistepScheduler):  # rounds these to float32 by numpy
+        a = scheduler.alphas_cumprod[scheduler.timesteps]
+        exact = torch.cat([((1 - a) / a).sqrt(), torch.zeros(1)])
+        torch.testing.assert_close(scheduler.sigmas, exact.float())
+        scheduler.sigmas = exact
+    xt = start()
     for i, t in enumerate(scheduler.timesteps):
         output = ddpm.network(xt, t.expand(len(xt)))
         if noises is not None:
@@ -71,9 +98,18 @@ def walk(scheduler, ddpm, steps, xT, noises=None, **options):
     return xt
 
 
-def draws(steps, seed):
-    """What `DDPM.sample` draws: the noise of each step."""
-    generator = torch.Generator().manual_seed(seed)
+def our_images(ddpm, steps, sampler, eta=None):
+    """What `DDPM.sample` does, in float64."""
+    default, order = SAMPLERS[sampler]
+    generator = torch.Generator().manual_seed(5)
+    *_, (_, images) = ddpm._walk(start(), [*ddpm.timesteps(steps), -1], None, 1.0, default if eta is None else eta,
+                                 order, generator)
+    return images
+
+
+def draws(steps):
+    """The noise of each step of `our_images`."""
+    generator = torch.Generator().manual_seed(5)
     return [torch.randn(SHAPE, generator=generator) for _ in range(steps)]
 
 
@@ -81,7 +117,8 @@ def start():
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(9))
 
 
-def close(a, b, tolerance=2e-5):
+def close(a, b, tolerance=1e-9):  # 1e-11 would do but for their least variance, 1e-20, on the way to the image
+    assert a.dtype == b.dtype == torch.float64
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -92,16 +129,16 @@ def close(a, b, tolerance=2e-5):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_schedules_are_the_same(schedule, zero_terminal_snr):
     ddpm = ours("v", beta_schedule=schedule, zero_terminal_snr=zero_terminal_snr)
-    scheduler = theirs(DDIMScheduler, ddpm, tables=False)
-    close(ddpm.betas, scheduler.betas.double())
-    close(ddpm.alphas_cumprod, scheduler.alphas_cumprod.double())
+    scheduler = theirs(DDIMScheduler, ddpm)
+    close(ddpm.betas, scheduler.betas)
+    close(ddpm.alphas_cumprod, scheduler.alphas_cumprod)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_noisy_images_and_velocities_are_the_same(schedule):
     ddpm = ours("v", beta_schedule=schedule)
     scheduler = theirs(DDPMScheduler, ddpm)
-    t, x0, eps = torch.tensor([3, 700]), start(), draws(1, 0)[0]
+    t, x0, eps = torch.tensor([3, 700]), start(), draws(1)[0]
     close(ddpm.q_sample(x0, t, eps), scheduler.add_noise(x0, eps, t))
     close(ddpm._target(x0, eps, t), scheduler.get_velocity(x0, eps, t))
 
@@ -136,11 +173,9 @@ def test_ddpm_is_the_same(prediction, schedule, steps, spacing, variance, monkey
     """The large variance down to t = 0 only: from higher up theirs adds noise to the image itself."""
     ddpm = ours(prediction, wild=True, variance=variance, beta_schedule=schedule, timestep_spacing=spacing)
     scheduler = theirs(DDPMScheduler, ddpm, variance_type=variance, clip_sample=True)
-    noises = iter(draws(steps, seed=5))
-    xT = start()
-    images = ddpm.sample(2, sampler="ddpm", steps=steps, xT=xT, seed=5)
+    noises = iter(draws(steps))
     monkeypatch.setattr(DDPM_NOISE, lambda *args, **options: next(noises))
-    close(images, walk(scheduler, ddpm, steps, xT))
+    close(our_images(ddpm, steps, "ddpm"), their_images(scheduler, ddpm, steps))
 
 
 @pytest.mark.parametrize("prediction, schedule", CASES)
@@ -149,9 +184,8 @@ def test_ddim_is_the_same(prediction, schedule, steps, eta):
     """On trailing timesteps: from other ones theirs goes back by 1000 / steps, not to the next that it visits."""
     ddpm = ours(prediction, wild=True, beta_schedule=schedule)
     scheduler = theirs(DDIMScheduler, ddpm, clip_sample=True, set_alpha_to_one=True)
-    xT = start()
-    images = ddpm.sample(2, sampler="ddim", steps=steps, eta=eta, xT=xT, seed=5)
-    close(images, walk(scheduler, ddpm, steps, xT, draws(steps, seed=5), eta=eta, use_clipped_model_output=True))
+    images = their_images(scheduler, ddpm, steps, draws(steps), eta=eta, use_clipped_model_output=True)
+    close(our_images(ddpm, steps, "ddim", eta), images)
 
 
 @pytest.mark.parametrize("prediction, schedule", CASES)
@@ -163,17 +197,23 @@ def test_dpm_solver_is_the_same(prediction, schedule, steps, eta):
     scheduler = theirs(DPMSolverMultistepScheduler, ddpm, solver_order=2, solver_type="midpoint",
                        algorithm_type="sde-dpmsolver++" if eta else "dpmsolver++", final_sigmas_type="zero",
                        lower_order_final=True)
-    xT = start()
-    images = ddpm.sample(2, sampler="dpm++", steps=steps, eta=eta, xT=xT, seed=5)
-    close(images, walk(scheduler, ddpm, steps, xT, draws(steps, seed=5) if eta else None), 5e-5)
+    images = their_images(scheduler, ddpm, steps, draws(steps) if eta else None)
+    close(our_images(ddpm, steps, "dpm++", eta), images)
 
 
 @pytest.mark.parametrize("prediction", ["v", "x0"])
 def test_zero_terminal_snr_is_the_same(prediction):
     """By DDIM: their DPM-Solver++ ends at 2**-24 instead of zero."""
-    ddpm, xT = ours(prediction, zero_terminal_snr=True), start()
+    ddpm = ours(prediction, zero_terminal_snr=True)
     scheduler = theirs(DDIMScheduler, ddpm, clip_sample=True, set_alpha_to_one=True)
-    close(ddpm.sample(2, sampler="ddim", steps=20, xT=xT), walk(scheduler, ddpm, 20, xT))
+    close(our_images(ddpm, 20, "ddim"), their_images(scheduler, ddpm, 20))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_sample_takes_the_walk_of_these_tests(sampler):
+    ddpm = ours("v", wild=True)
+    images = ddpm.sample(2, sampler=sampler, steps=10, xT=start(), seed=5)  # that begins in float32
+    close(images.double(), our_images(ddpm, 10, sampler), 1e-4)
 
 
 @pytest.mark.parametrize("prediction", NAMES)

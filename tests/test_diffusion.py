@@ -348,6 +348,33 @@ def test_interpolation_without_labels_asks_for_no_label_and_with_them_for_these(
     assert seen[0] is None and seen[1].tolist() == [1, 0] * 3 and seen[2].tolist() == [1] * 6
 
 
+def test_interpolation_without_labels_uses_none_whatever_the_guidance():
+    ddpm, seen = gaussian(means=(-0.4, 0.4), guidance_scale=3.0), []
+    ddpm.network.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    a = torch.zeros(2, 1, 8, 8)
+    for guidance_scale in (None, 0, 1, 1.0):
+        ddpm.interpolate(a, a, [0.5], t=10, steps=2, guidance_scale=guidance_scale)
+        gaussian().interpolate(a, a, [0.5], t=10, steps=2, guidance_scale=guidance_scale)
+    assert seen == [None] * 8
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(y=[0, 1, 0]), "y of 3 labels: expected 2"), (dict(y=[1]), "y of 1 labels: expected 2"),
+    (dict(y=[0, 2]), "y from 0 to 2: expected labels from 0 to 1"), (dict(y=[0.5, 1]), "y of torch.float32"),
+    (dict(guidance_scale=2.0), "guidance_scale 2.0: guidance needs labels"),
+    (dict(weights=[0.5, 1.1]), r"weights \[0.5, 1.1\]: expected one or more, from 0 to 1"),
+    (dict(weights=[-0.25]), r"weights \[-0.25\]"), (dict(weights=[math.nan]), r"weights \[nan\]"),
+    (dict(weights=[]), r"weights \[\]"), (dict(weights=torch.linspace(0, 2, 3)), r"weights \[0.0, 1.0, 2.0\]"),
+    (dict(x0=torch.zeros(0, 1, 8, 8), other=torch.zeros(0, 1, 8, 8), y=1), "n 0: expected at least 1 image")])
+def test_an_interpolation_that_does_not_fit_is_one_clear_line(arguments, words):
+    ddpm, a = gaussian(means=(-0.4, 0.4)), torch.zeros(2, 1, 8, 8)
+    with pytest.raises(ValueError, match=words) as error:
+        ddpm.interpolate(**dict(x0=a, other=a, weights=[0.5], t=10, steps=1) | arguments)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="y: this model is unconditional"):
+        gaussian().interpolate(a, a, [0.5], t=10, y=1)
+
+
 def test_eta_one_is_the_posterior_and_p_mean_variance_its_one_step():
     ddpm = gaussian()
     torch.manual_seed(0)

@@ -5,10 +5,12 @@ The data are the independent normal pixels of test_diffusion.py, on 8-bit levels
 
 import copy
 import math
+from collections import deque
 
 import pytest
 import torch
 from test_diffusion import MEAN, STD, Oracle, gaussian
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion import DDPM, VLB_WEIGHT, ImportanceSampler, discrete_log_likelihood, make_betas
 from unet import UNet
@@ -120,13 +122,33 @@ def test_the_decoder_is_the_normal_distribution_on_levels():
     torch.testing.assert_close(log_p.exp(), upper - lower, rtol=1e-9, atol=1e-12)
 
 
-def test_the_decoder_is_exact_where_float32_has_no_probability_left():
-    mean = torch.tensor([0.9], requires_grad=True)
-    log_p = discrete_log_likelihood(torch.tensor([-64 / 127.5]), mean, torch.tensor([2 * math.log(0.01)]))
-    z = (0.9 + 64 / 127.5 - 1 / 255) / 0.01  # the near edge decides: -z^2 / 2 - log(z sqrt(2 pi))
-    assert log_p.item() == pytest.approx(-z**2 / 2 - math.log(z * math.sqrt(2 * math.pi)), rel=1e-4)
+@pytest.mark.parametrize("level", [0, 64, 255])
+@pytest.mark.parametrize("deviations", [140, 300, 2000])
+def test_the_decoder_and_its_gradients_are_exact_where_float32_has_no_probability_left(level, deviations):
+    x0 = torch.tensor([level / 127.5 - 1])
+    mean = torch.tensor([0.9 if level < 128 else -0.9], requires_grad=True)
+    sign = mean.sign().item()
+    near = abs(mean.item() - x0.item()) - 1 / 255  # the near edge decides
+    log_variance = torch.tensor([2 * math.log(near / deviations)], requires_grad=True)
+    std = math.exp(log_variance.item() / 2)
+    z = near / std
+    log_p = discrete_log_likelihood(x0, mean, log_variance)
+    assert log_p.dtype == torch.float32  # and its value -z^2 / 2 - log(z sqrt(2 pi)) + log(1 - 1 / z^2 + 3 / z^4)
+    assert log_p.item() == pytest.approx(
+        -z**2 / 2 - math.log(z * math.sqrt(2 * math.pi)) + math.log1p(-1 / z**2 + 3 / z**4), rel=1e-6)
     log_p.sum().backward()
-    assert torch.isfinite(mean.grad).all() and mean.grad.item() == pytest.approx(-z / 0.01, rel=1e-2)
+    assert mean.grad.item() == pytest.approx(-sign * (z + 1 / z - 2 / z**3) / std, rel=1e-5)
+    assert log_variance.grad.item() == pytest.approx((z**2 + 1 - 2 / z**2) / 2, rel=1e-5)
+
+
+def test_the_decoders_gradients_are_those_of_finite_differences():
+    x0 = LEVELS[::15]
+    mean = (x0 + 0.01 * torch.randn(18, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    log_variance = torch.linspace(-11, -2, 18).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *of: discrete_log_likelihood(x0, *of), (mean, log_variance))
+    exact = discrete_log_likelihood(x0, mean, log_variance).detach().float()
+    torch.testing.assert_close(discrete_log_likelihood(*(a.float() for a in (x0, mean, log_variance))), exact,
+                               rtol=2e-5, atol=2e-5)
 
 
 # The bound
@@ -211,6 +233,28 @@ def test_the_bound_uses_labels_and_goes_in_batches_that_do_not_matter():
     assert right.total < wrong.total - 1
     split = ddpm.bits_per_dim(x0, y, seed=1, batch_size=7)
     assert split.total == pytest.approx(right.total, abs=4 * right.standard_error) and ddpm.network.largest == 40
+
+
+def test_the_bound_takes_one_label_for_all_and_gives_tensors_to_compute_with():
+    ddpm, x0 = gaussian(means=(-0.4, MEAN), num_timesteps=5), pixels(4)
+    one, many = (ddpm.bits_per_dim(x0, y, seed=1) for y in (1, [1] * 4))
+    assert one.total == many.total
+    factor = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    (factor * one.rate + factor * one.rmse).sum().backward()
+    torch.testing.assert_close(factor.grad, one.rate + one.rmse)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(y=[0, 1]), "y of 2 labels: expected 3, one an image"), (dict(y=[0, 1, 2]), "y from 0 to 2: expected labels"),
+    (dict(y=-1), "y from -1 to -1: expected labels from 0 to 1"), (dict(y=[0.5, 1, 1]), "y of torch.float32"),
+    (dict(batch_size=0), "batch_size of 0 images: expected at least 1"), (dict(batch_size=-1), "batch_size of -1"),
+    (dict(x0=torch.zeros(0, 1, 8, 8)), "x0 of 0 images: expected at least 1")])
+def test_a_bound_of_what_does_not_fit_is_one_clear_line(arguments, words):
+    with pytest.raises(ValueError, match=words) as error:
+        gaussian(means=(-0.4, MEAN), num_timesteps=5).bits_per_dim(**dict(x0=pixels(3)) | arguments)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="y: this model is unconditional"):
+        gaussian(num_timesteps=5).bits_per_dim(pixels(3), 1)
 
 
 # Losses
@@ -318,6 +362,43 @@ def test_a_short_hybrid_run_lowers_the_bound_and_leaves_the_simple_loss():
     assert simple["learned"] < 1.02 * simple["fixed_small"], simple
 
 
+def test_a_learned_variance_finds_the_true_one_and_bounds_better_than_either_fixed_one():
+    """The exact mean, and a place of the variance for each timestep, learned by the hybrid loss."""
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network, self.places = Oracle(num_timesteps=20), torch.nn.Embedding(20, 1)
+
+        def forward(self, xt, t, y=None):
+            output = self.network(xt, t)
+            return torch.cat([output, self.places(t)[:, :, None, None].expand(output.shape)], dim=1)
+
+    torch.manual_seed(0)
+    ddpm = DDPM(Head(), image_size=8, channels=1, num_timesteps=20, variance="learned")
+    torch.nn.init.zeros_(ddpm.network.places.weight)
+    optimizer = torch.optim.Adam(ddpm.parameters(), 0.05)
+    for step in range(200):
+        optimizer.zero_grad()
+        ddpm(pixels(64, seed=step)).backward()
+        optimizer.step()
+
+    t = torch.arange(1, 20)  # the decoder's has no closed form
+    small, large = (log_variance.flatten() for log_variance in ddpm._log_variances(t, t - 1))
+    a, before = ddpm.alphas_cumprod[t], ddpm.alphas_cumprod[t - 1]
+    of_x0 = STD**2 * (1 - a) / (a * STD**2 + 1 - a)  # variance of x_0 given x_t
+    true = small.exp() + (before.sqrt() * large.exp() / (1 - a)) ** 2 * of_x0
+    learned_log_variance = small + (large - small) * (ddpm.network.places.weight[1:, 0] + 1) / 2
+    torch.testing.assert_close(learned_log_variance, true.log(), rtol=0, atol=0.1)
+
+    x0 = pixels(100, seed=1000)
+    fixed = [gaussian(num_timesteps=20, variance=variance) for variance in ("fixed_small", "fixed_large")]
+    bits, of_small, of_large = (model.bits_per_dim(x0, seed=1).total for model in (ddpm, *fixed))
+    by_hand = [((true.log() - log_variance).expm1() - (true.log() - log_variance)).sum().item() / 2 / math.log(2)
+               for log_variance in (small, large)]
+    assert by_hand == pytest.approx([0.467, 0.969], abs=1e-3)  # bits a dimension lost in the KL terms
+    assert bits < of_small - 0.4 and bits < of_large - 0.9, (bits, of_small, of_large)
+
+
 # Timesteps by importance
 
 
@@ -360,3 +441,52 @@ def test_importance_sampling_never_leaves_a_timestep_out_and_remembers_itself():
     with torch.no_grad():
         twin.update(torch.tensor([0]), torch.tensor([9.0], requires_grad=True))
     assert not twin.losses.requires_grad
+
+
+def test_importance_sampling_survives_losses_of_zero_and_losses_that_are_not_finite():
+    sampler = ImportanceSampler(2)
+    sampler.update(torch.arange(2).repeat(10), torch.zeros(20))
+    assert sampler.probabilities().tolist() == [0.5, 0.5]
+    assert sampler.sample(100)[1].tolist() == [1.0] * 100
+    t, losses = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([math.nan, 3.0, math.inf, 1.0, -math.inf])
+    sampler.update(t, losses)
+    assert sampler.counts.tolist() == [11, 11]
+    assert sampler.losses.tolist() == [[3.0] + [0.0] * 9, [1.0] + [0.0] * 9]
+    assert sampler.probabilities().tolist() == pytest.approx([0.999 * 3 / 4 + 0.0005, 0.999 / 4 + 0.0005])
+    never = ImportanceSampler(2)
+    never.update(torch.arange(2).repeat(10), torch.tensor([math.nan, 1.0]).repeat(10))
+    assert never.counts.tolist() == [0, 10] and never.probabilities().tolist() == [0.5, 0.5]
+
+
+def test_importance_sampling_keeps_the_last_ten_of_each_timestep():
+    """Against a plain queue, in batches with up to all of one timestep, and with losses that are not finite."""
+    sampler, queues = ImportanceSampler(4), [deque(maxlen=10) for _ in range(4)]
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 5, 30, 64, 3, 100, 7):
+        t = torch.randint(4, (n,), generator=generator) ** 2 // 3  # 0, 0, 1, 3
+        losses = torch.rand(n, generator=generator, dtype=torch.float64)
+        losses[torch.rand(n, generator=generator) < 0.2] = math.nan
+        sampler.update(t, losses)
+        for i, loss in zip(t.tolist(), losses.tolist()):
+            if math.isfinite(loss):
+                queues[i].append(loss)
+        for kept, queue in zip(sampler.losses.tolist(), queues):
+            assert sorted(kept) == sorted([*queue] + [0.0] * (10 - len(queue)))
+
+
+def test_importance_sampling_writes_no_place_twice_and_does_not_wait_for_the_gpu():
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.index_put_.default:
+                places.extend(zip(*(index.tolist() for index in args[1])))
+            return function(*args, **kwargs or {})
+
+    places, sampler = [], ImportanceSampler(3)
+    t = torch.arange(3).repeat(25)
+    with Watch():
+        sampler.update(t, torch.rand(75))
+    places = [place for place in places if place[1] < 10]  # without the spare ones
+    assert len(places) == len(set(places)) == 30
+    on_meta = ImportanceSampler(3).to("meta")  # where whatever depends on values fails
+    on_meta.update(t.to("meta"), torch.rand(75, device="meta"))
+    assert on_meta.probabilities().is_meta
