@@ -186,6 +186,25 @@ def test_a_training_step_gives_the_network_labels_and_bf16_and_clips_the_gradien
     assert norm > 0.01 and norms[0].item() == pytest.approx(0.01, rel=1e-3) and ema.step == 1
 
 
+@pytest.mark.parametrize(("sampling", "in_clean_half"), [("uniform", 0.5), ("noisy", 0.5 ** (1 / 0.6))])
+def test_timesteps_are_drawn_as_asked(sampling, in_clean_half):
+    config, _ = train_eval.configure([*SMALL, "--timestep_sampling", sampling])
+    drawn = []
+
+    class Model(torch.nn.Linear):
+        def forward(self, x0, y, t, reduction):
+            drawn.append(t)
+            return super().forward(x0[:, 0, 0, :1]).flatten()
+
+    ddpm = Model(1, 1)
+    parts = {"optimizer": torch.optim.SGD(ddpm.parameters(), lr=0.0), "ema": EMA(ddpm)}
+    torch.manual_seed(0)
+    losses, weights, t, _ = train_eval.train_step(config, ddpm, parts, torch.rand(20_000, 1, 1, 1), None)
+    assert torch.equal(t, drawn[0]) and t.dtype == torch.long and (weights == 1).all()
+    assert t.min() >= 0 and 990 < t.max() < config.num_timesteps
+    assert (t < 500).double().mean() == pytest.approx(in_clean_half, abs=0.015)  # 4 standard deviations
+
+
 def test_every_constant_of_the_model_reaches_it():
     flags = {"num_heads": 2, "adaptive_norm": True, "prediction": "v", "beta_schedule": "cosine", "loss": "l1",
              "variance": "learned", "zero_terminal_snr": True, "min_snr_gamma": 5.0, "sampler": "dpm++",
