@@ -119,6 +119,14 @@ def test_nearest_finds_copies_and_measures_grey_levels():
     assert torch.equal(index, picked) and torch.allclose(distance, torch.full((600,), 10.0).double(), atol=1e-3)
 
 
+def test_nearest_counts_brightness_by_hand():
+    images, others = (torch.tensor(levels, dtype=torch.uint8)[:, None, None].expand(-1, 32, 32)
+                      for levels in ([10, 70, 130, 200], [0, 30, 90, 160, 255]))
+    distance, index = metrics.nearest(images, others)
+    assert index.tolist() == [0, 2, 3, 3]
+    assert torch.allclose(distance, torch.tensor([10.0, 20, 30, 40]).double(), atol=1e-4)
+
+
 # The classifier
 
 
