@@ -210,7 +210,8 @@ def real(classifier, mnist):
 
 def test_real_digits_measure_as_real(classifier, mnist, real):
     samples, _, report = real
-    assert report["frechet"] == metrics.frechet_distance(classifier.read(samples)[0], classifier.read(mnist[1].images)[0])
+    features, features_test = (classifier.read(images)[0] for images in (samples, mnist[1].images))
+    assert report["frechet"] == metrics.frechet_distance(features, features_test)
     assert report["frechet"] < 2 * report["frechet_real"]
     assert report["precision"] > 0.7 and report["recall"] > 0.7
     assert report["precision"] == pytest.approx(report["precision_real"], abs=0.06)
