@@ -1,0 +1,624 @@
+"""How fast, against what this machine can do and against what else there is: `python tests/benchmark.py`.
+
+Prints one table. Every comparison runs ours and the other in turn in one process, for several rounds; times are
+medians, ratios the median of the rounds' ratios with the smallest and the largest behind it. Ratios are the other's
+time over ours: above 1 ours is faster. The peers are diffusers and denoising_diffusion_pytorch; neither is needed.
+"""
+
+import argparse
+import gc
+import importlib
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import MethodType
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_eval  # noqa: E402
+from dataprocess import load_data  # noqa: E402
+from diffusion import DDPM  # noqa: E402
+from ema import EMA  # noqa: E402
+from unet import Attention, GroupNorm  # noqa: E402
+
+NAMES = {"ours": "ours, as train_eval.py runs it", "plain": "the same network, plain fp32 eager",
+         "diffusers": "diffusers UNet2DModel", "denoising_diffusion_pytorch": "denoising_diffusion_pytorch Unet"}
+STEP_BYTES = 40  # a parameter, float32: read, written; gradient written, read; two moments and shadow read, written
+H100 = {"bf16": 989e12, "copy": 3.35e12, "memory": 80e9, "link": 450e9}  # dense, HBM3, NVLink one way: data sheet
+COLUMNS = {"what": "{}", "ms": "{:.4g}", "images_s": "{:.4g}", "ratio": "{}", "equal_ops": "{:.2f}",
+           "params_m": "{:.3f}", "gflop": "{:.4g}", "ceiling": "{:.1%}", "peak_mb": "{:.0f}", "note": "{}"}
+
+
+def main():
+    """Measure all parts, then print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--rounds", type=int, default=5, help="of each comparison (default: 5)")
+    parser.add_argument("--skip_reference", action="store_true", help="do not time the 233M network: slow on a CPU")
+    parser.add_argument("--data_dir", default=os.environ.get("DDPM_DATA_DIR") or str(ROOT / "data"))
+    parser.add_argument("--device", default=train_eval.device)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)  # a child process: kind, model and changes of its config
+    args = parser.parse_args()
+    if args.peak:
+        return print(peak_here(args.device, **json.loads(args.peak)))
+    bench = Bench(args)
+    parts = [bench.ceilings, bench.counts, bench.small_steps, bench.sampling, bench.overheads, bench.start_up,
+             bench.growth, bench.on_paper]
+    if not args.skip_reference:
+        parts.insert(3, bench.reference_steps)
+    for part in parts:
+        print(f"{part.__name__} ...", file=sys.stderr, flush=True)
+        part()
+    if args.json:
+        print(json.dumps({"machine": bench.machine, "rows": bench.rows}, indent=1))
+    else:
+        print_table(bench)
+
+
+class Bench:
+    """The parts of the benchmark, and the rows that they found."""
+
+    def __init__(self, args):
+        self.rounds, self.device, self.data_dir = args.rounds, args.device, str(Path(args.data_dir).resolve())
+        self.rows, self.rates = [], {}
+        self.cuda = torch.device(self.device).type == "cuda"
+        chip = torch.cuda.get_device_name() if self.cuda else processor()
+        self.machine = (f"{chip}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch "
+                        f"{torch.__version__}, Python {platform.python_version()}, {args.rounds} rounds")
+        self.small, self.reference = settings("small", self.device), settings("reference", self.device)
+
+    def row(self, part, what, **values):
+        """Add a row to the table; the names of its values are in COLUMNS."""
+        self.rows.append({"part": part, "what": what, **values})
+
+    def clock(self, function):
+        """Seconds of one call."""
+        self.synchronize()
+        start = time.perf_counter()
+        function()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def synchronize(self):
+        """Wait for the device."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def interleave(self, *functions):
+        """Seconds a call, a list of one number a round for each: in turn, forwards and backwards, after a warm-up."""
+        calls = []
+        for function in functions:
+            function()
+            calls.append(max(1, min(50, int(0.3 / self.clock(function)))))
+        times = [[] for _ in functions]
+        for round_ in range(self.rounds):
+            order = range(len(functions))
+            for i in order if round_ % 2 == 0 else reversed(order):
+                function, n = functions[i], calls[i]
+                times[i].append(self.clock(lambda: [function() for _ in range(n)]) / n)  # noqa: B023
+        return times
+
+    def share(self, config, operations, seconds):
+        """Operations over time over the ceiling, for what the config computes in."""
+        kind = precision(config)
+        return {"ceiling": operations / seconds / self.rates[kind], "of": kind}
+
+    def floor(self, operations, moved, kind):
+        """The least seconds that a step can take here, and what bounds it."""
+        return max((operations / self.rates[kind], kind), (moved / self.rates["copy"], "copy"))
+
+    # Ceilings and counts
+
+    def ceilings(self):
+        """Matrix products and copies, the best of many."""
+        for kind in ("fp32", "bf16", "tf32") if self.cuda else ("fp32", "bf16"):
+            torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+            dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+            top = 8192 if self.cuda else 1024 if kind == "bf16" else 2048
+            n = 256  # grows as long as one product stays within seconds: bf16 crawls on some CPUs
+            while True:
+                a = torch.rand(n, n, device=self.device).to(dtype)
+                seconds = min(self.clock(lambda: a @ a), self.clock(lambda: a @ a))  # noqa: B023
+                if n >= top or 8 * seconds > 2:
+                    break
+                n *= 2
+            seconds = min([self.clock(lambda: a @ a) for _ in range(min(50, int(2 / seconds)))] + [seconds])  # noqa: B023
+            self.rates[kind] = 2 * n**3 / seconds
+            self.row("ceilings", f"{kind} product, {n}x{n}", ms=1e3 * seconds,
+                     note=f"{self.rates[kind] / 1e9:.4g} GFLOP/s")
+        a, b = torch.rand(2, 2**27, device=self.device)
+        seconds = min(self.clock(lambda: b.copy_(a)) for _ in range(10))
+        self.rates["copy"] = 2 * a.nbytes / seconds
+        self.row("ceilings", "copy of 512 MiB", ms=1e3 * seconds,
+                 note=f"{self.rates['copy'] / 1e9:.4g} GB/s, read and written")
+
+    def counts(self):
+        """Operations and bytes of our steps, and the least that they can take here."""
+        for name, config in (("reference", self.reference), ("small", self.small)):
+            for what, sampling in (("training step", False), ("sampling step", True)):
+                operations, moved, params, saved = count("ours", config, sampling)
+                floor, bound = self.floor(operations, moved, precision(config))
+                guided = "guided: 2 x 16 network inputs" if sampling and config.guidance_scale != 1 else ""
+                note = f"{STEP_BYTES} B a parameter + 2 x {saved / 1e6:.4g} MB saved for backward"
+                self.row("floors", f"{name}, {what}, batch {config.batch_size}", ms=1e3 * floor, params_m=params / 1e6,
+                         gflop=operations / 1e9, note=f"bound by {bound}; {moved / 1e9:.4g} GB at least"
+                         + (f": {note}" if not sampling else f"; {guided}" if guided else ""))
+
+    # Training steps
+
+    def small_steps(self):
+        """The model that a CPU trains by default."""
+        self.steps("training step, the CPU's default model", "small", self.small)
+
+    def reference_steps(self):
+        """The 233M network."""
+        self.steps("training step, the reference", "reference", self.reference)
+
+    def steps(self, part, model, config):
+        """Ours against each other, two at a time: the reference would not fit four times."""
+        mine, found = [], {}
+        for kind in list(NAMES)[1:]:
+            try:
+                pair = [stepper("ours", config), stepper(kind, config)]
+            except ImportError as error:
+                found[kind] = str(error)
+                continue
+            ours, theirs = self.interleave(*pair)
+            mine += ours
+            found[kind] = ours, theirs
+            del pair
+            gc.collect()
+            if self.cuda:
+                torch.cuda.empty_cache()
+        all_ours = count("ours", config)[0]
+        for kind in NAMES:
+            if isinstance(found.get(kind), str):
+                self.row(part, NAMES[kind], note=found[kind])
+                continue
+            ours, theirs = found.get(kind, (mine, mine))
+            operations, _, params, _ = count(kind, config)
+            seconds = statistics.median(theirs)
+            of_ours = {} if kind == "ours" else ratio(ours, theirs)
+            equal = {} if kind == "ours" else {"equal_ops": of_ours["ratio"] * all_ours / operations}
+            theirs_config = config if kind == "ours" else plain_config(config)
+            self.row(part, NAMES[kind], ms=1e3 * seconds, images_s=config.batch_size / seconds, **of_ours, **equal,
+                     params_m=params / 1e6, gflop=operations / 1e9, **self.share(theirs_config, operations, seconds),
+                     peak_mb=peak(self.device, kind, model))
+
+    # Sampling
+
+    def sampling(self):
+        """Sixteen images of the CPU's default model, its own way and others."""
+        config, n, steps = self.small, 16, self.small.sample_steps
+        ddpm, y = train_eval.build(config), torch.arange(16, device=self.device) % 10
+        train_eval.compile_network(config, ddpm)
+        xT = torch.randn(n, config.channels, config.image_size, config.image_size, device=self.device)
+
+        def draw(**options):
+            speed("ours")
+            with train_eval.autocast(config):
+                ddpm.sample(n, y, **options)
+
+        tries = [(f"ours: {config.sampler}, {steps} steps, guidance {config.guidance_scale}", draw, 1, steps, 2, ""),
+                 (f"ours: {config.sampler}, {steps} steps, no guidance", lambda: draw(guidance_scale=1), 1, steps, 1,
+                  ""),
+                 (f"ours: ancestral, 1000 steps, guidance {config.guidance_scale}",
+                  lambda: draw(sampler="ddpm", steps=50, start=49, xT=xT), 20, 1000, 2,
+                  "the last 50 steps timed, times 20")]
+        try:
+            importlib.import_module("diffusers")
+            from diffusers import DDPMPipeline, DDPMScheduler
+            unconditional = argparse.Namespace(**{**vars(config), "use_conditional_generation": False})
+            pipeline = DDPMPipeline(Peer("diffusers", unconditional).net.to(self.device), DDPMScheduler())
+            pipeline.set_progress_bar_config(disable=True)
+
+            def pipe():
+                speed("diffusers")
+                pipeline(batch_size=n, num_inference_steps=steps, output_type="np")
+
+            tries.append((f"diffusers DDPMPipeline, {steps} steps, no guidance", pipe, 1, steps, 1,
+                          "against ours without guidance: equal operations"))
+        except ImportError as error:
+            self.row("sampling, 16 images", "diffusers DDPMPipeline", note=missing("diffusers", error))
+        once = count("ours", config, sampling=True)[0] / (2 if config.guidance_scale != 1 else 1)
+        times = [[t * scale for t in ts] for ts, (_, _, scale, *_) in
+                 zip(self.interleave(*(entry[1] for entry in tries)), tries)]
+        for i, (what, _, _, calls, networks, note) in enumerate(tries):
+            seconds, operations = statistics.median(times[i]), once * calls * networks
+            compared = {} if i == 0 else ratio(times[1 if i == 3 else 0], times[i])
+            like = config if i < 3 else plain_config(config)
+            self.row("sampling, 16 images", what, ms=1e3 * seconds, images_s=n / seconds, **compared,
+                     gflop=operations / 1e9, **self.share(like, operations, seconds), note=note)
+
+    # What surrounds the network
+
+    def overheads(self):
+        """Loader, shadow weights, optimiser: time, and share of the step of the CPU's default model."""
+        config, device = self.small, self.device
+        step = statistics.median(self.interleave(stepper("ours", config))[0])
+
+        def of_step(times, **compared):
+            seconds = statistics.median(times)
+            return {"ms": 1e3 * seconds, **compared, "note": f"{seconds / step:.2%} of our step"}
+
+        images, _ = load_data("auto", self.data_dir, augment=False, device=device)
+        moved, _ = load_data(images.name, self.data_dir, augment=True, device=device)
+        self.dataset = images.name
+        ours, augmented, theirs = endless(images, config), endless(moved, config), torchvision_loader(self.data_dir)
+        loaders = [lambda: next(ours), lambda: next(augmented)]
+        if not isinstance(theirs, str):
+            loaders.append(lambda: [part.to(device) for part in next(theirs)])
+        times = self.interleave(*loaders)
+        self.row("a batch of 16", "dataprocess.Images.epoch", **of_step(times[0]))
+        self.row("a batch of 16", "the same, augmenting", **of_step(times[1], **ratio(times[0], times[1])))
+        if isinstance(theirs, str):
+            self.row("a batch of 16", "DataLoader, torchvision MNIST", note=theirs)
+        else:
+            self.row("a batch of 16", "DataLoader, torchvision MNIST, 2 workers",
+                     **of_step(times[2], **ratio(times[0], times[2])))
+
+        for model, settings_ in (("small", config), ("reference", self.reference)):
+            ddpm = train_eval.build(settings_)
+            for p in ddpm.parameters():
+                p.grad = torch.full_like(p, 1e-8)
+            ema, shadow = EMA(ddpm.network, settings_.ema_decay, 0), [p.detach().clone() for p in ddpm.parameters()]
+            optimizer = torch.optim.AdamW(ddpm.parameters(), lr=1e-8, fused=True)
+            loop = python_ema(ddpm, shadow, settings_.ema_decay)
+            ema_times, loop_times, both = self.interleave(ema.update, loop, lambda: (optimizer.step(), ema.update()))  # noqa: B023
+            told = of_step if model == "small" else lambda times, **more: {"ms": 1e3 * statistics.median(times), **more}
+            self.row(f"after backward, {model}", "EMA.update", **told(ema_times))
+            self.row(f"after backward, {model}", "mul_ and add_ in a loop", **told(loop_times, **ratio(ema_times, loop_times)))
+            self.row(f"after backward, {model}", "AdamW and EMA.update", **told(both))
+            del ddpm, ema, shadow, optimizer, loop
+
+    def start_up(self):
+        """From the command to the help, and to the end of the first training step of the default run."""
+        first_step = ("import os, sys, train_eval\ninner = train_eval.train_step\ndef step(*args):\n"
+                      "    inner(*args)[-1].item()\n    os._exit(0)\ntrain_eval.train_step = step\n"
+                      "train_eval.main(sys.argv[1:])")
+
+        def run(*command):
+            with tempfile.TemporaryDirectory() as folder:
+                flags = [] if "--help" in command else ["--save_dir", folder]
+                subprocess.run([sys.executable, *command, *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+
+        help_, step = self.interleave(
+            lambda: run("train_eval.py", "--help"),
+            lambda: run("-c", first_step, "--device", self.device, "--data_dir", self.data_dir, "--dataset",
+                        self.dataset))
+        self.row("start", "python train_eval.py --help", ms=1e3 * statistics.median(help_))
+        self.row("start", "to the end of the first step, all data in place", ms=1e3 * statistics.median(step),
+                 note=f"{self.dataset}, {self.small.train_size:,} images at most")
+
+    # Growth
+
+    def growth(self):
+        """Our step against batch, width and resolution."""
+        base, before = stepper("ours", self.small), count("ours", self.small)[0]
+        for changes in ({}, {"batch_size": 4}, {"batch_size": 64}, {"base_channels": 64}, {"patch_size": 1}):
+            config = argparse.Namespace(**{**vars(self.small), **changes})
+            what = ", ".join(f"{name} {value}" for name, value in changes.items())
+            operations, _, params, _ = count("ours", config)
+            ours, grown = self.interleave(base, stepper("ours", config)) if changes else 2 * self.interleave(base)
+            seconds = statistics.median(grown)
+            self.row("growth of the CPU's default model", what or "batch_size 16, base_channels 32, patch_size 2",
+                     ms=1e3 * seconds, images_s=config.batch_size / seconds, **(ratio(ours, grown) if changes else {}),
+                     params_m=params / 1e6, gflop=operations / 1e9, **self.share(config, operations, seconds),
+                     peak_mb=peak(self.device, "ours", "small", **changes),
+                     note=f"{operations / before:.2f} times the operations" if changes else "")
+
+    def on_paper(self):
+        """The reference on H100-class cards: counts over the data sheet's numbers, nothing measured."""
+        for batch in (16, 128):
+            config = argparse.Namespace(**{**vars(self.reference), "batch_size": batch, "bf16": True})
+            operations, moved, params, saved = count("ours", config)
+            compute, memory = operations / H100["bf16"], moved / H100["copy"]
+            for cards in (1, 2, 8):
+                reduce = 2 * 4 * params * (cards - 1) / cards / H100["link"]
+                seconds, steps = max(compute, memory) + reduce, math.ceil(60_000 / batch / cards) * 50
+                note = (f"{1e3 * compute:.3g} ms products, {1e3 * memory:.3g} ms memory ({moved / 1e9:.3g} GB)"
+                        if cards == 1 else f"{1e3 * reduce:.3g} ms all-reduce, not overlapped: "
+                        f"{max(compute, memory) / seconds:.0%} efficient")
+                self.row("reference on H100 cards, on paper", f"batch {batch} a card, {cards} card{'s' * (cards > 1)}",
+                         ms=1e3 * seconds, images_s=batch * cards / seconds, params_m=params / 1e6,
+                         gflop=operations / 1e9, ceiling=compute / seconds, of="bf16",
+                         peak_mb=(20 * params + saved) / 1e6, note=f"{note}; 50 epochs {steps * seconds / 3600:.2g} h")
+
+
+# Contestants
+
+
+def settings(model, device):
+    """The config of the 'reference' or the 'small' model, as train_eval.py would run it on this device."""
+    network = train_eval.read_constants({"device": "cuda" if model == "reference" else "cpu"})
+    here = train_eval.read_constants({"device": device})
+    config = {name: value for name, (_, value, _) in network.items()}
+    config |= {name: here[name][1] for name in ("device", "bf16", "use_compile")}
+    return argparse.Namespace(**{**config, "prediction": "eps"})  # the same loss for all; it costs the same as x0's
+
+
+def plain_config(config):
+    """The same without the speed-ups."""
+    return argparse.Namespace(**{**vars(config), "bf16": False, "use_compile": False})
+
+
+def precision(config):
+    """What the products are computed in: which ceiling counts."""
+    return "bf16" if config.bf16 else "tf32" if torch.device(config.device).type == "cuda" else "fp32"
+
+
+def make(kind, config):
+    """The model of a contestant: a DDPM around its network."""
+    if kind == "ours":
+        return train_eval.build(config)
+    if kind != "plain":
+        return DDPM(Peer(kind, config), image_size=config.image_size, channels=config.channels).to(config.device)
+    ddpm = train_eval.build(plain_config(config)).to(memory_format=torch.contiguous_format)
+    for module in ddpm.modules():
+        if isinstance(module, Attention):
+            module.forward = MethodType(fused_attention, module)
+        elif isinstance(module, GroupNorm):
+            module.forward = MethodType(nn.GroupNorm.forward, module)
+    return ddpm
+
+
+def fused_attention(self, x):
+    """`Attention.forward` as most would write it."""
+    n, c, height, width = x.shape
+    q, k, v = (self.qkv(self.norm(x)).reshape(n, 3, self.num_heads, c // self.num_heads, height * width)
+               .transpose(-1, -2).unbind(1))
+    h = F.scaled_dot_product_attention(q, k, v)
+    return x + self.out(h.transpose(-1, -2).reshape(n, c, height, width))
+
+
+class Peer(nn.Module):
+    """Another library's UNet, as near to ours as its options allow, as `network(xt, t, y)`.
+
+    With `patch_size` it gets pixel-unshuffled images, as ours. diffusers' has the very parameters and operations of
+    ours; denoising_diffusion_pytorch's has no labels, linear attention where ours has none, and always two blocks.
+    """
+
+    def __init__(self, kind, config):
+        super().__init__()
+        self.kind, self.patch_size = kind, config.patch_size
+        self.num_classes = None
+        channels, size = config.channels * config.patch_size**2, config.image_size // config.patch_size
+        attention = [size // 2**level in config.attention_resolutions for level in range(len(config.channel_mult))]
+        library = import_peer(kind)
+        if kind == "diffusers":
+            self.num_classes = train_eval.NUM_CLASSES if config.use_conditional_generation else None
+            self.net = library.UNet2DModel(
+                sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=config.num_res_blocks,
+                block_out_channels=[config.base_channels * mult for mult in config.channel_mult],
+                down_block_types=["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
+                up_block_types=["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],
+                attention_head_dim=None, time_embedding_dim=config.time_emb_dim, dropout=config.dropout,
+                num_class_embeds=self.num_classes and self.num_classes + 1)
+        else:
+            self.net = library.Unet(config.base_channels, dim_mults=config.channel_mult, channels=channels,
+                                    full_attn=tuple(attention), dropout=config.dropout)
+
+    def forward(self, xt, t, y=None):
+        """(N, C, H, W), (N,), (N,) -> (N, C, H, W)."""
+        x = F.pixel_unshuffle(xt, self.patch_size)
+        out = self.net(x, t, class_labels=y).sample if self.kind == "diffusers" else self.net(x, t)
+        return F.pixel_shuffle(out, self.patch_size)
+
+
+def import_peer(kind):
+    """The library, or an ImportError that says how to get it."""
+    try:
+        return importlib.import_module(kind)
+    except ImportError as error:
+        raise ImportError(missing(kind, error)) from error
+
+
+def missing(kind, error):
+    """A line for the table."""
+    return f"not installed: pip install {kind}" if getattr(error, "name", "") in (kind, None) else str(error)
+
+
+def speed(kind):
+    """torch's switches as train_eval.py sets them, for ours, or as they are by default."""
+    torch.set_float32_matmul_precision("high" if kind == "ours" else "highest")
+    torch.backends.cudnn.benchmark = kind == "ours"
+
+
+def stepper(kind, config):
+    """A function without arguments that does one training step, on one batch."""
+    speed(kind)
+    ddpm = make(kind, config)
+    x0 = torch.rand(config.batch_size, config.channels, config.image_size, config.image_size,
+                    device=config.device) * 2 - 1
+    y = torch.arange(config.batch_size, device=config.device) % train_eval.NUM_CLASSES
+    if kind == "ours":
+        optimizer = torch.optim.AdamW(ddpm.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
+                                      fused=True)
+        parts = {"network": ddpm.network, "ema": EMA(ddpm.network, config.ema_decay, start=0), "optimizer": optimizer,
+                 "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100_000)}
+        train_eval.compile_network(config, ddpm)
+        window = train_eval.Window(config)
+
+        def step():
+            speed(kind)
+            window.add(*train_eval.train_step(config, ddpm, parts, x0, y))
+            if window.count == config.log_every:
+                window.read(0)
+        return step
+
+    eager = {"foreach": False, "fused": False} if kind == "plain" else {}
+    optimizer = torch.optim.AdamW(ddpm.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, **eager)
+    if kind == "plain":
+        update = python_ema(ddpm, [p.detach().clone() for p in ddpm.parameters()], config.ema_decay)
+    elif kind == "diffusers":
+        from diffusers.training_utils import EMAModel
+        ema = EMAModel(ddpm.network.net.parameters(), decay=config.ema_decay)
+
+        def update():
+            ema.step(ddpm.network.net.parameters())
+    else:  # as its Trainer has it: every tenth step
+        update = importlib.import_module("ema_pytorch").EMA(ddpm.network.net, update_every=10).update
+
+    def step():
+        speed(kind)
+        ddpm.train()
+        ddpm(x0, y if ddpm.num_classes is not None else None).backward()
+        nn.utils.clip_grad_norm_(ddpm.parameters(), config.grad_clip, foreach=False if kind == "plain" else None)
+        optimizer.step()
+        optimizer.zero_grad()
+        update()
+    return step
+
+
+def python_ema(ddpm, shadow, decay):
+    """The update of shadow weights as most write it."""
+    @torch.no_grad()
+    def update():
+        for average, p in zip(shadow, ddpm.parameters()):
+            average.mul_(decay).add_(p, alpha=1 - decay)
+    return update
+
+
+# Measuring
+
+
+def count(kind, config, sampling=False):
+    """Operations (two a multiply-accumulate) of a step, bytes that it must move at least, parameters, bytes saved.
+
+    Nothing is computed: the tensors are fake. A training step moves STEP_BYTES a parameter, and writes and reads what
+    is saved for the backward pass; a sampling step reads the parameters, and reads and writes the images.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config = argparse.Namespace(**{**vars(config), "device": "cpu"})
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with (FakeTensorMode(), mock.patch.object(nn.Module, "to", lambda self, *args, **options: self),
+          sdpa_kernel(SDPBackend.MATH), train_eval.autocast(config), FlopCounterMode(display=False) as counter):
+        ddpm = make(kind, config)
+        x0 = torch.zeros(config.batch_size, config.channels, config.image_size, config.image_size)
+        t = torch.zeros(len(x0), dtype=torch.long)
+        y = t if ddpm.num_classes is not None else None
+        params = sum(p.numel() for p in ddpm.parameters())
+        if sampling:
+            with torch.no_grad():
+                ddpm.eval().predict(x0, t, y, config.guidance_scale)
+            return counter.get_total_flops(), 4 * params + 2 * x0.nbytes, params, 0
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            ddpm(x0, y).backward()
+        for p in ddpm.parameters():
+            saved.pop(p.untyped_storage()._cdata, None)
+        kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+        return counter.get_total_flops(), STEP_BYTES * params + 2 * kept, params, kept
+
+
+def ratio(ours, theirs):
+    """The other's time over ours: median over the rounds, smallest, largest."""
+    ratios = sorted(b / a for a, b in zip(ours, theirs))
+    return {"ratio": statistics.median(ratios), "ratio_range": [ratios[0], ratios[-1]]}
+
+
+def peak(device, kind, model, **changes):
+    """Peak memory of two training steps in a process of their own, in MB; None where that failed."""
+    asked = json.dumps({"kind": kind, "model": model, "changes": changes})
+    done = subprocess.run([sys.executable, __file__, "--device", device, "--peak", asked], capture_output=True, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def peak_here(device, kind, model, changes):
+    """Peak memory of two training steps, in MB: on CUDA of tensors, on a CPU of the process over what imports took."""
+    if kind not in ("ours", "plain"):
+        import_peer(kind)
+    before = memory("VmRSS")
+    step = stepper(kind, argparse.Namespace(**{**vars(settings(model, device)), **changes}))
+    step()
+    step()
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return memory("VmHWM") - before
+
+
+def memory(field):
+    """A field of /proc/self/status in MB; unlike ru_maxrss, its peak does not begin with the parent's."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def endless(images, config):
+    """Batches of our loader, epoch after epoch."""
+    return itertools.chain.from_iterable(images.epoch(config.batch_size, epoch) for epoch in itertools.count())
+
+
+def torchvision_loader(data_dir):
+    """Batches as most load them, epoch after epoch, or why there are none."""
+    from torchvision import datasets, transforms
+
+    transform = transforms.Compose([transforms.Resize(32), transforms.Grayscale(3), transforms.ToTensor(),
+                                    transforms.Normalize([0.5] * 3, [0.5] * 3)])
+    try:
+        loader = torch.utils.data.DataLoader(datasets.MNIST(data_dir, transform=transform), batch_size=16, shuffle=True,
+                                             num_workers=2, persistent_workers=True)
+    except RuntimeError:
+        return f"no MNIST in {data_dir}"
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+def processor():
+    """The CPU's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(": ")[2]
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def print_table(bench):
+    """The rows below their parts, in columns of the same width."""
+    lines = []
+    for row in bench.rows:
+        cells = {name: form.format(row[name]) if row.get(name) is not None else "" for name, form in COLUMNS.items()}
+        if row.get("ratio") is not None:
+            low, high = row["ratio_range"]
+            cells["ratio"] = f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"
+        if row.get("ceiling") is not None:
+            cells["ceiling"] += f" {row['of']}"
+        lines.append((row["part"], list(cells.values())))
+    widths = [max(len(name), *(len(cells[i]) for _, cells in lines)) for i, name in enumerate(COLUMNS)]
+
+    def show(cells):
+        print("  ".join(cell.ljust(width) if i in (0, len(widths) - 1) else cell.rjust(width)
+                        for i, (cell, width) in enumerate(zip(cells, widths))).rstrip())
+
+    print(bench.machine)
+    show(COLUMNS)
+    part = None
+    for name, cells in lines:
+        if name != part:
+            print(f"\n{name}")
+        show(cells)
+        part = name
+
+
+if __name__ == "__main__":
+    main()
