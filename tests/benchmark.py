@@ -58,8 +58,8 @@ def main():
     if args.peak:
         return print(peak_here(args.device, **json.loads(args.peak)))
     bench = Bench(args)
-    parts = [bench.ceilings, bench.counts, bench.small_steps, bench.sampling, bench.overheads, bench.start_up,
-             bench.growth, bench.on_paper]
+    parts = [bench.ceilings, bench.counts, bench.small_steps, bench.sampling, bench.loader, bench.after_backward,
+             bench.start_up, bench.growth, bench.on_paper]
     if not args.skip_reference:
         parts.insert(3, bench.reference_steps)
     for part in parts:
@@ -76,7 +76,7 @@ class Bench:
 
     def __init__(self, args):
         self.rounds, self.device, self.data_dir = args.rounds, args.device, str(Path(args.data_dir).resolve())
-        self.rows, self.rates = [], {}
+        self.skip_reference, self.rows, self.rates = args.skip_reference, [], {}
         self.cuda = torch.device(self.device).type == "cuda"
         chip = torch.cuda.get_device_name() if self.cuda else processor()
         self.machine = (f"{chip}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch "
@@ -127,23 +127,25 @@ class Bench:
 
     def ceilings(self):
         """Matrix products and copies, the best of many."""
+        def best(function, most):
+            seconds = min(self.clock(function) for _ in range(2))
+            return min([seconds] + [self.clock(function) for _ in range(min(most, int(2 / seconds)))])
+
+        def product(n, dtype):
+            a = torch.rand(n, n, device=self.device).to(dtype)
+            return lambda: a @ a
+
         for kind in ("fp32", "bf16", "tf32") if self.cuda else ("fp32", "bf16"):
             torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
-            dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-            top = 8192 if self.cuda else 1024 if kind == "bf16" else 2048
-            n = 256  # grows as long as one product stays within seconds: bf16 crawls on some CPUs
-            while True:
-                a = torch.rand(n, n, device=self.device).to(dtype)
-                seconds = min(self.clock(lambda: a @ a), self.clock(lambda: a @ a))  # noqa: B023
-                if n >= top or 8 * seconds > 2:
-                    break
+            n, top, dtype = 256, 8192 if self.cuda else 2048, torch.bfloat16 if kind == "bf16" else torch.float32
+            while n < top and 8 * best(product(n, dtype), 0) < 2:  # seconds: bf16 crawls on some CPUs
                 n *= 2
-            seconds = min([self.clock(lambda: a @ a) for _ in range(min(50, int(2 / seconds)))] + [seconds])  # noqa: B023
+            seconds = best(product(n, dtype), 50)
             self.rates[kind] = 2 * n**3 / seconds
             self.row("ceilings", f"{kind} product, {n}x{n}", ms=1e3 * seconds,
                      note=f"{self.rates[kind] / 1e9:.4g} GFLOP/s")
         a, b = torch.rand(2, 2**27, device=self.device)
-        seconds = min(self.clock(lambda: b.copy_(a)) for _ in range(10))
+        seconds = best(lambda: b.copy_(a), 10)
         self.rates["copy"] = 2 * a.nbytes / seconds
         self.row("ceilings", "copy of 512 MiB", ms=1e3 * seconds,
                  note=f"{self.rates['copy'] / 1e9:.4g} GB/s, read and written")
@@ -248,44 +250,48 @@ class Bench:
 
     # What surrounds the network
 
-    def overheads(self):
-        """Loader, shadow weights, optimiser: time, and share of the step of the CPU's default model."""
-        config, device = self.small, self.device
-        step = statistics.median(self.interleave(stepper("ours", config))[0])
-
-        def of_step(times, **compared):
-            seconds = statistics.median(times)
-            return {"ms": 1e3 * seconds, **compared, "note": f"{seconds / step:.2%} of our step"}
-
-        images, _ = load_data("auto", self.data_dir, augment=False, device=device)
-        moved, _ = load_data(images.name, self.data_dir, augment=True, device=device)
+    def loader(self):
+        """A batch of images, and its share of the step of the CPU's default model."""
+        self.small_step = statistics.median(self.interleave(stepper("ours", self.small))[0])
+        images, _ = load_data("auto", self.data_dir, augment=False, device=self.device)
+        moved, _ = load_data(images.name, self.data_dir, augment=True, device=self.device)
         self.dataset = images.name
-        ours, augmented, theirs = endless(images, config), endless(moved, config), torchvision_loader(self.data_dir)
-        loaders = [lambda: next(ours), lambda: next(augmented)]
-        if not isinstance(theirs, str):
-            loaders.append(lambda: [part.to(device) for part in next(theirs)])
-        times = self.interleave(*loaders)
-        self.row("a batch of 16", "dataprocess.Images.epoch", **of_step(times[0]))
-        self.row("a batch of 16", "the same, augmenting", **of_step(times[1], **ratio(times[0], times[1])))
-        if isinstance(theirs, str):
-            self.row("a batch of 16", "DataLoader, torchvision MNIST", note=theirs)
-        else:
-            self.row("a batch of 16", "DataLoader, torchvision MNIST, 2 workers",
-                     **of_step(times[2], **ratio(times[0], times[2])))
+        ours, augmented, theirs = (endless(images, self.small), endless(moved, self.small),
+                                   torchvision_loader(self.data_dir))
+        names = ["dataprocess.Images.epoch", "the same, augmenting", "DataLoader, torchvision's MNIST, 2 workers"]
+        calls = [lambda: next(ours), lambda: next(augmented),
+                 lambda: [part.to(self.device) for part in next(theirs)]]
+        times = self.interleave(*calls[:2 if theirs is None else 3])
+        for name, each in zip(names, times):
+            self.row("a batch of 16", name, **self.of_step(each, times[0]))
+        if theirs is None:
+            self.row("a batch of 16", names[2], note=f"no MNIST in {self.data_dir}")
 
-        for model, settings_ in (("small", config), ("reference", self.reference)):
-            ddpm = train_eval.build(settings_)
-            for p in ddpm.parameters():
-                p.grad = torch.full_like(p, 1e-8)
-            ema, shadow = EMA(ddpm.network, settings_.ema_decay, 0), [p.detach().clone() for p in ddpm.parameters()]
-            optimizer = torch.optim.AdamW(ddpm.parameters(), lr=1e-8, fused=True)
-            loop = python_ema(ddpm, shadow, settings_.ema_decay)
-            ema_times, loop_times, both = self.interleave(ema.update, loop, lambda: (optimizer.step(), ema.update()))  # noqa: B023
-            told = of_step if model == "small" else lambda times, **more: {"ms": 1e3 * statistics.median(times), **more}
-            self.row(f"after backward, {model}", "EMA.update", **told(ema_times))
-            self.row(f"after backward, {model}", "mul_ and add_ in a loop", **told(loop_times, **ratio(ema_times, loop_times)))
-            self.row(f"after backward, {model}", "AdamW and EMA.update", **told(both))
-            del ddpm, ema, shadow, optimizer, loop
+    def after_backward(self):
+        """Shadow weights and optimiser."""
+        for model in ("small",) if self.skip_reference else ("small", "reference"):
+            self.updates(model, getattr(self, model))
+            gc.collect()
+
+    def updates(self, model, config):
+        """Those of one model."""
+        ddpm = train_eval.build(config)
+        for p in ddpm.parameters():
+            p.grad = torch.full_like(p, 1e-8)
+        ema, shadow = EMA(ddpm.network, config.ema_decay, start=0), [p.detach().clone() for p in ddpm.parameters()]
+        optimizer = torch.optim.AdamW(ddpm.parameters(), lr=1e-8, fused=True)
+        calls = {"EMA.update": ema.update, "mul_ and add_ in a loop": python_ema(ddpm, shadow, config.ema_decay),
+                 "AdamW and EMA.update": lambda: (optimizer.step(), ema.update())}
+        times = self.interleave(*calls.values())
+        for i, (name, each) in enumerate(zip(calls, times)):
+            values = self.of_step(each, times[0] if i == 1 else each)
+            self.row(f"after backward, {model} model", name, **values | ({} if model == "small" else {"note": ""}))
+
+    def of_step(self, times, ours):
+        """Time, ratio to ours, and share of our step of the CPU's default model."""
+        seconds = statistics.median(times)
+        return {"ms": 1e3 * seconds, **({} if times is ours else ratio(ours, times)),
+                "note": f"{seconds / self.small_step:.2%} of our step"}
 
     def start_up(self):
         """From the command to the help, and to the end of the first training step of the default run."""
@@ -542,7 +548,8 @@ def ratio(ours, theirs):
 def peak(device, kind, model, **changes):
     """Peak memory of two training steps in a process of their own, in MB; None where that failed."""
     asked = json.dumps({"kind": kind, "model": model, "changes": changes})
-    done = subprocess.run([sys.executable, __file__, "--device", device, "--peak", asked], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, "--device", device, "--peak", asked], capture_output=True,
+                          text=True)
     return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
@@ -571,7 +578,7 @@ def endless(images, config):
 
 
 def torchvision_loader(data_dir):
-    """Batches as most load them, epoch after epoch, or why there are none."""
+    """Batches as most load them, epoch after epoch; None where there is no MNIST."""
     from torchvision import datasets, transforms
 
     transform = transforms.Compose([transforms.Resize(32), transforms.Grayscale(3), transforms.ToTensor(),
@@ -580,7 +587,7 @@ def torchvision_loader(data_dir):
         loader = torch.utils.data.DataLoader(datasets.MNIST(data_dir, transform=transform), batch_size=16, shuffle=True,
                                              num_workers=2, persistent_workers=True)
     except RuntimeError:
-        return f"no MNIST in {data_dir}"
+        return None
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
