@@ -87,41 +87,34 @@ class Bench:
         """Add a row to the table; the names of its values are in COLUMNS."""
         self.rows.append({"part": part, "what": what, **values})
 
-    def clock(self, function):
-        """Seconds of one call."""
-        self.synchronize()
+    def clock(self, function, calls=1):
+        """Seconds a call, with the device waited for."""
+        synchronize = torch.cuda.synchronize if self.cuda else int
+        synchronize()
         start = time.perf_counter()
-        function()
-        self.synchronize()
-        return time.perf_counter() - start
-
-    def synchronize(self):
-        """Wait for the device."""
-        if self.cuda:
-            torch.cuda.synchronize()
+        for _ in range(calls):
+            function()
+        synchronize()
+        return (time.perf_counter() - start) / calls
 
     def interleave(self, *functions):
-        """Seconds a call, a list of one number a round for each: in turn, forwards and backwards, after a warm-up."""
+        """Seconds a call, for each function a list of one number a round: in turn, to and fro, after a warm-up."""
         calls = []
         for function in functions:
             function()
             calls.append(max(1, min(50, int(0.3 / self.clock(function)))))
         times = [[] for _ in functions]
-        for round_ in range(self.rounds):
-            order = range(len(functions))
-            for i in order if round_ % 2 == 0 else reversed(order):
-                function, n = functions[i], calls[i]
-                times[i].append(self.clock(lambda: [function() for _ in range(n)]) / n)  # noqa: B023
+        for number in range(self.rounds):
+            for i in range(len(functions))[::1 if number % 2 == 0 else -1]:
+                times[i].append(self.clock(functions[i], calls[i]))
         return times
 
-    def share(self, config, operations, seconds):
-        """Operations over time over the ceiling, for what the config computes in."""
-        kind = precision(config)
-        return {"ceiling": operations / seconds / self.rates[kind], "of": kind}
-
-    def floor(self, operations, moved, kind):
-        """The least seconds that a step can take here, and what bounds it."""
-        return max((operations / self.rates[kind], kind), (moved / self.rates["copy"], "copy"))
+    def timed(self, part, what, config, operations, times, ours=None, images=None, **values):
+        """Add a row of something that was timed: `images` of `operations`, against `ours` if that is another."""
+        seconds, kind = statistics.median(times), precision(config)
+        self.row(part, what, ms=1e3 * seconds, images_s=(images or config.batch_size) / seconds,
+                 **({} if ours is None else ratio(ours, times)), gflop=operations / 1e9,
+                 ceiling=operations / seconds / self.rates[kind], of=kind, **values)
 
     # Ceilings and counts
 
@@ -155,12 +148,12 @@ class Bench:
         for name, config in (("reference", self.reference), ("small", self.small)):
             for what, sampling in (("training step", False), ("sampling step", True)):
                 operations, moved, params, saved = count("ours", config, sampling)
-                floor, bound = self.floor(operations, moved, precision(config))
-                guided = "guided: 2 x 16 network inputs" if sampling and config.guidance_scale != 1 else ""
-                note = f"{STEP_BYTES} B a parameter + 2 x {saved / 1e6:.4g} MB saved for backward"
+                kind = precision(config)
+                floor, bound = max((operations / self.rates[kind], kind), (moved / self.rates["copy"], "copy"))
+                note = (f": {STEP_BYTES} B a parameter, 2 x {saved / 1e6:.4g} MB saved for backward" if not sampling
+                        else "; guided: 2 network inputs an image" if config.guidance_scale != 1 else "")
                 self.row("floors", f"{name}, {what}, batch {config.batch_size}", ms=1e3 * floor, params_m=params / 1e6,
-                         gflop=operations / 1e9, note=f"bound by {bound}; {moved / 1e9:.4g} GB at least"
-                         + (f": {note}" if not sampling else f"; {guided}" if guided else ""))
+                         gflop=operations / 1e9, note=f"bound by {bound}; {moved / 1e9:.4g} GB at least{note}")
 
     # Training steps
 
@@ -189,19 +182,18 @@ class Bench:
             if self.cuda:
                 torch.cuda.empty_cache()
         all_ours = count("ours", config)[0]
-        for kind in NAMES:
+        for kind, name in NAMES.items():
             if isinstance(found.get(kind), str):
-                self.row(part, NAMES[kind], note=found[kind])
+                self.row(part, name, note=found[kind])
                 continue
-            ours, theirs = found.get(kind, (mine, mine))
             operations, _, params, _ = count(kind, config)
-            seconds = statistics.median(theirs)
-            of_ours = {} if kind == "ours" else ratio(ours, theirs)
-            equal = {} if kind == "ours" else {"equal_ops": of_ours["ratio"] * all_ours / operations}
-            theirs_config = config if kind == "ours" else plain_config(config)
-            self.row(part, NAMES[kind], ms=1e3 * seconds, images_s=config.batch_size / seconds, **of_ours, **equal,
-                     params_m=params / 1e6, gflop=operations / 1e9, **self.share(theirs_config, operations, seconds),
-                     peak_mb=peak(self.device, kind, model))
+            common = {"params_m": params / 1e6, "peak_mb": peak(self.device, kind, model)}
+            if kind == "ours":
+                self.timed(part, name, config, operations, mine, **common)
+                continue
+            ours, theirs = found[kind]
+            self.timed(part, name, plain(config), operations, theirs, ours, **common,
+                       equal_ops=ratio(ours, theirs)["ratio"] * all_ours / operations)
 
     # Sampling
 
@@ -217,36 +209,25 @@ class Bench:
             with train_eval.autocast(config):
                 ddpm.sample(n, y, **options)
 
-        tries = [(f"ours: {config.sampler}, {steps} steps, guidance {config.guidance_scale}", draw, 1, steps, 2, ""),
-                 (f"ours: {config.sampler}, {steps} steps, no guidance", lambda: draw(guidance_scale=1), 1, steps, 1,
-                  ""),
-                 (f"ours: ancestral, 1000 steps, guidance {config.guidance_scale}",
-                  lambda: draw(sampler="ddpm", steps=50, start=49, xT=xT), 20, 1000, 2,
-                  "the last 50 steps timed, times 20")]
+        guidance = config.guidance_scale
+        once = count("ours", changed(config, guidance_scale=1), sampling=True)[0]
+        part = "sampling, 16 images by the CPU's default model"
+        tries = [  # what, function, times that must be scaled, network inputs an image, note
+            (f"ours: {config.sampler}, {steps} steps, guidance {guidance}", draw, 1, 2 * steps, ""),
+            (f"ours: {config.sampler}, {steps} steps, no guidance", lambda: draw(guidance_scale=1), 1, steps, ""),
+            (f"ours: ancestral, 1000 steps, guidance {guidance}",
+             lambda: draw(sampler="ddpm", steps=50, start=49, xT=xT), 20, 2000, "the last 50 timed, times 20")]
         try:
-            importlib.import_module("diffusers")
-            from diffusers import DDPMPipeline, DDPMScheduler
-            unconditional = argparse.Namespace(**{**vars(config), "use_conditional_generation": False})
-            pipeline = DDPMPipeline(Peer("diffusers", unconditional).net.to(self.device), DDPMScheduler())
-            pipeline.set_progress_bar_config(disable=True)
-
-            def pipe():
-                speed("diffusers")
-                pipeline(batch_size=n, num_inference_steps=steps, output_type="np")
-
-            tries.append((f"diffusers DDPMPipeline, {steps} steps, no guidance", pipe, 1, steps, 1,
-                          "against ours without guidance: equal operations"))
+            pipeline = make_pipeline(config, steps)
+            tries.append((f"diffusers DDPMPipeline, {steps} steps, no guidance", pipeline, 1, steps,
+                          "ratio to ours without guidance: equal operations"))
         except ImportError as error:
-            self.row("sampling, 16 images", "diffusers DDPMPipeline", note=missing("diffusers", error))
-        once = count("ours", config, sampling=True)[0] / (2 if config.guidance_scale != 1 else 1)
-        times = [[t * scale for t in ts] for ts, (_, _, scale, *_) in
-                 zip(self.interleave(*(entry[1] for entry in tries)), tries)]
-        for i, (what, _, _, calls, networks, note) in enumerate(tries):
-            seconds, operations = statistics.median(times[i]), once * calls * networks
-            compared = {} if i == 0 else ratio(times[1 if i == 3 else 0], times[i])
-            like = config if i < 3 else plain_config(config)
-            self.row("sampling, 16 images", what, ms=1e3 * seconds, images_s=n / seconds, **compared,
-                     gflop=operations / 1e9, **self.share(like, operations, seconds), note=note)
+            self.row(part, "diffusers DDPMPipeline", note=str(error))
+        times = self.interleave(*(function for _, function, *_ in tries))
+        times = [[seconds * scale for seconds in each] for each, (_, _, scale, *_) in zip(times, tries)]
+        for i, (what, _, _, inputs, note) in enumerate(tries):
+            self.timed(part, what, config if i < 3 else plain(config), once * inputs, times[i],
+                       (None, times[0], times[0], times[1])[i], images=n, note=note)
 
     # What surrounds the network
 
@@ -317,23 +298,22 @@ class Bench:
 
     def growth(self):
         """Our step against batch, width and resolution."""
-        base, before = stepper("ours", self.small), count("ours", self.small)[0]
+        part, base = "growth of the CPU's default model", stepper("ours", self.small)
+        before = count("ours", self.small)[0]
         for changes in ({}, {"batch_size": 4}, {"batch_size": 64}, {"base_channels": 64}, {"patch_size": 1}):
-            config = argparse.Namespace(**{**vars(self.small), **changes})
-            what = ", ".join(f"{name} {value}" for name, value in changes.items())
+            config = changed(self.small, **changes)
             operations, _, params, _ = count("ours", config)
-            ours, grown = self.interleave(base, stepper("ours", config)) if changes else 2 * self.interleave(base)
-            seconds = statistics.median(grown)
-            self.row("growth of the CPU's default model", what or "batch_size 16, base_channels 32, patch_size 2",
-                     ms=1e3 * seconds, images_s=config.batch_size / seconds, **(ratio(ours, grown) if changes else {}),
-                     params_m=params / 1e6, gflop=operations / 1e9, **self.share(config, operations, seconds),
-                     peak_mb=peak(self.device, "ours", "small", **changes),
-                     note=f"{operations / before:.2f} times the operations" if changes else "")
+            ours, grown = self.interleave(base, stepper("ours", config))
+            what = ", ".join(f"{name} {getattr(config, name)}" for name in changes or ("batch_size", "base_channels",
+                                                                                       "patch_size"))
+            self.timed(part, what, config, operations, grown, ours if changes else None, params_m=params / 1e6,
+                       peak_mb=peak(self.device, "ours", "small", **changes),
+                       note=f"{operations / before:.2f} times the operations" if changes else "")
 
     def on_paper(self):
         """The reference on H100-class cards: counts over the data sheet's numbers, nothing measured."""
         for batch in (16, 128):
-            config = argparse.Namespace(**{**vars(self.reference), "batch_size": batch, "bf16": True})
+            config = changed(self.reference, batch_size=batch, bf16=True)
             operations, moved, params, saved = count("ours", config)
             compute, memory = operations / H100["bf16"], moved / H100["copy"]
             for cards in (1, 2, 8):
@@ -360,9 +340,14 @@ def settings(model, device):
     return argparse.Namespace(**{**config, "prediction": "eps"})  # the same loss for all; it costs the same as x0's
 
 
-def plain_config(config):
+def changed(config, **changes):
+    """A copy of the config with other values."""
+    return argparse.Namespace(**{**vars(config), **changes})
+
+
+def plain(config):
     """The same without the speed-ups."""
-    return argparse.Namespace(**{**vars(config), "bf16": False, "use_compile": False})
+    return changed(config, bf16=False, use_compile=False)
 
 
 def precision(config):
@@ -376,7 +361,7 @@ def make(kind, config):
         return train_eval.build(config)
     if kind != "plain":
         return DDPM(Peer(kind, config), image_size=config.image_size, channels=config.channels).to(config.device)
-    ddpm = train_eval.build(plain_config(config)).to(memory_format=torch.contiguous_format)
+    ddpm = train_eval.build(plain(config)).to(memory_format=torch.contiguous_format)
     for module in ddpm.modules():
         if isinstance(module, Attention):
             module.forward = MethodType(fused_attention, module)
@@ -407,10 +392,10 @@ class Peer(nn.Module):
         self.num_classes = None
         channels, size = config.channels * config.patch_size**2, config.image_size // config.patch_size
         attention = [size // 2**level in config.attention_resolutions for level in range(len(config.channel_mult))]
-        library = import_peer(kind)
+        module = library(kind)
         if kind == "diffusers":
             self.num_classes = train_eval.NUM_CLASSES if config.use_conditional_generation else None
-            self.net = library.UNet2DModel(
+            self.net = module.UNet2DModel(
                 sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=config.num_res_blocks,
                 block_out_channels=[config.base_channels * mult for mult in config.channel_mult],
                 down_block_types=["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
@@ -418,7 +403,7 @@ class Peer(nn.Module):
                 attention_head_dim=None, time_embedding_dim=config.time_emb_dim, dropout=config.dropout,
                 num_class_embeds=self.num_classes and self.num_classes + 1)
         else:
-            self.net = library.Unet(config.base_channels, dim_mults=config.channel_mult, channels=channels,
+            self.net = module.Unet(config.base_channels, dim_mults=config.channel_mult, channels=channels,
                                     full_attn=tuple(attention), dropout=config.dropout)
 
     def forward(self, xt, t, y=None):
@@ -428,17 +413,25 @@ class Peer(nn.Module):
         return F.pixel_shuffle(out, self.patch_size)
 
 
-def import_peer(kind):
+def library(kind):
     """The library, or an ImportError that says how to get it."""
     try:
         return importlib.import_module(kind)
     except ImportError as error:
-        raise ImportError(missing(kind, error)) from error
+        raise ImportError(f"not installed: pip install {kind}" if error.name == kind else str(error)) from error
 
 
-def missing(kind, error):
-    """A line for the table."""
-    return f"not installed: pip install {kind}" if getattr(error, "name", "") in (kind, None) else str(error)
+def make_pipeline(config, steps):
+    """A function without arguments that draws 16 images with diffusers."""
+    module = library("diffusers")
+    peer = Peer("diffusers", changed(config, use_conditional_generation=False))
+    pipeline = module.DDPMPipeline(peer.net.to(config.device), module.DDPMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw():
+        speed("diffusers")
+        pipeline(batch_size=16, num_inference_steps=steps, output_type="np")
+    return draw
 
 
 def speed(kind):
@@ -513,7 +506,7 @@ def count(kind, config, sampling=False):
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    config = argparse.Namespace(**{**vars(config), "device": "cpu"})
+    config = changed(config, device="cpu")
     saved = {}
 
     def pack(tensor):
@@ -556,9 +549,9 @@ def peak(device, kind, model, **changes):
 def peak_here(device, kind, model, changes):
     """Peak memory of two training steps, in MB: on CUDA of tensors, on a CPU of the process over what imports took."""
     if kind not in ("ours", "plain"):
-        import_peer(kind)
+        library(kind)
     before = memory("VmRSS")
-    step = stepper(kind, argparse.Namespace(**{**vars(settings(model, device)), **changes}))
+    step = stepper(kind, changed(settings(model, device), **changes))
     step()
     step()
     if torch.device(device).type == "cuda":
