@@ -1,0 +1,464 @@
+"""How fast, against what this machine can do and against what else there is: `python tests/benchmark.py`.
+
+Prints one table. Every comparison runs ours and the other in turn in one process, for several rounds; times are
+medians, ratios the median of the rounds' ratios with the smallest and the largest behind it. Ratios are the other's
+time over ours: above 1 ours is faster. The peers are diffusers and denoising_diffusion_pytorch; neither is needed.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from contestants import (  # noqa: E402
+    NAMES,
+    changed,
+    library,
+    make,
+    make_pipeline,
+    plain,
+    precision,
+    python_ema,
+    settings,
+    speed,
+    stepper,
+)
+
+import train_eval  # noqa: E402
+from dataprocess import load_data  # noqa: E402
+from ema import EMA  # noqa: E402
+
+STEP_BYTES = 40  # a parameter, float32: read, written; gradient written, read; two moments and shadow read, written
+H100 = {"bf16": 989e12, "copy": 3.35e12, "memory": 80e9, "link": 450e9}  # dense, HBM3, NVLink one way: data sheet
+COLUMNS = {"what": "{}", "ms": "{:.4g}", "images_s": "{:.4g}", "ratio": "{}", "equal_ops": "{:.2f}",
+           "params_m": "{:.3f}", "gflop": "{:.4g}", "ceiling": "{:.1%}", "peak_mb": "{:.0f}", "note": "{}"}
+
+
+def main():
+    """Measure all parts, then print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--rounds", type=int, default=5, help="of each comparison (default: 5)")
+    parser.add_argument("--skip_reference", action="store_true", help="do not time the 233M network: slow on a CPU")
+    parser.add_argument("--data_dir", default=os.environ.get("DDPM_DATA_DIR") or str(ROOT / "data"))
+    parser.add_argument("--device", default=train_eval.device)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)  # a child process: kind, model and changes of its config
+    args = parser.parse_args()
+    if args.peak:
+        return print(peak_here(args.device, **json.loads(args.peak)))
+    bench = Bench(args)
+    parts = [bench.ceilings, bench.counts, bench.small_steps, bench.sampling, bench.loader, bench.after_backward,
+             bench.start_up, bench.growth, bench.on_paper]
+    if not args.skip_reference:
+        parts.insert(3, bench.reference_steps)
+    for part in parts:
+        print(f"{part.__name__} ...", file=sys.stderr, flush=True)
+        part()
+    if args.json:
+        print(json.dumps({"machine": bench.machine, "rows": bench.rows}, indent=1))
+    else:
+        print_table(bench)
+
+
+class Bench:
+    """The parts of the benchmark, and the rows that they found."""
+
+    def __init__(self, args):
+        self.rounds, self.device, self.data_dir = args.rounds, args.device, str(Path(args.data_dir).resolve())
+        self.skip_reference, self.rows, self.rates = args.skip_reference, [], {}
+        self.cuda = torch.device(self.device).type == "cuda"
+        chip = torch.cuda.get_device_name() if self.cuda else processor()
+        self.machine = (f"{chip}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch "
+                        f"{torch.__version__}, Python {platform.python_version()}, {args.rounds} rounds")
+        self.small, self.reference = settings("small", self.device), settings("reference", self.device)
+
+    def row(self, part, what, **values):
+        """Add a row to the table; the names of its values are in COLUMNS."""
+        self.rows.append({"part": part, "what": what, **values})
+
+    def clock(self, function, calls=1):
+        """Seconds a call, with the device waited for."""
+        synchronize = torch.cuda.synchronize if self.cuda else int
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        synchronize()
+        return (time.perf_counter() - start) / calls
+
+    def interleave(self, *functions):
+        """Seconds a call, for each function a list of one number a round: in turn, to and fro, after a warm-up."""
+        calls = []
+        for function in functions:
+            function()
+            calls.append(max(1, min(50, int(0.3 / self.clock(function)))))
+        times = [[] for _ in functions]
+        for number in range(self.rounds):
+            for i in range(len(functions))[::1 if number % 2 == 0 else -1]:
+                times[i].append(self.clock(functions[i], calls[i]))
+        return times
+
+    def timed(self, part, what, config, operations, times, ours=None, images=None, **values):
+        """Add a row of something that was timed: `images` of `operations`, against `ours` if that is another."""
+        seconds, kind = statistics.median(times), precision(config)
+        self.row(part, what, ms=1e3 * seconds, images_s=(images or config.batch_size) / seconds,
+                 **({} if ours is None else ratio(ours, times)), gflop=operations / 1e9,
+                 ceiling=operations / seconds / self.rates[kind], of=kind, **values)
+
+    # Ceilings and counts
+
+    def ceilings(self):
+        """Matrix products and copies, the best of many."""
+        def best(function, most):
+            seconds = min(self.clock(function) for _ in range(2))
+            return min([seconds] + [self.clock(function) for _ in range(min(most, int(2 / seconds)))])
+
+        def product(n, dtype):
+            a = torch.rand(n, n, device=self.device).to(dtype)
+            return lambda: a @ a
+
+        for kind in ("fp32", "bf16", "tf32") if self.cuda else ("fp32", "bf16"):
+            torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+            n, top, dtype = 256, 8192 if self.cuda else 2048, torch.bfloat16 if kind == "bf16" else torch.float32
+            while n < top and 8 * best(product(n, dtype), 0) < 2:  # seconds: bf16 crawls on some CPUs
+                n *= 2
+            seconds = best(product(n, dtype), 50)
+            self.rates[kind] = 2 * n**3 / seconds
+            self.row("ceilings", f"{kind} product, {n}x{n}", ms=1e3 * seconds,
+                     note=f"{self.rates[kind] / 1e9:.4g} GFLOP/s")
+        a, b = torch.rand(2, 2**27, device=self.device)
+        seconds = best(lambda: b.copy_(a), 10)
+        self.rates["copy"] = 2 * a.nbytes / seconds
+        self.row("ceilings", "copy of 512 MiB", ms=1e3 * seconds,
+                 note=f"{self.rates['copy'] / 1e9:.4g} GB/s, read and written")
+
+    def counts(self):
+        """Operations and bytes of our steps, and the least that they can take here."""
+        for name, config in (("reference", self.reference), ("small", self.small)):
+            for what, sampling in (("training step", False), ("sampling step", True)):
+                operations, moved, params, saved = count("ours", config, sampling)
+                kind = precision(config)
+                floor, bound = max((operations / self.rates[kind], kind), (moved / self.rates["copy"], "copy"))
+                note = (f": {STEP_BYTES} B a parameter, 2 x {saved / 1e6:.4g} MB saved for backward" if not sampling
+                        else "; guided: 2 network inputs an image" if config.guidance_scale != 1 else "")
+                self.row("floors", f"{name}, {what}, batch {config.batch_size}", ms=1e3 * floor, params_m=params / 1e6,
+                         gflop=operations / 1e9, note=f"bound by {bound}; {moved / 1e9:.4g} GB at least{note}")
+
+    # Training steps
+
+    def small_steps(self):
+        """The model that a CPU trains by default."""
+        self.steps("training step, the CPU's default model", "small", self.small)
+
+    def reference_steps(self):
+        """The 233M network."""
+        self.steps("training step, the reference", "reference", self.reference)
+
+    def steps(self, part, model, config):
+        """Ours against each other, two at a time: the reference would not fit four times."""
+        mine, found = [], {}
+        for kind in list(NAMES)[1:]:
+            try:
+                pair = [stepper("ours", config), stepper(kind, config)]
+            except ImportError as error:
+                found[kind] = str(error)
+                continue
+            ours, theirs = self.interleave(*pair)
+            mine += ours
+            found[kind] = ours, theirs
+            del pair
+            gc.collect()
+            if self.cuda:
+                torch.cuda.empty_cache()
+        all_ours = count("ours", config)[0]
+        for kind, name in NAMES.items():
+            if isinstance(found.get(kind), str):
+                self.row(part, name, note=found[kind])
+                continue
+            operations, _, params, _ = count(kind, config)
+            common = {"params_m": params / 1e6, "peak_mb": peak(self.device, kind, model)}
+            if kind == "ours":
+                self.timed(part, name, config, operations, mine, **common)
+                continue
+            ours, theirs = found[kind]
+            self.timed(part, name, plain(config), operations, theirs, ours, **common,
+                       equal_ops=ratio(ours, theirs)["ratio"] * all_ours / operations)
+
+    # Sampling
+
+    def sampling(self):
+        """Sixteen images of the CPU's default model, its own way and others."""
+        config, n, steps = self.small, 16, self.small.sample_steps
+        ddpm, y = train_eval.build(config), torch.arange(16, device=self.device) % 10
+        train_eval.compile_network(config, ddpm)
+        xT = torch.randn(n, config.channels, config.image_size, config.image_size, device=self.device)
+
+        def draw(**options):
+            speed("ours")
+            with train_eval.autocast(config):
+                ddpm.sample(n, y, **options)
+
+        guidance = config.guidance_scale
+        once = count("ours", changed(config, guidance_scale=1), sampling=True)[0]
+        part = "sampling, 16 images by the CPU's default model"
+        tries = [  # what, function, times that must be scaled, network inputs an image, note
+            (f"ours: {config.sampler}, {steps} steps, guidance {guidance}", draw, 1, 2 * steps, ""),
+            (f"ours: {config.sampler}, {steps} steps, no guidance", lambda: draw(guidance_scale=1), 1, steps, ""),
+            (f"ours: ancestral, 1000 steps, guidance {guidance}",
+             lambda: draw(sampler="ddpm", steps=50, start=49, xT=xT), 20, 2000, "the last 50 timed, times 20")]
+        try:
+            pipeline = make_pipeline(config, steps)
+            tries.append((f"diffusers DDPMPipeline, {steps} steps, no guidance", pipeline, 1, steps,
+                          "ratio to ours without guidance: equal operations"))
+        except ImportError as error:
+            self.row(part, "diffusers DDPMPipeline", note=str(error))
+        times = self.interleave(*(function for _, function, *_ in tries))
+        times = [[seconds * scale for seconds in each] for each, (_, _, scale, *_) in zip(times, tries)]
+        for i, (what, _, _, inputs, note) in enumerate(tries):
+            self.timed(part, what, config if i < 3 else plain(config), once * inputs, times[i],
+                       (None, times[0], times[0], times[1])[i], images=n, note=note)
+
+    # What surrounds the network
+
+    def loader(self):
+        """A batch of images, and its share of the step of the CPU's default model."""
+        self.small_step = statistics.median(self.interleave(stepper("ours", self.small))[0])
+        images, _ = load_data("auto", self.data_dir, augment=False, device=self.device)
+        moved, _ = load_data(images.name, self.data_dir, augment=True, device=self.device)
+        self.dataset = images.name
+        ours, augmented, theirs = (endless(images, self.small), endless(moved, self.small),
+                                   torchvision_loader(self.data_dir))
+        names = ["dataprocess.Images.epoch", "the same, augmenting", "DataLoader, torchvision's MNIST, 2 workers"]
+        calls = [lambda: next(ours), lambda: next(augmented),
+                 lambda: [part.to(self.device) for part in next(theirs)]]
+        times = self.interleave(*calls[:2 if theirs is None else 3])
+        for name, each in zip(names, times):
+            self.row("a batch of 16", name, **self.of_step(each, times[0]))
+        if theirs is None:
+            self.row("a batch of 16", names[2], note=f"no MNIST in {self.data_dir}")
+
+    def after_backward(self):
+        """Shadow weights and optimiser."""
+        for model in ("small",) if self.skip_reference else ("small", "reference"):
+            self.updates(model, getattr(self, model))
+            gc.collect()
+
+    def updates(self, model, config):
+        """Those of one model."""
+        ddpm = train_eval.build(config)
+        for p in ddpm.parameters():
+            p.grad = torch.full_like(p, 1e-8)
+        ema, shadow = EMA(ddpm.network, config.ema_decay, start=0), [p.detach().clone() for p in ddpm.parameters()]
+        optimizer = torch.optim.AdamW(ddpm.parameters(), lr=1e-8, fused=True)
+        calls = {"EMA.update": ema.update, "mul_ and add_ in a loop": python_ema(ddpm, shadow, config.ema_decay),
+                 "AdamW and EMA.update": lambda: (optimizer.step(), ema.update())}
+        times = self.interleave(*calls.values())
+        for i, (name, each) in enumerate(zip(calls, times)):
+            values = self.of_step(each, times[0] if i == 1 else each)
+            self.row(f"after backward, {model} model", name, **values | ({} if model == "small" else {"note": ""}))
+
+    def of_step(self, times, ours):
+        """Time, ratio to ours, and share of our step of the CPU's default model."""
+        seconds = statistics.median(times)
+        return {"ms": 1e3 * seconds, **({} if times is ours else ratio(ours, times)),
+                "note": f"{seconds / self.small_step:.2%} of our step"}
+
+    def start_up(self):
+        """From the command to the help, and to the end of the first training step of the default run."""
+        first_step = ("import os, sys, train_eval\ninner = train_eval.train_step\ndef step(*args):\n"
+                      "    inner(*args)[-1].item()\n    os._exit(0)\ntrain_eval.train_step = step\n"
+                      "train_eval.main(sys.argv[1:])")
+
+        def run(*command):
+            with tempfile.TemporaryDirectory() as folder:
+                flags = [] if "--help" in command else ["--save_dir", folder]
+                subprocess.run([sys.executable, *command, *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+
+        help_, step = self.interleave(
+            lambda: run("train_eval.py", "--help"),
+            lambda: run("-c", first_step, "--device", self.device, "--data_dir", self.data_dir, "--dataset",
+                        self.dataset))
+        self.row("start", "python train_eval.py --help", ms=1e3 * statistics.median(help_))
+        self.row("start", "to the end of the first step, all data in place", ms=1e3 * statistics.median(step),
+                 note=f"{self.dataset}, {self.small.train_size:,} images at most")
+
+    # Growth
+
+    def growth(self):
+        """Our step against batch, width and resolution."""
+        part, base = "growth of the CPU's default model", stepper("ours", self.small)
+        before = count("ours", self.small)[0]
+        for changes in ({}, {"batch_size": 4}, {"batch_size": 64}, {"base_channels": 64}, {"patch_size": 1}):
+            config = changed(self.small, **changes)
+            operations, _, params, _ = count("ours", config)
+            ours, grown = self.interleave(base, stepper("ours", config))
+            what = ", ".join(f"{name} {getattr(config, name)}" for name in changes or ("batch_size", "base_channels",
+                                                                                       "patch_size"))
+            self.timed(part, what, config, operations, grown, ours if changes else None, params_m=params / 1e6,
+                       peak_mb=peak(self.device, "ours", "small", **changes),
+                       note=f"{operations / before:.2f} times the operations" if changes else "")
+
+    def on_paper(self):
+        """The reference on H100-class cards: counts over the data sheet's numbers, nothing measured."""
+        for batch in (16, 128):
+            config = changed(self.reference, batch_size=batch, bf16=True)
+            operations, moved, params, saved = count("ours", config)
+            compute, memory = operations / H100["bf16"], moved / H100["copy"]
+            for cards in (1, 2, 8):
+                reduce = 2 * 4 * params * (cards - 1) / cards / H100["link"]
+                seconds, steps = max(compute, memory) + reduce, math.ceil(60_000 / batch / cards) * 50
+                note = (f"{1e3 * compute:.3g} ms products, {1e3 * memory:.3g} ms memory ({moved / 1e9:.3g} GB)"
+                        if cards == 1 else f"{1e3 * reduce:.3g} ms all-reduce, not overlapped: "
+                        f"{max(compute, memory) / seconds:.0%} efficient")
+                self.row("reference on H100 cards, on paper", f"batch {batch} a card, {cards} card{'s' * (cards > 1)}",
+                         ms=1e3 * seconds, images_s=batch * cards / seconds, params_m=params / 1e6,
+                         gflop=operations / 1e9, ceiling=compute / seconds, of="bf16",
+                         peak_mb=(20 * params + saved) / 1e6, note=f"{note}; 50 epochs {steps * seconds / 3600:.2g} h")
+
+
+# Measuring
+
+
+def count(kind, config, sampling=False):
+    """Operations (two a multiply-accumulate) of a step, bytes that it must move at least, parameters, bytes saved.
+
+    Nothing is computed: the tensors are fake. A training step moves STEP_BYTES a parameter, and writes and reads what
+    is saved for the backward pass; a sampling step reads the parameters, and reads and writes the images.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config = changed(config, device="cpu")
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with (FakeTensorMode(), mock.patch.object(nn.Module, "to", lambda self, *args, **options: self),
+          sdpa_kernel(SDPBackend.MATH), train_eval.autocast(config), FlopCounterMode(display=False) as counter):
+        ddpm = make(kind, config)
+        x0 = torch.zeros(config.batch_size, config.channels, config.image_size, config.image_size)
+        t = torch.zeros(len(x0), dtype=torch.long)
+        y = t if ddpm.num_classes is not None else None
+        params = sum(p.numel() for p in ddpm.parameters())
+        if sampling:
+            with torch.no_grad():
+                ddpm.eval().predict(x0, t, y, config.guidance_scale)
+            return counter.get_total_flops(), 4 * params + 2 * x0.nbytes, params, 0
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            ddpm(x0, y).backward()
+        for p in ddpm.parameters():
+            saved.pop(p.untyped_storage()._cdata, None)
+        kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+        return counter.get_total_flops(), STEP_BYTES * params + 2 * kept, params, kept
+
+
+def ratio(ours, theirs):
+    """The other's time over ours: median over the rounds, smallest, largest."""
+    ratios = sorted(b / a for a, b in zip(ours, theirs))
+    return {"ratio": statistics.median(ratios), "ratio_range": [ratios[0], ratios[-1]]}
+
+
+def peak(device, kind, model, **changes):
+    """Peak memory of two training steps in a process of their own, in MB; None where that failed."""
+    asked = json.dumps({"kind": kind, "model": model, "changes": changes})
+    done = subprocess.run([sys.executable, __file__, "--device", device, "--peak", asked], capture_output=True,
+                          text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def peak_here(device, kind, model, changes):
+    """Peak memory of two training steps, in MB: on CUDA of tensors, on a CPU of the process over what imports took."""
+    if kind not in ("ours", "plain"):
+        library(kind)
+    before = memory("VmRSS")
+    step = stepper(kind, changed(settings(model, device), **changes))
+    step()
+    step()
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return memory("VmHWM") - before
+
+
+def memory(field):
+    """A field of /proc/self/status in MB; unlike ru_maxrss, its peak does not begin with the parent's."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def endless(images, config):
+    """Batches of our loader, epoch after epoch."""
+    return itertools.chain.from_iterable(images.epoch(config.batch_size, epoch) for epoch in itertools.count())
+
+
+def torchvision_loader(data_dir):
+    """Batches as most load them, epoch after epoch; None where there is no MNIST."""
+    from torchvision import datasets, transforms
+
+    transform = transforms.Compose([transforms.Resize(32), transforms.Grayscale(3), transforms.ToTensor(),
+                                    transforms.Normalize([0.5] * 3, [0.5] * 3)])
+    try:
+        loader = torch.utils.data.DataLoader(datasets.MNIST(data_dir, transform=transform), batch_size=16, shuffle=True,
+                                             num_workers=2, persistent_workers=True)
+    except RuntimeError:
+        return None
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+def processor():
+    """The CPU's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(": ")[2]
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def print_table(bench):
+    """The rows below their parts, in columns of the same width."""
+    lines = []
+    for row in bench.rows:
+        cells = {name: form.format(row[name]) if row.get(name) is not None else "" for name, form in COLUMNS.items()}
+        if row.get("ratio") is not None:
+            low, high = row["ratio_range"]
+            cells["ratio"] = f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"
+        if row.get("ceiling") is not None:
+            cells["ceiling"] += f" {row['of']}"
+        lines.append((row["part"], list(cells.values())))
+    widths = [max(len(name), *(len(cells[i]) for _, cells in lines)) for i, name in enumerate(COLUMNS)]
+
+    def show(cells):
+        print("  ".join(cell.ljust(width) if i in (0, len(widths) - 1) else cell.rjust(width)
+                        for i, (cell, width) in enumerate(zip(cells, widths))).rstrip())
+
+    print(bench.machine)
+    show(COLUMNS)
+    part = None
+    for name, cells in lines:
+        if name != part:
+            print(f"\n{name}")
+        show(cells)
+        part = name
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""What benchmark.py compares: our network and training step, the same in plain code, and two other libraries'.
+
+The peers are diffusers and denoising_diffusion_pytorch; where one is missing, an ImportError says how to get it.
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_eval  # noqa: E402
+from diffusion import DDPM  # noqa: E402
+from ema import EMA  # noqa: E402
+from unet import Attention, GroupNorm  # noqa: E402
+
+NAMES = {"ours": "ours, as train_eval.py runs it", "plain": "the same network, plain fp32 eager",
+         "diffusers": "diffusers UNet2DModel", "denoising_diffusion_pytorch": "denoising_diffusion_pytorch Unet"}
+
+
+def settings(model, device):
+    """The config of the 'reference' or the 'small' model, as train_eval.py would run it on this device."""
+    network = train_eval.read_constants({"device": "cuda" if model == "reference" else "cpu"})
+    here = train_eval.read_constants({"device": device})
+    config = {name: value for name, (_, value, _) in network.items()}
+    config |= {name: here[name][1] for name in ("device", "bf16", "use_compile")}
+    return argparse.Namespace(**{**config, "prediction": "eps"})  # the same loss for all; it costs the same as x0's
+
+
+def changed(config, **changes):
+    """A copy of the config with other values."""
+    return argparse.Namespace(**{**vars(config), **changes})
+
+
+def plain(config):
+    """The same without the speed-ups."""
+    return changed(config, bf16=False, use_compile=False)
+
+
+def precision(config):
+    """What the products are computed in: which ceiling counts."""
+    return "bf16" if config.bf16 else "tf32" if torch.device(config.device).type == "cuda" else "fp32"
+
+
+def make(kind, config):
+    """The model of a contestant: a DDPM around its network."""
+    if kind == "ours":
+        return train_eval.build(config)
+    if kind != "plain":
+        return DDPM(Peer(kind, config), image_size=config.image_size, channels=config.channels).to(config.device)
+    ddpm = train_eval.build(plain(config)).to(memory_format=torch.contiguous_format)
+    for module in ddpm.modules():
+        if isinstance(module, Attention):
+            module.forward = MethodType(fused_attention, module)
+        elif isinstance(module, GroupNorm):
+            module.forward = MethodType(nn.GroupNorm.forward, module)
+    return ddpm
+
+
+def fused_attention(self, x):
+    """`Attention.forward` as most would write it."""
+    n, c, height, width = x.shape
+    q, k, v = (self.qkv(self.norm(x)).reshape(n, 3, self.num_heads, c // self.num_heads, height * width)
+               .transpose(-1, -2).unbind(1))
+    h = F.scaled_dot_product_attention(q, k, v)
+    return x + self.out(h.transpose(-1, -2).reshape(n, c, height, width))
+
+
+class Peer(nn.Module):
+    """Another library's UNet, as near to ours as its options allow, as `network(xt, t, y)`.
+
+    With `patch_size` it gets pixel-unshuffled images, as ours. diffusers' has the very parameters and operations of
+    ours; denoising_diffusion_pytorch's has no labels, linear attention where ours has none, and always two blocks.
+    """
+
+    def __init__(self, kind, config):
+        super().__init__()
+        self.kind, self.patch_size = kind, config.patch_size
+        self.num_classes = None
+        channels, size = config.channels * config.patch_size**2, config.image_size // config.patch_size
+        attention = [size // 2**level in config.attention_resolutions for level in range(len(config.channel_mult))]
+        module = library(kind)
+        if kind == "diffusers":
+            self.num_classes = train_eval.NUM_CLASSES if config.use_conditional_generation else None
+            self.net = module.UNet2DModel(
+                sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=config.num_res_blocks,
+                block_out_channels=[config.base_channels * mult for mult in config.channel_mult],
+                down_block_types=["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
+                up_block_types=["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],
+                attention_head_dim=None, time_embedding_dim=config.time_emb_dim, dropout=config.dropout,
+                num_class_embeds=self.num_classes and self.num_classes + 1)
+        else:
+            self.net = module.Unet(config.base_channels, dim_mults=config.channel_mult, channels=channels,
+                                    full_attn=tuple(attention), dropout=config.dropout)
+
+    def forward(self, xt, t, y=None):
+        """(N, C, H, W), (N,), (N,) -> (N, C, H, W)."""
+        x = F.pixel_unshuffle(xt, self.patch_size)
+        out = self.net(x, t, class_labels=y).sample if self.kind == "diffusers" else self.net(x, t)
+        return F.pixel_shuffle(out, self.patch_size)
+
+
+def library(kind):
+    """The library, or an ImportError that says how to get it."""
+    try:
+        return importlib.import_module(kind)
+    except ImportError as error:
+        raise ImportError(f"not installed: pip install {kind}" if error.name == kind else str(error)) from error
+
+
+def make_pipeline(config, steps):
+    """A function without arguments that draws 16 images with diffusers."""
+    module = library("diffusers")
+    peer = Peer("diffusers", changed(config, use_conditional_generation=False))
+    pipeline = module.DDPMPipeline(peer.net.to(config.device), module.DDPMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw():
+        speed("diffusers")
+        pipeline(batch_size=16, num_inference_steps=steps, output_type="np")
+    return draw
+
+
+def speed(kind):
+    """torch's switches as train_eval.py sets them, for ours, or as they are by default."""
+    torch.set_float32_matmul_precision("high" if kind == "ours" else "highest")
+    torch.backends.cudnn.benchmark = kind == "ours"
+
+
+def stepper(kind, config):
+    """A function without arguments that does one training step, on one batch."""
+    speed(kind)
+    ddpm = make(kind, config)
+    x0 = torch.rand(config.batch_size, config.channels, config.image_size, config.image_size,
+                    device=config.device) * 2 - 1
+    y = torch.arange(config.batch_size, device=config.device) % train_eval.NUM_CLASSES
+    if kind == "ours":
+        optimizer = torch.optim.AdamW(ddpm.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
+                                      fused=True)
+        parts = {"network": ddpm.network, "ema": EMA(ddpm.network, config.ema_decay, start=0), "optimizer": optimizer,
+                 "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100_000)}
+        train_eval.compile_network(config, ddpm)
+        window = train_eval.Window(config)
+
+        def step():
+            speed(kind)
+            window.add(*train_eval.train_step(config, ddpm, parts, x0, y))
+            if window.count == config.log_every:
+                window.read(0)
+        return step
+
+    eager = {"foreach": False, "fused": False} if kind == "plain" else {}
+    optimizer = torch.optim.AdamW(ddpm.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, **eager)
+    if kind == "plain":
+        update = python_ema(ddpm, [p.detach().clone() for p in ddpm.parameters()], config.ema_decay)
+    elif kind == "diffusers":
+        from diffusers.training_utils import EMAModel
+        ema = EMAModel(ddpm.network.net.parameters(), decay=config.ema_decay)
+
+        def update():
+            ema.step(ddpm.network.net.parameters())
+    else:  # as its Trainer has it: every tenth step
+        update = importlib.import_module("ema_pytorch").EMA(ddpm.network.net, update_every=10).update
+
+    def step():
+        speed(kind)
+        ddpm.train()
+        ddpm(x0, y if ddpm.num_classes is not None else None).backward()
+        nn.utils.clip_grad_norm_(ddpm.parameters(), config.grad_clip, foreach=False if kind == "plain" else None)
+        optimizer.step()
+        optimizer.zero_grad()
+        update()
+    return step
+
+
+def python_ema(ddpm, shadow, decay):
+    """The update of shadow weights as most write it."""
+    @torch.no_grad()
+    def update():
+        for average, p in zip(shadow, ddpm.parameters()):
+            average.mul_(decay).add_(p, alpha=1 - decay)
+    return update
