@@ -69,13 +69,15 @@ def main():
              bench.start_up, bench.growth, bench.on_paper]
     if not args.skip_reference:
         parts.insert(3, bench.reference_steps)
-    for part in parts:
-        print(f"{part.__name__} ...", file=sys.stderr, flush=True)
-        part()
-    if args.json:
-        print(json.dumps({"machine": bench.machine, "rows": bench.rows}, indent=1))
-    else:
-        print_table(bench)
+    try:
+        for part in parts:
+            print(f"{part.__name__} ...", file=sys.stderr, flush=True)
+            part()
+    finally:  # what there is, even after Ctrl-C
+        if args.json:
+            print(json.dumps({"machine": bench.machine, "rows": bench.rows}, indent=1))
+        else:
+            print_table(bench)
 
 
 class Bench:

@@ -76,7 +76,8 @@ class Peer(nn.Module):
     """Another library's UNet, as near to ours as its options allow, as `network(xt, t, y)`.
 
     With `patch_size` it gets pixel-unshuffled images, as ours. diffusers' has the very parameters and operations of
-    ours; denoising_diffusion_pytorch's has no labels, linear attention where ours has none, and always two blocks.
+    ours; denoising_diffusion_pytorch's has no labels, linear attention where ours has none, always two blocks, and is
+    always told the time by scale and shift.
     """
 
     def __init__(self, kind, config):
@@ -94,7 +95,8 @@ class Peer(nn.Module):
                 down_block_types=["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
                 up_block_types=["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],
                 attention_head_dim=None, time_embedding_dim=config.time_emb_dim, dropout=config.dropout,
-                num_class_embeds=self.num_classes and self.num_classes + 1)
+                num_class_embeds=self.num_classes and self.num_classes + 1,
+                resnet_time_scale_shift="scale_shift" if config.adaptive_norm else "default")
         else:
             self.net = module.Unet(config.base_channels, dim_mults=config.channel_mult, channels=channels,
                                     full_attn=tuple(attention), dropout=config.dropout)
