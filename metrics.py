@@ -250,7 +250,7 @@ def measure(classifier, samples, train, test, labels=None, seed=0, frechet_only=
     for suffix, x, p in (("", features, probabilities), ("_real", features_real, probabilities_real)):
         report["precision" + suffix], report["recall" + suffix] = precision_recall(x, features_test)
         report["confidence" + suffix] = p.max(dim=1).values.mean().item()
-        report["digits" + suffix] = (p.argmax(dim=1).bincount(minlength=NUM_CLASSES) / n).tolist()
+        report["digits" + suffix] = (p.argmax(dim=1).bincount(minlength=NUM_CLASSES).double() / n).tolist()
     if labels is not None:
         report["accuracy"] = (probabilities.argmax(dim=1) == labels.cpu()).double().mean().item()
     report["colour"] = _colour(samples)
