@@ -108,9 +108,9 @@ HERE = {"save_dir", "resume", "evaluate"}
 FREE_TO_RESUME = HERE | {"device", "bf16", "use_compile", "data_dir", "epochs", "learning_rate", "grad_clip",
                          "num_samples", "preview_steps", "eval_every", "eval_samples", "bound_images", "bound_terms",
                          "log_every", "sample_every", "save_every"}
-FREE_TO_EVALUATE = HERE | {"device", "data_dir", "bf16", "use_compile", "seed", "test_size", "num_samples", "sampler",
-                           "sample_steps", "timestep_spacing", "guidance_scale", "eval_samples", "bound_images",
-                           "bound_terms"}
+FREE_TO_EVALUATE = HERE | {"device", "data_dir", "bf16", "use_compile", "seed", "train_size", "test_size",
+                           "num_samples", "sampler", "sample_steps", "timestep_spacing", "guidance_scale",
+                           "eval_samples", "bound_images", "bound_terms"}
 TIMESTEP_SAMPLINGS = ("uniform", "noisy", "importance")
 NOISY_POWER = 0.6  # t / num_timesteps is u^0.6: two thirds of the draws fall in the noisy half, which decides shapes
 FIELDS = (  # of the reference's log, in its order
