@@ -604,7 +604,7 @@ def test_a_constant_edited_to_what_it_cannot_be_is_one_clear_line(tmp_path, edit
 
 def edited(folder, *lines):
     """The script with lines added at the end of its constants."""
-    for name in ("train_eval.py", "dataprocess.py", "diffusion.py", "unet.py", "ema.py"):
+    for name in ("train_eval.py", "dataprocess.py", "diffusion.py", "unet.py", "ema.py", "metrics.py"):
         text = (ROOT / name).read_text().replace("# end of constants", "\n".join([*lines, "# end of constants"]), 1)
         (folder / name).write_text(text)
     return str(folder / "train_eval.py")
