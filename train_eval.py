@@ -695,7 +695,7 @@ def finish(config, train_images, test_images):
 
 
 def measure(config, samples, y, train_images, test_images, frechet_only=False):
-    """`metrics.measure` of samples in [-1, 1] or uint8, (N, C, H, W), and its classifier's accuracy on the test set."""
+    """`metrics.measure` of samples in [-1, 1] or uint8, (N, C, H, W), and the classifier that it went by."""
     import metrics
 
     if samples.is_floating_point():
@@ -704,7 +704,7 @@ def measure(config, samples, y, train_images, test_images, frechet_only=False):
                                          device=config.device, progress=True)
     result, pairs = metrics.measure(classifier, samples, train_images.images, test_images.images, y,
                                     frechet_only=frechet_only)
-    return result, pairs, classifier.accuracy(test_images.images, test_images.labels)
+    return result, pairs, classifier
 
 
 def report(config, samples, y, train_images, test_images, info=None, **known):
@@ -715,20 +715,22 @@ def report(config, samples, y, train_images, test_images, info=None, **known):
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    result, pairs, accuracy = measure(config, samples, y, train_images, test_images)
+    result, pairs, classifier = measure(config, samples, y, train_images, test_images)
+    pairs, accuracy = pairs.float() / 127.5 - 1, classifier.accuracy(test_images.images, test_images.labels)
     save_dir, name = Path(config.save_dir), "" if info else f"_{Path(config.evaluate).resolve().name}"
     path, picture = save_dir / f"evaluation{name}.json", save_dir / "samples" / f"nearest{name}.png"
     known |= {"dataset": config.dataset, "classifier_accuracy": accuracy}
     if info:
         known |= {"seed": config.seed, "epoch": info["epoch"], "step": info["step"]}
     path.write_text(json.dumps(known | result, indent=2) + "\n", encoding="utf-8")
-    write_grid(pairs.float() / 127.5 - 1, picture)
     if info:
         with SummaryWriter(save_dir / "tensorboard_logs" / info["log"]) as writer:
             for tag, value in result.items():
                 if not isinstance(value, list):
                     writer.add_scalar(f"evaluation/{tag}", value, info["step"])
-            write_grid(pairs.float() / 127.5 - 1, picture, writer, "samples/nearest", info["step"])
+            write_grid(pairs, picture, writer, "samples/nearest", info["step"])
+    else:
+        write_grid(pairs, picture)
     print(table(result, config.dataset, accuracy))
     print(f"measures: {path}   nearest pairs: {picture}")
 
