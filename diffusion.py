@@ -20,7 +20,8 @@ BETA_SCHEDULES = ("linear", "cosine")
 PREDICTIONS = ("eps", "v", "x0")
 LOSSES = ("mse", "l1", "vlb")
 VARIANCES = ("fixed_small", "fixed_large", "learned")
-SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2)}  # eta and order that make the general update it
+# Eta and order that make the general update each of them.
+SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2), "sde-dpm++": (1.0, 2)}
 SPACINGS = ("trailing", "linspace")
 LABEL_DROPOUT = 0.1  # of the labels in training, so that the network also learns 'no label'
 VLB_WEIGHT = 0.001  # lambda of Improved DDPM eq. 16
@@ -309,10 +310,10 @@ class DDPM(nn.Module):
             n: how many.
             y: labels: n integers, or one for all. None leaves the choice open: a conditional model then draws a label
                 for each image, each label equally likely.
-            sampler: 'ddpm', 'ddim' or 'dpm++'.
+            sampler: 'ddpm', 'ddim', 'dpm++' or 'sde-dpm++', DPM-Solver++ with DDPM's noise.
             steps: network calls an image, from 1 to `num_timesteps`.
-            eta: share of DDPM's noise that each step adds, 0 to 1; None means the sampler's: 1 for 'ddpm', else 0.
-                'dpm++' with 1 is the solver's SDE form.
+            eta: share of DDPM's noise that each step adds, 0 to 1; None means the sampler's: 1 for 'ddpm'
+                and 'sde-dpm++', else 0.
             guidance_scale: s in uncond + s (cond - uncond): 1 is no guidance, 0 ignores the labels; others need `y`.
             seed: decides the images, on one kind of device; None draws from torch's global state.
             xT: what to start from, (n, C, H, W); None draws noise.

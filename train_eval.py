@@ -60,7 +60,7 @@ min_snr_gamma = 0.0  # weighs the loss as min(SNR, this) weighs errors of x0; 5 
 
 # training
 batch_size = 16  # images a step
-timestep_sampling = "uniform" if cuda else "noisy"  # of training: uniform, noisy or, for vlb, importance (past losses)
+timestep_sampling = "uniform" if cuda else "logit-normal"  # of training: uniform, logit-normal, importance (for vlb)
 epochs = 50 if cuda else 2  # passes over the training images
 learning_rate = 1e-4 if cuda else 2e-3  # peak; of AdamW
 weight_decay = 1e-4  # of AdamW
@@ -71,7 +71,7 @@ ema_start = 5000 if cuda else 0  # steps before averaging begins
 ema_update_rate = 1  # steps from one update of the shadow weights to the next
 
 # sampling
-sampler = "ddpm"  # of best_model.pt: ddpm, ddim or dpm++
+sampler = "ddpm"  # of best_model.pt: ddpm, ddim, dpm++ or sde-dpm++
 sample_steps = 1000 if cuda else 20  # network calls an image, of best_model.pt
 timestep_spacing = "trailing"  # which timesteps fewer calls visit: trailing, or linspace, down to the clean end
 guidance_scale = 1.0 if cuda or not use_conditional_generation else 1.2  # s in uncond + s (cond - uncond)
@@ -111,8 +111,7 @@ FREE_TO_RESUME = HERE | {"device", "bf16", "use_compile", "data_dir", "epochs", 
 FREE_TO_EVALUATE = HERE | {"device", "data_dir", "bf16", "use_compile", "seed", "train_size", "test_size",
                            "num_samples", "sampler", "sample_steps", "timestep_spacing", "guidance_scale",
                            "eval_samples", "bound_images", "bound_terms"}
-TIMESTEP_SAMPLINGS = ("uniform", "noisy", "importance")
-NOISY_POWER = 0.6  # t / num_timesteps is u^0.6: two thirds of the draws fall in the noisy half, which decides shapes
+TIMESTEP_SAMPLINGS = ("uniform", "logit-normal", "importance")
 FIELDS = (  # of the reference's log, in its order
     "device", "batch_size", "epochs", "save_dir", "optimizer_type", "learning_rate", "weight_decay", "use_scheduler",
     "scheduler_type", "total_params", "image_size", "channels", "num_timesteps", "base_channels", "num_res_blocks",
@@ -485,9 +484,8 @@ def train_step(config, ddpm, parts, x0, y):
         t, weights = parts["timesteps"].sample(len(x0))
     else:
         t = torch.randint(config.num_timesteps, (len(x0),), device=x0.device)
-        if config.timestep_sampling == "noisy":
-            t = (config.num_timesteps * torch.rand(len(x0), device=x0.device) ** NOISY_POWER).long()
-            t = t.clamp(max=config.num_timesteps - 1)  # where the product was rounded up
+        if config.timestep_sampling == "logit-normal":  # mostly the middle, where strokes take shape (2403.03206 3.1)
+            t = (config.num_timesteps * torch.randn(len(x0), device=x0.device).sigmoid()).long()
         weights = torch.ones_like(x0[:, 0, 0, 0])
     with autocast(config):
         losses = ddpm(x0, y if config.use_conditional_generation else None, t=t, reduction="none")
