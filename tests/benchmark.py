@@ -110,8 +110,8 @@ class Bench:
         """Seconds a call, for each function a list of one number a round: in turn, to and fro, after a warm-up."""
         calls = []
         for function in functions:
-            function()
-            calls.append(max(1, min(50, int(0.3 / self.clock(function)))))
+            first = self.clock(function)
+            calls.append(1 if first > 1 else max(1, min(50, int(0.3 / self.clock(function)))))
         times = [[] for _ in functions]
         for number in range(self.rounds):
             for i in range(len(functions))[::1 if number % 2 == 0 else -1]:

@@ -190,15 +190,15 @@ def test_ddim_is_the_same(prediction, schedule, steps, eta):
 
 @pytest.mark.parametrize("prediction, schedule", CASES)
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_dpm_solver_is_the_same(prediction, schedule, steps, eta):
-    """With trailing timesteps: theirs leaves t = 0 out of the evenly spaced ones. eta 1 is its SDE form."""
+@pytest.mark.parametrize("sampler", ["dpm++", "sde-dpm++"])
+def test_dpm_solver_is_the_same(prediction, schedule, steps, sampler):
+    """With trailing timesteps: theirs leaves t = 0 out of the evenly spaced ones."""
     ddpm = ours(prediction, beta_schedule=schedule)
     scheduler = theirs(DPMSolverMultistepScheduler, ddpm, solver_order=2, solver_type="midpoint",
-                       algorithm_type="sde-dpmsolver++" if eta else "dpmsolver++", final_sigmas_type="zero",
+                       algorithm_type=f"{sampler[:-2]}solver++", final_sigmas_type="zero",
                        lower_order_final=True)
-    images = their_images(scheduler, ddpm, steps, draws(steps) if eta else None)
-    close(our_images(ddpm, steps, "dpm++", eta), images)
+    images = their_images(scheduler, ddpm, steps, draws(steps) if sampler == "sde-dpm++" else None)
+    close(our_images(ddpm, steps, sampler), images)
 
 
 @pytest.mark.parametrize("prediction", ["v", "x0"])

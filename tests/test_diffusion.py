@@ -243,7 +243,7 @@ def test_x0_is_clipped_and_eps_explains_x_t_with_the_clipped_one():
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("sampler, steps, eta", [
     ("ddpm", 1000, None), ("ddpm", 50, None), ("ddim", 1000, None), ("ddim", 10, None), ("ddim", 50, 0.5),
-    ("ddim", 50, 1.0), ("ddpm", 1, None), ("dpm++", 20, None), ("dpm++", 20, 1.0), ("dpm++", 2, None)])
+    ("ddim", 50, 1.0), ("ddpm", 1, None), ("dpm++", 20, None), ("sde-dpm++", 20, None), ("dpm++", 2, None)])
 def test_samplers_give_the_exact_mean_and_variance(prediction, schedule, sampler, steps, eta):
     if steps == 1000 and (prediction, schedule) not in (("eps", "linear"), ("v", "cosine")):
         steps = 250
