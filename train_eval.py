@@ -225,6 +225,9 @@ def check(config):
     for name in ("sample_steps", "preview_steps"):
         if getattr(config, name) > config.num_timesteps:
             raise ValueError(f"{name} {getattr(config, name)}: expected at most num_timesteps {config.num_timesteps}")
+    if not config.evaluate and config.timestep_sampling not in TIMESTEP_SAMPLINGS:
+        raise ValueError(f"timestep_sampling {config.timestep_sampling!r}: expected one of "
+                         f"{', '.join(TIMESTEP_SAMPLINGS)}")
     if config.channels == 2:
         raise ValueError("channels 2: expected 1 (grey) or 3 (RGB)")
     if config.guidance_scale != 1 and not config.use_conditional_generation:

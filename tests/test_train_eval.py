@@ -598,6 +598,7 @@ def test_a_bad_flag_is_one_clear_line(capsys, tmp_path, flags, words):
     ("epochs = 2.0", "epochs 2.0: expected a whole number"),
     ("attention_resolutions = (8)", "attention_resolutions 8"),
     ("batch_size = -4", "batch_size -4"),
+    ("timestep_sampling = 'logitnormal'", "timestep_sampling 'logitnormal': expected one of uniform, logit-normal"),
 ])
 def test_a_constant_edited_to_what_it_cannot_be_is_one_clear_line(tmp_path, edit, words):
     done = subprocess.run([sys.executable, edited(tmp_path, edit), "--dataset", "glyphs"], capture_output=True,
