@@ -54,6 +54,7 @@ num_timesteps = 1000  # steps from image to noise
 beta_schedule = "linear"  # how noise grows: linear or cosine
 prediction = "eps" if cuda else "x0"  # what the network predicts: eps, v or x0; x0 learns clean digits soonest
 loss = "mse"  # distance of prediction and truth: mse or l1; vlb is the variational bound instead
+target_references = 0 if cuda or loss != "mse" else 4096  # images whose mean, where noise hides which, is the truth
 variance = "fixed_small"  # of the reverse steps: fixed_small, fixed_large, or learned, with the hybrid loss
 zero_terminal_snr = False  # the last step is noise alone; for v and x0
 min_snr_gamma = 0.0  # weighs the loss as min(SNR, this) weighs errors of x0; 5 is usual, 0 leaves it unweighted
@@ -64,6 +65,7 @@ timestep_sampling = "uniform" if cuda else "logit-normal"  # of training: unifor
 epochs = 50 if cuda else 2  # passes over the training images
 learning_rate = 1e-4 if cuda else 1e-3  # peak; of AdamW
 weight_decay = 1e-4  # of AdamW
+warmup_steps = 0 if cuda else 100  # steps in which the learning rate rises to its peak; at most a tenth of the run
 use_scheduler = True  # CosineAnnealingLR, a step at a time, to zero over the whole run
 grad_clip = 1.0  # largest norm of the gradient; 0 turns clipping off
 ema_decay = 0.999 if cuda else 0.997  # of the shadow weights, with which samples are drawn
@@ -94,12 +96,13 @@ NUM_CLASSES = 10  # of every data set here
 FIRST_SAMPLE = 200  # steps
 FEW_SAMPLES = 500  # of the small measurements in training
 RANGES = {  # of what the modules do not check themselves: smallest, largest
-    "seed": (0, 2**63 - 1), "channels": (1, 3), "batch_size": (1, math.inf), "epochs": (1, math.inf),
-    "learning_rate": (0, math.inf), "weight_decay": (0, math.inf), "grad_clip": (0, math.inf),
-    "guidance_scale": (0, math.inf), "sample_steps": (1, math.inf), "preview_steps": (1, math.inf),
-    "num_samples": (1, 10_000), "eval_every": (0, math.inf), "eval_samples": (1, math.inf),
-    "bound_images": (2, math.inf), "bound_terms": (2, math.inf),
-    "log_every": (1, 100_000), "sample_every": (1, math.inf), "save_every": (1, math.inf),
+    "seed": (0, 2**63 - 1), "channels": (1, 3), "target_references": (0, math.inf), "batch_size": (1, math.inf),
+    "epochs": (1, math.inf), "learning_rate": (0, math.inf), "warmup_steps": (0, math.inf),
+    "weight_decay": (0, math.inf), "grad_clip": (0, math.inf), "guidance_scale": (0, math.inf),
+    "sample_steps": (1, math.inf), "preview_steps": (1, math.inf), "num_samples": (1, 10_000),
+    "eval_every": (0, math.inf), "eval_samples": (1, math.inf), "bound_images": (2, math.inf),
+    "bound_terms": (2, math.inf), "log_every": (1, 100_000), "sample_every": (1, math.inf),
+    "save_every": (1, math.inf),
 }
 FLOATS = {"learning_rate", "weight_decay", "grad_clip", "dropout", "ema_decay", "guidance_scale", "min_snr_gamma"}
 TUPLES = {"channel_mult", "attention_resolutions"}
@@ -228,6 +231,9 @@ def check(config):
     if not config.evaluate and config.timestep_sampling not in TIMESTEP_SAMPLINGS:
         raise ValueError(f"timestep_sampling {config.timestep_sampling!r}: expected one of "
                          f"{', '.join(TIMESTEP_SAMPLINGS)}")
+    if not config.evaluate and config.target_references and config.loss != "mse":
+        raise ValueError(f"target_references {config.target_references} with loss {config.loss!r}: their mean is the "
+                         "truth of 'mse' alone; expected 0")
     if config.channels == 2:
         raise ValueError("channels 2: expected 1 (grey) or 3 (RGB)")
     if config.guidance_scale != 1 and not config.use_conditional_generation:
@@ -303,7 +309,7 @@ def prepare(config, given):
     save_dir, saved, samples, warning = Path(config.save_dir), None, None, None
     check(config)
     if config.resume:
-        saved = load_checkpoint(save_dir / "last.pt", ("config", "step", "network", "optimizer"))
+        saved = load_checkpoint(save_dir / "last.pt", ("config", "step", "network", "optimizer", "warmup"))
         config, warning = adopt(config, given, saved["config"], FREE_TO_RESUME), saved["warning"]
     elif isinstance(config.evaluate, str):
         samples = read_folder(config.evaluate)
@@ -409,8 +415,10 @@ def train(config, ddpm, ema, train_images, test_images, saved=None):
     total_steps = steps_per_epoch * config.epochs
     optimizer = torch.optim.AdamW(ddpm.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
                                   fused=True)
-    parts = {"network": ddpm.network, "ema": ema, "optimizer": optimizer}
-    if config.use_scheduler:
+    warmup = max(1, min(config.warmup_steps, total_steps // 10))
+    parts = {"network": ddpm.network, "ema": ema, "optimizer": optimizer,
+             "warmup": torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup)}
+    if config.use_scheduler:  # the two multiply
         parts["scheduler"] = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps)
     if config.timestep_sampling == "importance":
         parts["timesteps"] = ImportanceSampler(config.num_timesteps).to(config.device)
@@ -438,7 +446,7 @@ def train(config, ddpm, ema, train_images, test_images, saved=None):
         if not resumed:
             log_start(writer, config, ddpm, test_images)
         for x0, y in batches(config, train_images, epoch, start):
-            window.add(*train_step(config, ddpm, parts, x0, y))
+            window.add(*train_step(config, ddpm, parts, x0, y, draw_references(config, train_images)))
             progress["step"] = step = progress["step"] + 1
             bar.update(len(x0))
 
@@ -477,7 +485,16 @@ def batches(config, train_images, first, start):
         start = 0
 
 
-def train_step(config, ddpm, parts, x0, y):
+def draw_references(config, train_images):
+    """Grey images, (M, 1, H, W), and labels of which x0 might be any, anew for each step; None for none."""
+    if not config.target_references:
+        return None
+    device = train_images.images.device
+    x0, y = train_images.batch(torch.randint(len(train_images), (config.target_references,), device=device))
+    return x0[:, :1], y  # channels are alike
+
+
+def train_step(config, ddpm, parts, x0, y, references=None):
     """One step of AdamW.
 
     Returns what happened, left on the device: losses, their weights and timesteps, (N,), and the gradient's norm, ().
@@ -491,13 +508,15 @@ def train_step(config, ddpm, parts, x0, y):
             t = (config.num_timesteps * torch.randn(len(x0), device=x0.device).sigmoid()).long()
         weights = torch.ones_like(x0[:, 0, 0, 0])
     with autocast(config):
-        losses = ddpm(x0, y if config.use_conditional_generation else None, t=t, reduction="none")
+        losses = ddpm(x0, y if config.use_conditional_generation else None, t=t, references=references,
+                      reduction="none")
     (weights * losses).mean().backward()
     norm = torch.nn.utils.clip_grad_norm_(ddpm.parameters(), config.grad_clip or math.inf)
     parts["optimizer"].step()
     parts["optimizer"].zero_grad()
-    if "scheduler" in parts:
-        parts["scheduler"].step()
+    for name in ("warmup", "scheduler"):
+        if name in parts:
+            parts[name].step()
     parts["ema"].update()
     if "timesteps" in parts:
         parts["timesteps"].update(t, losses)
@@ -599,8 +618,10 @@ def restore(config, parts, progress, saved, total_steps):
         torch.cuda.set_rng_state(saved["rng"]["cuda"], config.device)
     if any(saved["config"][name] != getattr(config, name) for name in ("epochs", "learning_rate")):
         cosine = (1 + math.cos(math.pi * min(progress["step"] / total_steps, 1))) / 2 if config.use_scheduler else 1
+        warmup = parts["warmup"]
+        rise = warmup.start_factor + (1 - warmup.start_factor) * min(progress["step"] / warmup.total_iters, 1)
         for group in parts["optimizer"].param_groups:
-            group["initial_lr"], group["lr"] = config.learning_rate, config.learning_rate * cosine
+            group["initial_lr"], group["lr"] = config.learning_rate, config.learning_rate * cosine * rise
         if config.use_scheduler:
             parts["scheduler"].T_max, parts["scheduler"].base_lrs = total_steps, [config.learning_rate]
 

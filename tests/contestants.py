@@ -146,6 +146,7 @@ def stepper(kind, config):
         optimizer = torch.optim.AdamW(ddpm.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
                                       fused=True)
         parts = {"network": ddpm.network, "ema": EMA(ddpm.network, config.ema_decay, start=0), "optimizer": optimizer,
+                 "warmup": torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=100),
                  "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100_000)}
         train_eval.compile_network(config, ddpm)
         window = train_eval.Window(config)

@@ -193,6 +193,60 @@ def test_the_exact_predictor_reaches_the_least_possible_loss(prediction):
     assert loss == pytest.approx(unit * variance, rel=0.02)
 
 
+def test_posterior_mean_is_bayes_rule():
+    torch.manual_seed(0)
+    ddpm = DDPM(torch.nn.Identity(), image_size=4, channels=3)
+    candidates, t = torch.randn(7, 1, 4, 4).double(), torch.tensor([0, 300, 600, 999])
+    xt = ddpm.q_sample(candidates[:4].expand(-1, 3, -1, -1), t, torch.randn(4, 3, 4, 4).double())
+    possible = torch.rand(4, 7) < 0.6
+    possible[:, 0] = True
+    for allowed in (None, possible):
+        expected = torch.zeros_like(xt)
+        for i in range(4):
+            a = ddpm.alphas_cumprod[t[i]]
+            q = torch.distributions.Normal(a.sqrt() * candidates.expand(-1, 3, -1, -1), (1 - a).sqrt())
+            p = q.log_prob(xt[i]).sum((1, 2, 3)).exp() * (1 if allowed is None else allowed[i])
+            expected[i] = (p[:, None, None, None] * candidates).sum(0) / p.sum()
+        for images in (candidates, candidates.expand(-1, 3, -1, -1)):
+            torch.testing.assert_close(ddpm.posterior_mean(xt, t, images, possible=allowed), expected)
+            torch.testing.assert_close(ddpm.posterior_mean(xt, t, images[:2], images[2:], possible=allowed), expected)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("labels", [True, False])
+def test_with_references_the_truth_is_the_mean_of_all_images_that_may_be(prediction, labels):
+    """A network that says just that, for the label it is told, has no loss left; without references it has."""
+    torch.manual_seed(0)
+    ddpm = constant(0.0, prediction)
+    x0, y = torch.randn(200, 1, 4, 4).clamp(-1, 1), torch.arange(200) % 2
+    images, of_images = torch.randn(50, 1, 4, 4).clamp(-1, 1), torch.arange(50) % 2
+    ddpm.num_classes = 2 if labels else None
+
+    def exact(xt, t, told=None):
+        a = ddpm.alphas_cumprod[t].float()[:, None, None, None]
+        every, of_every = torch.cat([x0, images]), torch.cat([y, of_images])
+        possible = None if told is None else (told[:, None] == of_every) | (told[:, None] == 2)
+        mean = ddpm.posterior_mean(xt, t, every, possible=possible)
+        eps = (xt - a.sqrt() * mean) / (1 - a).sqrt()
+        return {"x0": mean, "eps": eps, "v": a.sqrt() * eps - (1 - a).sqrt() * mean}[prediction]
+
+    ddpm.network.forward = exact
+    t = torch.arange(200) * 5
+    references = images, of_images
+    if labels:
+        assert ddpm(x0, y, t=t, references=references) < 1e-6
+        assert ddpm(x0, y, t=t) > 1e-3
+    else:
+        assert ddpm(x0, t=t, references=(images, None)) < 1e-6
+        assert ddpm(x0, t=t) > 1e-3
+
+
+def test_references_need_the_loss_whose_minimum_is_the_mean():
+    ddpm = constant(0.0, loss="l1")
+    with pytest.raises(ValueError, match=r"^references with loss 'l1': expected 'mse'"):
+        ddpm(torch.zeros(2, 1, 4, 4), references=(torch.zeros(2, 1, 4, 4), None))
+
+
 def test_timesteps_are_drawn_from_all_of_them():
     torch.manual_seed(0)
     ddpm, seen = constant(0.0, num_timesteps=10), []

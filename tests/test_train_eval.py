@@ -193,7 +193,7 @@ def test_timesteps_are_drawn_as_asked(sampling):
     drawn = []
 
     class Model(torch.nn.Linear):
-        def forward(self, x0, y, t, reduction):
+        def forward(self, x0, y, t, references, reduction):
             drawn.append(t)
             return super().forward(x0[:, 0, 0, :1]).flatten()
 
