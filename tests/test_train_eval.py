@@ -208,6 +208,30 @@ def test_timesteps_are_drawn_as_asked(sampling):
         assert (t < 1000 * share).double().mean() == pytest.approx(below, abs=0.015)  # 4 standard deviations
 
 
+def test_a_step_gives_the_loss_references_drawn_anew_from_the_training_images():
+    config, _ = train_eval.configure([*SMALL, "--target_references", "60"])
+    train_images, _ = load_data("glyphs", "", train_size=30, test_size=1, augment=False)
+    torch.manual_seed(0)
+    images, labels = train_eval.draw_references(config, train_images)
+    again, _ = train_eval.draw_references(config, train_images)
+    assert images.shape == (60, 1, 32, 32) and labels.shape == (60,) and not torch.equal(images, again)
+    every, _ = train_images.batch(slice(None))
+    index = (images - every[None, :, 0].transpose(0, 1).reshape(30, 1, 1, 32, 32)).abs().amax((2, 3, 4)).argmin(dim=0)
+    assert torch.equal(images, every[index, :1]) and torch.equal(labels, train_images.labels[index])
+    assert len(index.unique()) > 20
+
+    ddpm, seen = train_eval.build(config), []
+    forward = ddpm.forward
+    ddpm.forward = lambda *args, references, **options: (
+        seen.append(references), forward(*args, references=references, **options))[1]
+    parts = {"optimizer": torch.optim.SGD(ddpm.parameters(), lr=0.0), "ema": EMA(ddpm.network)}
+    x0, y = train_images.batch(slice(16))
+    train_eval.train_step(config, ddpm, parts, x0, y, (images, labels))
+    assert seen[0][0] is images and seen[0][1] is labels
+    config.target_references = 0
+    assert train_eval.draw_references(config, train_images) is None
+
+
 def test_every_constant_of_the_model_reaches_it():
     flags = {"num_heads": 2, "adaptive_norm": True, "prediction": "v", "beta_schedule": "cosine", "loss": "l1",
              "variance": "learned", "zero_terminal_snr": True, "min_snr_gamma": 5.0, "sampler": "dpm++",
@@ -413,13 +437,15 @@ def test_a_run_killed_without_warning_goes_on_from_its_last_save(trained, tmp_pa
 
 
 def test_a_finished_run_can_be_made_longer(trained, tmp_path, data_flags):
-    flags = [*SMALL, *data_flags, "--save_dir", tmp_path]
+    flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--log_every", 1, "--warmup_steps", 100]
     assert train_eval.main([*map(str, flags), "--epochs", "1"]) == 0
     assert train_eval.main(["--save_dir", str(tmp_path), "--resume", "--device", "cpu", "--epochs", "2"]) == 0
     _, curves = scalars(tmp_path)
     assert list(curves["test/loss"]) == [20, 40] and curves["test/loss"][40] < curves["test/loss"][20]
-    peak = curves["train/learning_rate"]
-    assert peak[25] > peak[30] > peak[STEPS] == pytest.approx(0, abs=1e-9)
+    rate = curves["train/learning_rate"]
+    for step, value in rate.items():  # after two steps of rise, a tenth of the first run, a cosine to zero, twice
+        share = (0.75 if step == 1 else 1) * (1 + math.cos(math.pi * step / (20 if step <= 20 else STEPS))) / 2
+        assert value == pytest.approx(PEAK * share, abs=1e-9), step
 
 
 def test_an_earlier_run_is_moved_aside_never_overwritten(trained, tmp_path, data_flags, capsys):
@@ -548,7 +574,8 @@ def test_the_device_decides_the_values_below_it():
         num_timesteps=1000, base_channels=128, num_res_blocks=2, channel_mult=(1, 2, 4, 8), dropout=0.1,
         time_emb_dim=512, attention_resolutions=(8, 16), patch_size=1, use_conditional_generation=False,
         ema_decay=0.999, ema_start=5000, ema_update_rate=1, train_size=60_000, test_size=10_000, use_augmentation=True,
-        beta_schedule="linear", prediction="eps", loss="mse", sampler="ddpm", sample_steps=1000)
+        beta_schedule="linear", prediction="eps", loss="mse", sampler="ddpm", sample_steps=1000, warmup_steps=0,
+        target_references=0, timestep_sampling="uniform")
     assert {name: values[name] for name in reference} == reference
     config, _ = train_eval.configure(["--device", "cpu"])
     assert config.patch_size == 2 and config.prediction == "x0"
@@ -586,6 +613,9 @@ def test_the_device_decides_the_values_below_it():
     (["--log_every", "1000000000000"], ["log_every 1000000000000", "at most"]),
     (["--train_size", "0"], ["train_size 0"]),
     (["--num_timesteps", "0"], ["num_timesteps 0"]),
+    (["--warmup_steps", "-1"], ["warmup_steps -1"]),
+    (["--target_references", "-1"], ["target_references -1"]),
+    (["--target_references", "9", "--loss", "l1"], ["target_references 9 with loss 'l1'", "expected 0"]),
 ])
 def test_a_bad_flag_is_one_clear_line(capsys, tmp_path, flags, words):
     line = refused(capsys, *flags, "--device", "cpu", "--dataset", "glyphs", "--save_dir", tmp_path / "new") \
