@@ -241,7 +241,7 @@ class Bench:
     # What surrounds the network
 
     def loader(self):
-        """A batch of images, and its share of the step of the CPU's default model."""
+        """A batch of images, and its share of the step of the CPU's default model, which is timed without it."""
         self.small_step = statistics.median(self.interleave(stepper("ours", self.small))[0])
         images, _ = load_data("auto", self.data_dir, augment=False, device=self.device)
         moved, _ = load_data(images.name, self.data_dir, augment=True, device=self.device)
@@ -256,6 +256,18 @@ class Bench:
             self.row("a batch of 16", name, **self.of_step(each, times[0]))
         if theirs is None:
             self.row("a batch of 16", names[2], note=f"no MNIST in {self.data_dir}")
+        if self.small.target_references:
+            self.references(images)
+
+    def references(self, images):
+        """What it takes to draw the references of a step, and to average the target over them."""
+        ddpm, (x0, _) = train_eval.build(self.small), images.batch(slice(self.small.batch_size))
+        t, drawn = torch.arange(len(x0), device=self.device) * 60, train_eval.draw_references(self.small, images)
+        xt, part = ddpm.q_sample(x0, t, torch.randn_like(x0)), f"{self.small.target_references} references"
+        calls = {"drawn": lambda: train_eval.draw_references(self.small, images),
+                 "averaged": lambda: ddpm.posterior_mean(xt, t, x0[:, :1], drawn[0])}
+        for name, each in zip(calls, self.interleave(*calls.values())):
+            self.row(part, name, **self.of_step(each, each))
 
     def after_backward(self):
         """Shadow weights and optimiser."""
