@@ -5,6 +5,7 @@ Each constant is also a flag that stands in for its line: `python train_eval.py 
 
 import argparse
 import ast
+import ctypes
 import difflib
 import json
 import math
@@ -272,6 +273,7 @@ def adopt(config, given, saved, free):
 def main(argv=None):
     """Train, go on, or only evaluate. Returns the exit status: 0 when done, 130 when interrupted."""
     warning, begun = None, time.perf_counter()
+    keep_freed_memory()
     try:
         try:
             config, saved, ddpm, ema, train_images, test_images, samples, warning = prepare(*configure(argv))
@@ -297,6 +299,17 @@ def main(argv=None):
         if warning:
             print(warning, file=sys.stderr)
     return 130
+
+
+def keep_freed_memory():
+    """Have glibc keep what is freed for what comes next, instead of handing it back to the system.
+
+    Each step frees and asks for the same 30 MB; the page faults of that were a tenth of a step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: bytes free at the end of the heap before it shrinks
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: bytes of what is mapped by itself, at the most that it may be
 
 
 def prepare(config, given):

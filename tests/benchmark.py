@@ -60,13 +60,13 @@ def main():
     parser.add_argument("--skip_reference", action="store_true", help="do not time the 233M network: slow on a CPU")
     parser.add_argument("--data_dir", default=os.environ.get("DDPM_DATA_DIR") or str(ROOT / "data"))
     parser.add_argument("--device", default=train_eval.device)
-    parser.add_argument("--peak", help=argparse.SUPPRESS)  # a child process: kind, model and changes of its config
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # kind, model, changes of its config, steps
     args = parser.parse_args()
-    if args.peak:
-        return print(peak_here(args.device, **json.loads(args.peak)))
+    if args.child:
+        return print(json.dumps(steps_here(args.device, **json.loads(args.child))))
     bench = Bench(args)
-    parts = [bench.ceilings, bench.counts, bench.small_steps, bench.sampling, bench.loader, bench.after_backward,
-             bench.start_up, bench.growth, bench.on_paper]
+    parts = [bench.ceilings, bench.counts, bench.small_steps, bench.memory_kept, bench.sampling, bench.loader,
+             bench.after_backward, bench.start_up, bench.growth, bench.on_paper]
     if not args.skip_reference:
         parts.insert(3, bench.reference_steps)
     try:
@@ -169,6 +169,17 @@ class Bench:
     def small_steps(self):
         """The model that a CPU trains by default."""
         self.steps("training step, the CPU's default model", "small", self.small)
+
+    def memory_kept(self):
+        """What keeping freed memory is worth. A process cannot go back on it, so that no other part has it."""
+        if self.cuda:
+            return
+        rounds = [[child(self.device, "ours", "small", {}, 40, keep) for keep in (True, False)]
+                  for _ in range(self.rounds)]
+        times = [[found["seconds"] for found in each] for each in zip(*rounds)]
+        for name, each, found in zip(("kept", "handed back"), times, rounds[0]):
+            self.timed("training step, freed memory", name, self.small, count("ours", self.small)[0], each,
+                       None if each is times[0] else times[0], peak_mb=found["peak_mb"])
 
     def reference_steps(self):
         """The 233M network."""
@@ -392,25 +403,37 @@ def ratio(ours, theirs):
     return {"ratio": statistics.median(ratios), "ratio_range": [ratios[0], ratios[-1]]}
 
 
-def peak(device, kind, model, **changes):
-    """Peak memory of two training steps in a process of their own, in MB; None where that failed."""
-    asked = json.dumps({"kind": kind, "model": model, "changes": changes})
-    done = subprocess.run([sys.executable, __file__, "--device", device, "--peak", asked], capture_output=True,
+def child(device, kind, model, changes, steps=2, keep=False):
+    """What `steps_here` returns in a process of its own; None where that failed."""
+    asked = json.dumps(dict(kind=kind, model=model, changes=changes, steps=steps, keep=keep))
+    done = subprocess.run([sys.executable, __file__, "--device", device, "--child", asked], capture_output=True,
                           text=True)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
-def peak_here(device, kind, model, changes):
-    """Peak memory of two training steps, in MB: on CUDA of tensors, on a CPU of the process over what imports took."""
+def peak(device, kind, model, **changes):
+    """Peak memory of two training steps, in MB."""
+    found = child(device, kind, model, changes)
+    return found and found["peak_mb"]
+
+
+def steps_here(device, kind, model, changes, steps, keep):
+    """Median seconds of training steps after the first, and their peak memory in MB: on CUDA of tensors, on a CPU of
+    the process over what imports took. `keep` is with freed memory kept, as train_eval.py does.
+    """
     if kind not in ("ours", "plain"):
         library(kind)
+    if keep:
+        train_eval.keep_freed_memory()
     before = memory("VmRSS")
-    step = stepper(kind, changed(settings(model, device), **changes))
-    step()
-    step()
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    return memory("VmHWM") - before
+    step, times = stepper(kind, changed(settings(model, device), **changes)), []
+    for _ in range(steps):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    cuda = torch.device(device).type == "cuda"
+    peak_mb = torch.cuda.max_memory_allocated() / 1e6 if cuda else memory("VmHWM") - before
+    return {"seconds": statistics.median(times[1:]), "peak_mb": peak_mb}
 
 
 def memory(field):
