@@ -142,14 +142,15 @@ class DDPM(nn.Module):
         candidates = [images.flatten(1) for images in candidates]
         alike = xt[0].numel() // candidates[0].shape[1]
         x = (xt if alike == 1 else xt.sum(dim=1)).flatten(1)
-        product = torch.cat([images @ x.T for images in candidates]).T  # twice as fast this way round, for few x
         size = alike * torch.cat([torch.linalg.vector_norm(images, dim=1) for images in candidates]).square()
-        # log q(x_t | x_0), DDPM eq. 4, up to what all of them share
-        logits = (alpha_bar.sqrt() * product - alpha_bar * size / 2) / (1 - alpha_bar)
-        if possible is not None:
-            logits = logits.masked_fill(~possible, -math.inf)
-        weights = logits.softmax(dim=1).split([len(images) for images in candidates], dim=1)
-        mean = sum(weight @ images for weight, images in zip(weights, candidates))
+        with torch.autocast(xt.device.type, enabled=False):  # bf16 is too coarse: what counts is a small difference
+            product = torch.cat([images @ x.T for images in candidates]).T  # this way round twice as fast as the other
+            # log q(x_t | x_0), DDPM eq. 4, up to what all of them share
+            logits = (alpha_bar.sqrt() * product - alpha_bar * size / 2) / (1 - alpha_bar)
+            if possible is not None:
+                logits = logits.masked_fill(~possible, -math.inf)
+            weights = logits.softmax(dim=1).split([len(images) for images in candidates], dim=1)
+            mean = sum(weight @ images for weight, images in zip(weights, candidates))
         return mean.view(len(xt), -1, *xt.shape[2:]).expand_as(xt)
 
     # Training

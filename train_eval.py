@@ -55,7 +55,7 @@ num_timesteps = 1000  # steps from image to noise
 beta_schedule = "linear"  # how noise grows: linear or cosine
 prediction = "eps" if cuda else "x0"  # what the network predicts: eps, v or x0; x0 learns clean digits soonest
 loss = "mse"  # distance of prediction and truth: mse or l1; vlb is the variational bound instead
-target_references = 0 if cuda or loss != "mse" else 4096  # images whose mean, where noise hides which, is the truth
+target_references = 0 if cuda or loss != "mse" else 4096  # images to average the target over, by likelihood; 0: none
 variance = "fixed_small"  # of the reverse steps: fixed_small, fixed_large, or learned, with the hybrid loss
 zero_terminal_snr = False  # the last step is noise alone; for v and x0
 min_snr_gamma = 0.0  # weighs the loss as min(SNR, this) weighs errors of x0; 5 is usual, 0 leaves it unweighted

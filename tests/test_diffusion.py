@@ -210,6 +210,9 @@ def test_posterior_mean_is_bayes_rule():
         for images in (candidates, candidates.expand(-1, 3, -1, -1)):
             torch.testing.assert_close(ddpm.posterior_mean(xt, t, images, possible=allowed), expected)
             torch.testing.assert_close(ddpm.posterior_mean(xt, t, images[:2], images[2:], possible=allowed), expected)
+    with torch.autocast("cpu", torch.bfloat16):  # as in a training step: still in float32
+        mean = ddpm.posterior_mean(xt.float(), t, candidates.float(), possible=possible)
+    torch.testing.assert_close(mean, expected.float(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
