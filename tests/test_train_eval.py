@@ -232,6 +232,16 @@ def test_a_step_gives_the_loss_references_drawn_anew_from_the_training_images():
     assert train_eval.draw_references(config, train_images) is None
 
 
+def test_every_step_of_a_run_has_references_of_its_own(data_flags, tmp_path, monkeypatch):
+    seen, step = [], train_eval.train_step
+    monkeypatch.setattr(train_eval, "train_step", lambda *args: (seen.append(args[-1][0]), step(*args))[1])
+    flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--epochs", 1, "--train_size", 40, "--test_size", 10,
+             "--num_samples", 2, "--eval_every", 0, "--target_references", 7]
+    assert train_eval.main([*map(str, flags)]) == 0
+    assert [len(images) for images in seen] == [7, 7, 7]
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
 def test_every_constant_of_the_model_reaches_it():
     flags = {"num_heads": 2, "adaptive_norm": True, "prediction": "v", "beta_schedule": "cosine", "loss": "l1",
              "variance": "learned", "zero_terminal_snr": True, "min_snr_gamma": 5.0, "sampler": "dpm++",
