@@ -167,9 +167,10 @@ class DDPM(nn.Module):
             y: labels, int64, (N,). In training mode a tenth of them are replaced by 'no label' (2207.12598, alg. 1).
             t: timesteps, int64, (N,); None draws them uniformly.
             eps: standard normal noise, of the shape of `x0`; None draws it.
-            references: further images of the data, (M, C, H, W) or (M, 1, H, W), and their labels, (M,) (None where y
-                is). The truth is then not the one x0 behind each x_t but the mean of all the images that may be:
-                the same minimum, sooner reached, since the target is less of a lottery (2302.00670). For 'mse'.
+            references: further images of the data, (M, C, H, W), or (M, 1, H, W) where all channels are alike, and
+                their labels, (M,) (None where y is). The truth is then not the one x0 behind each x_t but the mean of
+                all the images that may be: the same minimum, sooner reached, since the target is less of a lottery
+                (2302.00670). For 'mse' only.
             reduction: 'mean' for a scalar, 'none' for a loss an image, (N,).
 
         Raises:
