@@ -482,7 +482,7 @@ def train(config, ddpm, ema, train_images, test_images, saved=None):
             if stopping:
                 break
 
-    plot_losses(progress, save_dir / "loss_curve.png")
+    plot_losses(config, progress, save_dir / "loss_curve.png")
     if not (save_dir / "best_model.pt").exists():  # stopped before the first epoch was over
         save_best(config, ddpm, ema, progress, epoch=0)
     if stop:
@@ -822,17 +822,18 @@ def write_grid(images, path, writer=None, tag=None, step=None):
         writer.add_image(tag, grid.clamp(0, 1), step)
 
 
-def plot_losses(progress, path):
-    """Training and test loss over the steps."""
+def plot_losses(config, progress, path):
+    """Training and test loss over the steps; with averaged targets that of training is lower by nature, and says so."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name, style in (("train", {"linewidth": 1}), ("test", {"marker": "o"})):
+    train_label = "train, averaged targets" if config.target_references else "train"
+    for name, style in (("train", {"label": train_label, "linewidth": 1}), ("test", {"label": "test", "marker": "o"})):
         if progress[f"{name}_curve"]:
-            axes.plot(*zip(*progress[f"{name}_curve"]), label=name, **style)
+            axes.plot(*zip(*progress[f"{name}_curve"]), **style)
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="DDPM training")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
