@@ -60,7 +60,7 @@ def main():
     parser.add_argument("--skip_reference", action="store_true", help="do not time the 233M network: slow on a CPU")
     parser.add_argument("--data_dir", default=os.environ.get("DDPM_DATA_DIR") or str(ROOT / "data"))
     parser.add_argument("--device", default=train_eval.device)
-    parser.add_argument("--child", help=argparse.SUPPRESS)  # kind, model, changes of its config, steps
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # what a child process does, as JSON: see steps_here
     args = parser.parse_args()
     if args.child:
         return print(json.dumps(steps_here(args.device, **json.loads(args.child))))
@@ -176,6 +176,8 @@ class Bench:
             return
         rounds = [[child(self.device, "ours", "small", {}, 40, keep) for keep in (True, False)]
                   for _ in range(self.rounds)]
+        if not all(map(all, rounds)):
+            return self.row("training step, freed memory", "ours", note="a process of its own failed")
         times = [[found["seconds"] for found in each] for each in zip(*rounds)]
         for name, each, found in zip(("kept", "handed back"), times, rounds[0]):
             self.timed("training step, freed memory", name, self.small, count("ours", self.small)[0], each,

@@ -458,6 +458,28 @@ def test_a_finished_run_can_be_made_longer(trained, tmp_path, data_flags):
         assert value == pytest.approx(PEAK * share, abs=1e-9), step
 
 
+def test_another_peak_while_the_rate_still_rises_keeps_the_share_of_the_rise(tmp_path, data_flags, monkeypatch):
+    step, left = train_eval.train_step, [12]
+
+    def interrupted(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(train_eval, "train_step", interrupted)
+    flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--log_every", 1, "--sample_every", 1000, "--epochs", 20]
+    assert train_eval.main([*map(str, flags)]) == 130  # last.pt is of step 10 of 400; the rate rises for 40
+    left[0] = 3
+    resume = ["--save_dir", str(tmp_path), "--resume", "--device", "cpu", "--learning_rate", "2e-3"]
+    assert train_eval.main(resume) == 130
+    _, curves = scalars(tmp_path)
+    for k in (11, 12, 13):
+        rise = 1 / 40 + (1 - 1 / 40) * k / 40
+        assert curves["train/learning_rate"][k] == pytest.approx(
+            2e-3 * rise * (1 + math.cos(math.pi * k / 400)) / 2, rel=1e-5), k
+
+
 def test_an_earlier_run_is_moved_aside_never_overwritten(trained, tmp_path, data_flags, capsys):
     flags = [*map(str, SMALL), *data_flags, "--save_dir", str(tmp_path), "--epochs", "1"]
     train_eval.main(flags)
