@@ -63,6 +63,7 @@ min_snr_gamma = 0.0  # weighs the loss as min(SNR, this) weighs errors of x0; 5 
 # training
 batch_size = 16  # images a step
 timestep_sampling = "uniform" if cuda else "logit-normal"  # of training: uniform, logit-normal, importance (for vlb)
+timestep_std = 0.6  # of the logit of logit-normal timesteps: the lower, the more of them lie about the middle
 epochs = 50 if cuda else 2  # passes over the training images
 learning_rate = 1e-4 if cuda else 1e-3  # peak; of AdamW
 weight_decay = 1e-4  # of AdamW
@@ -98,14 +99,15 @@ FIRST_SAMPLE = 200  # steps
 FEW_SAMPLES = 500  # of the small measurements in training
 RANGES = {  # of what the modules do not check themselves: smallest, largest
     "seed": (0, 2**63 - 1), "channels": (1, 3), "target_references": (0, math.inf), "batch_size": (1, math.inf),
-    "epochs": (1, math.inf), "learning_rate": (0, math.inf), "warmup_steps": (0, math.inf),
-    "weight_decay": (0, math.inf), "grad_clip": (0, math.inf), "guidance_scale": (0, math.inf),
-    "sample_steps": (1, math.inf), "preview_steps": (1, math.inf), "num_samples": (1, 10_000),
-    "eval_every": (0, math.inf), "eval_samples": (1, math.inf), "bound_images": (2, math.inf),
-    "bound_terms": (2, math.inf), "log_every": (1, 100_000), "sample_every": (1, math.inf),
-    "save_every": (1, math.inf),
+    "timestep_std": (0, math.inf), "epochs": (1, math.inf), "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf), "warmup_steps": (0, math.inf), "grad_clip": (0, math.inf),
+    "guidance_scale": (0, math.inf), "sample_steps": (1, math.inf), "preview_steps": (1, math.inf),
+    "num_samples": (1, 10_000), "eval_every": (0, math.inf), "eval_samples": (1, math.inf),
+    "bound_images": (2, math.inf), "bound_terms": (2, math.inf), "log_every": (1, 100_000),
+    "sample_every": (1, math.inf), "save_every": (1, math.inf),
 }
-FLOATS = {"learning_rate", "weight_decay", "grad_clip", "dropout", "ema_decay", "guidance_scale", "min_snr_gamma"}
+FLOATS = {"learning_rate", "weight_decay", "grad_clip", "dropout", "ema_decay", "guidance_scale", "min_snr_gamma",
+          "timestep_std"}
 TUPLES = {"channel_mult", "attention_resolutions"}
 # Constants that a saved run does not bring with it, and flags that may differ from those that it began with.
 HERE = {"save_dir", "resume", "evaluate"}
@@ -518,7 +520,8 @@ def train_step(config, ddpm, parts, x0, y, references=None):
     else:
         t = torch.randint(config.num_timesteps, (len(x0),), device=x0.device)
         if config.timestep_sampling == "logit-normal":  # mostly the middle, where strokes take shape (2403.03206 3.1)
-            t = (config.num_timesteps * torch.randn(len(x0), device=x0.device).sigmoid()).long()
+            t = (config.timestep_std * torch.randn(len(x0), device=x0.device)).sigmoid()
+            t = (config.num_timesteps * t).long().clamp(max=config.num_timesteps - 1)  # a sigmoid may round to 1
         weights = torch.ones_like(x0[:, 0, 0, 0])
     with autocast(config):
         losses = ddpm(x0, y if config.use_conditional_generation else None, t=t, references=references,

@@ -187,9 +187,9 @@ def test_a_training_step_gives_the_network_labels_and_bf16_and_clips_the_gradien
     assert norm > 0.01 and norms[0].item() == pytest.approx(0.01, rel=1e-3) and ema.step == 1
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "logit-normal"])
-def test_timesteps_are_drawn_as_asked(sampling):
-    config, _ = train_eval.configure([*SMALL, "--timestep_sampling", sampling])
+@pytest.mark.parametrize("sampling, std", [("uniform", None), ("logit-normal", 0.6), ("logit-normal", 2.0)])
+def test_timesteps_are_drawn_as_asked(sampling, std):
+    config, _ = train_eval.configure([*SMALL, "--timestep_sampling", sampling, "--timestep_std", str(std or 0.3)])
     drawn = []
 
     class Model(torch.nn.Linear):
@@ -202,10 +202,18 @@ def test_timesteps_are_drawn_as_asked(sampling):
     torch.manual_seed(0)
     losses, weights, t, _ = train_eval.train_step(config, ddpm, parts, torch.rand(20_000, 1, 1, 1), None)
     assert torch.equal(t, drawn[0]) and t.dtype == torch.long and (weights == 1).all()
-    assert t.min() >= 0 and 970 < t.max() < config.num_timesteps
+    assert t.min() >= 0 and (900 if std == 0.6 else 970) < t.max() < config.num_timesteps
     for share in (0.1, 0.25, 0.5, 0.75, 0.9):
-        below = NormalDist().cdf(math.log(share / (1 - share))) if sampling == "logit-normal" else share
+        below = NormalDist(0, std).cdf(math.log(share / (1 - share))) if std else share
         assert (t < 1000 * share).double().mean() == pytest.approx(below, abs=0.015)  # 4 standard deviations
+
+
+def test_no_logit_normal_timestep_lies_beyond_the_last():
+    config, _ = train_eval.configure([*SMALL, "--timestep_sampling", "logit-normal", "--timestep_std", "1000"])
+    ddpm = train_eval.build(config)
+    parts = {"optimizer": torch.optim.SGD(ddpm.parameters(), lr=0.0), "ema": EMA(ddpm.network)}
+    _, _, t, _ = train_eval.train_step(config, ddpm, parts, torch.rand(50, 3, 32, 32), torch.arange(50) % 10)
+    assert t.min() == 0 and t.max() == config.num_timesteps - 1
 
 
 def test_a_step_gives_the_loss_references_drawn_anew_from_the_training_images():
@@ -649,6 +657,7 @@ def test_the_device_decides_the_values_below_it():
     (["--train_size", "0"], ["train_size 0"]),
     (["--num_timesteps", "0"], ["num_timesteps 0"]),
     (["--warmup_steps", "-1"], ["warmup_steps -1"]),
+    (["--timestep_std", "-0.5"], ["timestep_std -0.5"]),
     (["--target_references", "-1"], ["target_references -1"]),
     (["--target_references", "9", "--loss", "l1"], ["target_references 9 with loss 'l1'", "expected 0"]),
 ])
