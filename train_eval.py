@@ -75,10 +75,10 @@ ema_start = 5000 if cuda else 0  # steps before averaging begins
 ema_update_rate = 1  # steps from one update of the shadow weights to the next
 
 # sampling
-sampler = "ddpm" if cuda else "sde-dpm++"  # of best_model.pt: ddpm, ddim, dpm++ or sde-dpm++
-sample_steps = 1000 if cuda else 10 if use_conditional_generation else 25  # network calls an image, of best_model.pt
+sampler = "ddpm" if cuda or use_conditional_generation else "sde-dpm++"  # of best_model.pt; or ddim, dpm++
+sample_steps = 1000 if cuda else 16 if use_conditional_generation else 25  # network calls an image, of best_model.pt
 timestep_spacing = "trailing"  # which timesteps fewer calls visit: trailing, or linspace, down to the clean end
-guidance_scale = 1.0 if cuda or not use_conditional_generation else 1.3  # s in uncond + s (cond - uncond)
+guidance_scale = 1.0 if cuda or not use_conditional_generation else 1.15  # s in uncond + s (cond - uncond)
 num_samples = 100  # images in a grid
 preview_steps = 20 if cuda else 10  # network calls an image, of the grids drawn during training, by DDIM
 

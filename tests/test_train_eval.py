@@ -619,7 +619,7 @@ def test_the_device_decides_the_values_below_it():
     assert {name: values[name] for name in reference} == reference
     config, _ = train_eval.configure(["--device", "cpu"])
     assert config.patch_size == 2 and config.prediction == "x0"
-    assert (config.sampler, config.sample_steps, config.target_references) == ("sde-dpm++", 10, 4096)
+    assert (config.sampler, config.sample_steps, config.target_references) == ("ddpm", 16, 4096)
     assert config.timestep_std == 1.0
     config, _ = train_eval.configure(["--device", "cpu", "--no-use_conditional_generation", "--loss", "l1"])
     assert (config.sampler, config.sample_steps, config.target_references) == ("sde-dpm++", 25, 0)
