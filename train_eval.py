@@ -63,7 +63,7 @@ min_snr_gamma = 0.0  # weighs the loss as min(SNR, this) weighs errors of x0; 5 
 # training
 batch_size = 16  # images a step
 timestep_sampling = "uniform" if cuda else "logit-normal"  # of training: uniform, logit-normal, importance (for vlb)
-timestep_std = 1.0 if use_conditional_generation else 0.6  # of their logit, if logit-normal: lower, nearer the middle
+timestep_std = 1.0 if use_conditional_generation else 0.6  # standard deviation of logit-normal timesteps' logits
 epochs = 50 if cuda else 2  # passes over the training images
 learning_rate = 1e-4 if cuda else 1e-3  # peak; of AdamW
 weight_decay = 1e-4  # of AdamW
@@ -75,7 +75,7 @@ ema_start = 5000 if cuda else 0  # steps before averaging begins
 ema_update_rate = 1  # steps from one update of the shadow weights to the next
 
 # sampling
-sampler = "ddpm" if cuda or use_conditional_generation else "sde-dpm++"  # of best_model.pt; or ddim, dpm++
+sampler = "ddpm" if cuda or use_conditional_generation else "sde-dpm++"  # of the model: ddpm, ddim, dpm++ or sde-dpm++
 sample_steps = 1000 if cuda else 16 if use_conditional_generation else 25  # network calls an image, of best_model.pt
 timestep_spacing = "trailing"  # which timesteps fewer calls visit: trailing, or linspace, down to the clean end
 guidance_scale = 1.0 if cuda or not use_conditional_generation else 1.15  # s in uncond + s (cond - uncond)
