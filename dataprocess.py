@@ -89,7 +89,7 @@ def load_data(dataset="auto", data_dir="data", *, image_size=32, channels=3, tra
 
 
 class Images:
-    """One split of a data set, whole in memory: on the device, or on the host where the device has no room.
+    """One split of a data set, whole in the memory of the device.
 
     Attributes:
         name: of the data set, and never 'auto': 'mnist', 'fashion_mnist', 'kmnist' or 'glyphs'.
@@ -108,11 +108,7 @@ class Images:
         self.seed = seed
         self.device = torch.device(device)
         self.warning = warning
-        try:
-            images, labels = images.to(self.device), labels.to(self.device)
-        except torch.OutOfMemoryError:
-            pass  # they stay on the host, and each batch is moved
-        self.images, self.labels = images, labels
+        self.images, self.labels = images.to(self.device), labels.to(self.device)
 
     def __len__(self):
         return len(self.images)
@@ -133,11 +129,11 @@ class Images:
         else:  # index_select copies whole rows: 18 times as fast as brackets on a CPU
             index = torch.as_tensor(index, device=self.images.device)
             x, y = self.images.index_select(0, index), self.labels.index_select(0, index)
-        x = x.to(self.device).float()[:, None]
+        x = x.float()[:, None]
         if self.augment:
             x = _augment(x)
         x0 = x.div_(127.5).sub_(1)  # in place: memory is what a large batch costs
-        return x0.expand(-1, self.channels, -1, -1), y.to(self.device)
+        return x0.expand(-1, self.channels, -1, -1), y
 
     def epoch(self, batch_size, epoch, start=0):
         """Iterate over the batches of an epoch, (x0, y), in an order that only `seed` and `epoch` decide.

@@ -1,34 +1,36 @@
-"""How good are the samples: the numbers by which drawn digits are compared with real ones.
+"""Measures of sample quality: they compare generated digits with real ones.
 
-Features come from a small classifier of the same data, trained here: Inception knows little of digits. Fréchet
-distance: arXiv 1706.08500. Precision and recall: 1904.06991. Images are uint8, (N, H, W) or (N, C, H, W), as a PNG
-holds them, so that a model and a folder of PNGs are measured alike.
+The features come from a small classifier that is trained here on the same data, because Inception knows little about
+digits. Fréchet distance: arXiv 1706.08500. Precision and recall: arXiv 1904.06991. Images are uint8, (N, H, W) or
+(N, C, H, W), as in a PNG, so a model and a folder of PNGs are measured in the same way.
 """
 
 import hashlib
+import io
 import math
 import os
+import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-SIZE = 32  # height and width of what the classifier sees, in pixels
-NUM_CLASSES = 10
-NUM_FEATURES = 64
+SIZE = 32  # height and width of the classifier's input, in pixels
+NUM_FEATURES = 64  # width of the classifier's last hidden layer
 NEIGHBOURS = 3  # k of precision and recall, as in 1904.06991
-VERSION = 1  # of the classifier and its training: a change makes every cached one invalid
+VERSION = 1  # version of the classifier and its training; a new number makes every cached classifier invalid
 
 
 class Classifier(nn.Module):
-    """A small convolutional network that reads digits: uint8 images -> logits, (N, 10).
+    """A small convolutional network that recognises digits: uint8 images -> logits, (N, num_classes).
 
-    Colours are averaged and other sizes resized to 32x32.
+    It averages the colour channels and resizes images of other sizes to 32x32.
     """
 
-    def __init__(self):
+    def __init__(self, num_classes):
         super().__init__()
 
         def layer(width_in, width_out, stride=1):
@@ -39,17 +41,17 @@ class Classifier(nn.Module):
             *layer(1, 32, stride=2), *layer(32, 32), *layer(32, 64, stride=2), *layer(64, 64),
             *layer(64, 128, stride=2), nn.Flatten(), nn.Dropout(0.2),
             nn.Linear(128 * 16, NUM_FEATURES, bias=False), nn.BatchNorm1d(NUM_FEATURES), nn.ReLU())
-        self.head = nn.Linear(NUM_FEATURES, NUM_CLASSES)
+        self.head = nn.Linear(NUM_FEATURES, num_classes)
 
     def forward(self, images):
         return self.head(self.body(_grey(images)))
 
     @torch.no_grad()
     def read(self, images, batch_size=500):
-        """What it makes of images, in evaluation mode and on the CPU.
+        """Run the classifier on images, in evaluation mode. The results are on the CPU.
 
         Returns:
-            Features before the last layer, float64, (N, 64), and probabilities of the classes, float64, (N, 10).
+            Features before the last layer, float64, (N, 64), and class probabilities, float64, (N, num_classes).
         """
         self.eval()
         device = self.head.weight.device
@@ -57,14 +59,14 @@ class Classifier(nn.Module):
         return features.cpu().double(), self.head(features).cpu().double().softmax(dim=1)
 
     def accuracy(self, images, labels):
-        """Share of the images, 0 to 1, that it reads as `labels`, int64, (N,)."""
+        """Share of the images, 0 to 1, that the classifier recognises as `labels`, int64, (N,)."""
         return (self.read(images)[1].argmax(dim=1) == labels.cpu()).double().mean().item()
 
 
 def train_classifier(images, labels, *, seed=0, device="cpu", epochs=5, progress=False):
-    """A classifier trained on images and labels, int64, (N,); `seed` decides it, on a CPU to the bit.
+    """Train a classifier on images and labels, int64, (N,), from 0. On a CPU, the seed fixes the result to the bit.
 
-    Images are turned, shifted, scaled and slanted a little on the way in, each quarter of a batch in its own way.
+    Every quarter of a batch is rotated, shifted, scaled and sheared a little, by random amounts of its own.
     """
     from torchvision.transforms import InterpolationMode, v2
 
@@ -74,14 +76,14 @@ def train_classifier(images, labels, *, seed=0, device="cpu", epochs=5, progress
     steps = epochs * math.ceil(len(images) / batch_size)
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seed)
-        classifier = Classifier().to(device).train()
+        classifier = Classifier(int(labels.max()) + 1).to(device).train()
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=rate, fused=True)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 2))
         with tqdm(total=epochs * len(images), unit="img", desc="classifier", disable=not progress, leave=False) as bar:
             for _ in range(epochs):
                 for index in torch.randperm(len(images)).split(batch_size):
                     if len(index) == 1:
-                        continue  # BatchNorm needs two
+                        continue  # BatchNorm needs two images
                     x = torch.cat([distort(part) for part in images[index].to(device).split(batch_size // 4)])
                     loss = F.cross_entropy(classifier.head(classifier.body(x)), labels[index].to(device))
                     loss.backward()
@@ -93,64 +95,74 @@ def train_classifier(images, labels, *, seed=0, device="cpu", epochs=5, progress
 
 
 def load_classifier(images, labels, folder, *, device="cpu", progress=False):
-    """The classifier of these training images, from `folder`, where it is kept under a hash of them, or trained now.
+    """Load the classifier of these training images from `folder`, or train it and keep it there.
 
-    It is the same for every run on the same data, so that runs compare.
+    A hash of images and labels names the file, so all runs on the same data use the same classifier and compare.
     """
     digest = hashlib.sha256(f"{VERSION} {tuple(images.shape)}".encode())
     for part in (images, labels):
         digest.update(part.cpu().contiguous().numpy())
     path = Path(folder) / f"classifier-{digest.hexdigest()[:16]}.pt"
-    classifier = Classifier()
+    classifier = Classifier(int(labels.max()) + 1)
     try:
         classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception:  # missing or damaged, in whatever way: it is made in a minute or two
+    except Exception:  # the file is missing or damaged; training takes a minute or two
         classifier = train_classifier(images, labels, device=device, progress=progress)
-        partial = path.with_suffix(".partial")
-        torch.save(classifier.state_dict(), partial)
-        os.replace(partial, path)
+        _keep(classifier.state_dict(), path)
     return classifier.to(device).eval()
 
 
 def read_folder(folder):
-    """All PNGs of a folder, in the order of their names: uint8, (N, 3, H, W).
+    """Read all PNGs of a folder and its subfolders, sorted by path.
+
+    Each PNG becomes the RGB picture that a person sees. 16 bits become 8: grey levels are rounded, v / 257, and for
+    colours Pillow keeps the high byte. Symbolic links to folders are not followed.
+
+    Returns:
+        The images, uint8, (N, 3, H, W), and a sorted list of what was left out: the relative paths of files that are
+        not PNGs and of links to folders.
 
     Raises:
-        ValueError: where there is no folder, no PNG in it, one that cannot be read, or one of another size.
+        ValueError: if there is no folder or no PNG in it, or if a PNG is unreadable, has another size than the first
+            one, has transparent pixels, or is animated.
     """
-    from PIL import Image
-    from torchvision.transforms.functional import pil_to_tensor
 
-    paths = sorted(Path(folder).glob("*.png"))
+    def refuse(error):
+        raise ValueError(f"{_printable(error.filename)}: not a readable folder ({_one_line(error)})")
+
+    paths, left_out = [], []
+    for here, folders, files in os.walk(folder, onerror=refuse) if os.path.isdir(folder) else ():
+        pngs = [name for name in files if name.lower().endswith(".png")]
+        links = [name for name in folders if os.path.islink(os.path.join(here, name))]
+        paths += [Path(here, name).relative_to(folder) for name in pngs]
+        left_out += [Path(here, name).relative_to(folder).as_posix() for name in {*files, *links} - {*pngs}]
     if not paths:
-        raise ValueError(f"evaluate {str(folder)!r}: expected a folder of PNGs, one an image; "
-                         + ("there is no PNG in it" if Path(folder).is_dir() else "there is no such folder"))
+        raise ValueError(f"evaluate {str(folder)!r}: expected a folder of PNGs, one per image; "
+                         + ("there is no PNG in it" if os.path.isdir(folder) else "there is no such folder"))
+    paths.sort(key=lambda path: path.parts)
     images = []
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                images.append(pil_to_tensor(image.convert("RGB")))
-        except OSError as error:
-            raise ValueError(f"{path}: not a readable PNG ({error}); mend or delete it") from None
+        images.append(_read_png(Path(folder, path)))
         if images[-1].shape != images[0].shape:
-            sizes = [f"{image.shape[2]}x{image.shape[1]}" for image in (images[-1], images[0])]
-            raise ValueError(f"{path}: {sizes[0]} pixels; expected {sizes[1]}, as of {paths[0].name}")
-    return torch.stack(images)
+            size, expected = (f"{image.shape[2]}x{image.shape[1]}" for image in (images[-1], images[0]))
+            raise ValueError(f"{_printable(Path(folder, path))}: {size} pixels; expected {expected}, the size of "
+                             f"{_printable(paths[0])}")
+    return torch.stack(images), sorted(left_out)
 
 
 def frechet_distance(a, b):
-    """Squared Fréchet (2-Wasserstein) distance of the Gaussians with the moments of two sets (1706.08500 eq. 6).
+    """Squared Fréchet (2-Wasserstein) distance between Gaussians fitted to two sets (1706.08500 eq. 6).
 
-    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2), in float64, where the last trace is the sum of the square roots of
-    the eigenvalues of C_a^1/2 C_b C_a^1/2.
+    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2), in float64 on the CPU. The trace of the root is the sum of the
+    square roots of the eigenvalues of C_a^1/2 C_b C_a^1/2.
 
     Args:
-        a, b: features, (N, D) and (M, D).
+        a, b: features, (N, D) and (M, D), on any devices.
 
     Raises:
-        ValueError: for so few rows, at most D, that a covariance would be singular.
+        ValueError: if a set has at most D rows, because its covariance would be singular.
     """
-    a, b = a.double(), b.double()
+    a, b = a.cpu().double(), b.cpu().double()
     for features in (a, b):
         n, dim = features.shape
         if n <= dim:
@@ -160,79 +172,93 @@ def frechet_distance(a, b):
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     overlap = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap
-    return distance.clamp(min=0).item()  # rounding may pass 0 by a hair
+    return distance.clamp(min=0).item()  # rounding can give a tiny negative number
 
 
 def precision_recall(samples, real, k=NEIGHBOURS):
-    """Share of the samples among the real images, and of the real images among the samples (1904.06991 eq. 1 and 2).
+    """Precision and recall (1904.06991 eq. 1 and 2).
 
-    A point lies among a set if it is as near to one of its points as that point's k-th neighbour in the set.
+    Precision is the share of the samples that lie among the real images. Recall is the share of the real images that
+    lie among the samples. A point lies among a set if, for some point of the set, it is at least as near as that
+    point's k-th neighbour in the set.
 
     Args:
-        samples, real: features, (N, D) and (M, D); the same number of both, for figures that compare.
+        samples, real: features, (N, D) and (M, D), on any devices. Results compare only for equal N and equal M.
 
     Returns:
         precision and recall, 0 to 1.
 
     Raises:
-        ValueError: for sets of fewer than k + 1.
+        ValueError: if a set has fewer than k + 1 rows.
     """
+    samples = samples.to(real.device)
     for features in (samples, real):
         if len(features) <= k:
-            raise ValueError(f"{len(features)} images: expected at least {k + 1}, for the neighbours of precision and "
-                             "recall")
+            raise ValueError(f"{len(features)} images: expected at least {k + 1}, because precision and recall "
+                             f"need {k} neighbours")
 
-    def distances(a, b):  # by parts, to bound the memory; not by products, which round
+    def distances(a, b):  # in parts, to limit memory; without matrix products, because those round
         for part in a.split(1000):
             yield torch.cdist(part, b, compute_mode="donot_use_mm_for_euclid_dist")
 
     def among(points, members):
-        radii = torch.cat([d.kthvalue(k + 1, dim=1).values for d in distances(members, members)])  # the first is itself
+        radii = torch.cat([d.kthvalue(k + 1, dim=1).values for d in distances(members, members)])  # +1: itself
         return torch.cat([(d <= radii).any(dim=1) for d in distances(points, members)]).double().mean().item()
 
     return among(samples, real), among(real, samples)
 
 
 def nearest(images, others):
-    """The nearest of the `others` to each image, by pixels.
+    """Find the nearest of `others` to each image, pixel by pixel. The work is done on the device of `others`.
 
     Returns:
-        Root mean square difference to it, in grey levels from 0 to 255, float64, (N,), and its index, int64, (N,).
+        Root mean square difference to the nearest, in grey levels from 0 to 255, float64, (N,), and the index of the
+        nearest, int64, (N,). Both are on the CPU.
     """
-    images, others = (_grey(x).flatten(1) for x in (images, others))
+    images, others = (_grey(x).flatten(1) for x in (images.to(others.device), others))
     squares = others.square().sum(dim=1)
     index = torch.cat([(squares - 2 * part @ others.T).argmin(dim=1) for part in images.split(500)])
-    difference = 127.5 * (images - others[index]).double()  # anew, since the products above round
-    return difference.square().mean(dim=1).sqrt().cpu(), index.cpu()
+    difference = 127.5 * (images - others[index]).cpu().double()  # computed again, because the products above round
+    return difference.square().mean(dim=1).sqrt(), index.cpu()
 
 
 def measure(classifier, samples, train, test, labels=None, seed=0, frechet_only=False):
     """Compare samples with real images.
 
-    The Fréchet distance is to all of `test`; precision and recall are for as many of it as there are samples. Each
-    figure comes with that of real images under the same name and `_real`: as many of `train`, drawn by `seed`, take
-    the place of the samples, and for `nearest` as many of `test`.
+    The Fréchet distance compares the samples with all of `test`. Precision and recall compare them with as many test
+    images as there are samples. A figure that cannot be computed is left out of the result: `frechet` needs more
+    samples than there are features (64), so also more test images; `precision` and `recall` need at least 4 samples.
+
+    Most figures come a second time, as `NAME_real`, for real images in place of the samples: equally many images of
+    `train`, chosen by `seed`. The classifier has learned from these, so unseen digits would measure slightly worse.
+    Only `nearest_real` and `nearest_1st_real` are of test images.
 
     Args:
-        classifier: whose features are compared.
-        samples: images, uint8.
+        classifier: its features are compared.
+        samples: images, uint8. They may be on another device than the real images.
         train, test: real images, uint8.
         labels: the digits that were asked for, int64, (N,), or None.
-        seed: decides which real images are taken.
-        frechet_only: leave the other figures out.
+        seed: chooses the real images.
+        frechet_only: compute only the Fréchet distance.
 
     Returns:
-        A dict of plain numbers, for JSON: `samples`, their number; `frechet`; `precision`; `recall`; `accuracy`, the
-        share that is read as its label, where there are labels; `confidence`, the mean of the largest probability;
-        `digits`, the share read as each digit; `colour`, root mean square deviation from grey, in grey levels;
-        `nearest` and `nearest_1st`, median and first percentile of the distance to the nearest of `train`, in grey
-        levels; `copies`, the share of samples nearer than 99 % of the test images are. Further, uint8,
-        (20, 1, 32, 32), the ten samples nearest to `train`, each followed by its neighbour; None if left out.
+        report: a dict of plain numbers, ready for JSON:
+            `samples`, the number of samples; `frechet`; `precision`; `recall`;
+            `accuracy`, the share of the samples that are recognised as their label, if there are labels;
+            `confidence`, the mean of the largest class probability;
+            `digits`, the share of the samples that are recognised as each class;
+            `colour`, the root mean square deviation from grey, in grey levels;
+            `nearest`, `nearest_1st`, the median and first percentile of the distance to `train`, in grey levels;
+            `copies`, the share of the samples that are nearer to `train` than 99 % of the test images are.
+        pairs: uint8, (20, 1, 32, 32), the ten samples nearest to `train`, each followed by its nearest training
+            image. There are fewer pairs if there are fewer samples, and None with `frechet_only`.
 
     Raises:
-        ValueError: for fewer samples than the figures need, or fewer real images than samples.
+        ValueError: if there are no samples, or more samples than training or test images.
     """
     n = len(samples)
+    if n == 0:
+        raise ValueError("0 samples: expected at least 1")
     for name, real in (("training", train), ("test", test)):
         if n > len(real):
             raise ValueError(f"{n} samples: expected at most {len(real)}, the number of {name} images to compare with")
@@ -242,15 +268,18 @@ def measure(classifier, samples, train, test, labels=None, seed=0, frechet_only=
     features, probabilities = classifier.read(samples)
     features_real, probabilities_real = classifier.read(real)
     features_test, _ = classifier.read(test)
-    report = {"samples": n, "frechet": frechet_distance(features, features_test),
-              "frechet_real": frechet_distance(features_real, features_test)}
+    report = {"samples": n}
+    if n > features.shape[1]:
+        report["frechet"] = frechet_distance(features, features_test)
+        report["frechet_real"] = frechet_distance(features_real, features_test)
     if frechet_only:
         return report, None
     features_test = features_test[test_index.cpu()]
     for suffix, x, p in (("", features, probabilities), ("_real", features_real, probabilities_real)):
-        report["precision" + suffix], report["recall" + suffix] = precision_recall(x, features_test)
+        if n > NEIGHBOURS:
+            report["precision" + suffix], report["recall" + suffix] = precision_recall(x, features_test)
         report["confidence" + suffix] = p.max(dim=1).values.mean().item()
-        report["digits" + suffix] = (p.argmax(dim=1).bincount(minlength=NUM_CLASSES).double() / n).tolist()
+        report["digits" + suffix] = (p.argmax(dim=1).bincount(minlength=p.shape[1]).double() / n).tolist()
     if labels is not None:
         report["accuracy"] = (probabilities.argmax(dim=1) == labels.cpu()).double().mean().item()
     report["colour"] = _colour(samples)
@@ -266,11 +295,92 @@ def measure(classifier, samples, train, test, labels=None, seed=0, frechet_only=
     return report, ((pairs + 1) * 127.5).round().byte()
 
 
+def _keep(state, path):
+    """Save a classifier's state. If the disk is full or read-only, say so in one line and go on without the file."""
+    partial, memory = path.with_suffix(".partial"), io.BytesIO()
+    try:
+        torch.save(state, memory)  # to memory, because PyTorch does not say why it cannot write a file
+        partial.write_bytes(memory.getbuffer())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        print(f"{_printable(path)}: the classifier could not be saved ({_one_line(error)}); this run uses it all the "
+              "same, and the next run trains it again", file=sys.stderr)
+        try:
+            partial.unlink(missing_ok=True)
+        except OSError:
+            pass  # the disk refuses this too
+
+
+def _read_png(path):
+    """One PNG as a person sees it: uint8, (3, H, W). `read_folder` lists what is refused."""
+    from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor
+
+    refusal = None
+    try:
+        if not path.is_file():  # opening a pipe would wait forever
+            raise OSError("a broken link, or not a regular file")
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()  # the checksums, which reading pixels ignores
+        with Image.open(path, formats=["PNG"]) as image:
+            mode, frames, palette = image.mode, getattr(image, "n_frames", 1), image.palette
+            image.load()
+            if frames > 1:
+                refusal = f"an animation of {frames} frames; save it as a single picture"
+            elif mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
+                refusal = "this mode is unknown; save it as 8-bit RGB"
+            elif mode == "P" and palette is None:
+                raise OSError("the palette is missing")
+            elif _is_transparent(image, path):
+                refusal = "some pixels are transparent, and what you see depends on the background; save it without " \
+                          "transparency"
+            elif mode in ("I", "I;16"):  # 16-bit grey; "I" in older Pillow
+                grey = (np.asarray(image).astype(np.int64) + 128) // 257  # v / 257, rounded
+                picture = torch.from_numpy(grey).byte().expand(3, -1, -1)
+            else:
+                image.info.pop("transparency", None)  # no pixel uses it
+                picture = pil_to_tensor(image.convert("RGB"))
+    except Exception as error:  # Pillow raises many types for a damaged file
+        raise ValueError(f"{_printable(path)}: not a readable PNG ({_one_line(error)}); mend or delete it") from None
+    if refusal:
+        raise ValueError(f"{_printable(path)}: PNG of mode {mode}: {refusal}")
+    return picture
+
+
+def _is_transparent(image, path):
+    """Whether any pixel of a PNG, opened by Pillow, is less than opaque."""
+    if "A" in image.getbands():
+        return image.getchannel("A").getextrema()[0] < 255
+    if "transparency" not in image.info:
+        return False
+    if image.mode == "P":
+        return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    bits = path.read_bytes()[24]  # bit depth, from the header
+    key = np.asarray(image.info["transparency"])  # the transparent grey level or colour
+    levels = np.asarray(image).astype(np.int64) * (255 if image.mode == "1" else 1)
+    if bits < 8:  # Pillow scales the pixels to 255, but not always the colour
+        key = np.where(key < 2**bits, key * 255 // (2**bits - 1), key)
+    elif bits == 16 and image.mode == "RGB":
+        key = key >> 8  # as Pillow does with the pixels
+    same = levels == key
+    return bool((same.all(axis=-1) if image.mode == "RGB" else same).any())
+
+
+def _one_line(error):
+    """The message of an exception, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _printable(path):
+    """A path for a message, with line breaks and bytes that are not text escaped."""
+    return str(path) if str(path).isprintable() else repr(str(path))
+
+
 def _grey(images):
     """uint8 (N, H, W) or (N, C, H, W) -> float32 (N, 1, 32, 32) in [-1, 1].
 
     Raises:
-        ValueError: for what is not such images.
+        ValueError: if the images have another dtype or shape.
     """
     if images.dtype != torch.uint8 or images.ndim not in (3, 4):
         raise ValueError(f"images of {images.dtype} and shape {tuple(images.shape)}: expected uint8, (N, H, W) or "
@@ -283,7 +393,7 @@ def _grey(images):
 
 
 def _colour(images):
-    """Root mean square deviation of the channels from their mean, in grey levels."""
+    """Root mean square deviation of the colour channels from their mean, in grey levels."""
     if images.ndim == 3:
         return 0.0
     x = images.float()

@@ -225,6 +225,29 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
+def num_classes_of(network):
+    """The number of labels that a network knows, from its attribute `num_classes`; None if it is unconditional.
+
+    Raises:
+        ValueError: the network says nothing, but one of its parts knows labels: a wrapper hides them.
+    """
+    if not hasattr(network, "num_classes"):
+        for name, module in network.named_modules():
+            if getattr(module, "num_classes", None) is not None:
+                raise ValueError(f"network: {type(network).__name__} has no num_classes, but its part {name} knows "
+                                 f"{module.num_classes} labels; give it num_classes, None for an unconditional model")
+    return getattr(network, "num_classes", None)
+
+
+def is_plain_unet(network, weights):
+    """Whether `UNet(**network.config)` has exactly these weights: not a subclass, and no layer was exchanged."""
+    if type(network) is not UNet:
+        return False
+    with torch.device("meta"):
+        rebuilt = UNet(**network.config).state_dict()
+    return {name: w.shape for name, w in rebuilt.items()} == {name: w.shape for name, w in weights.items()}
+
+
 def _zero(module):
     """Start a layer at zero, so that its residual branch begins as the identity."""
     for parameter in module.parameters():

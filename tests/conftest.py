@@ -6,9 +6,16 @@ from pathlib import Path
 
 import pytest
 
+import train_eval
 from dataprocess import load_data
+from support import configurator
 
 DATA_DIR = os.environ.get("DDPM_DATA_DIR") or str(Path(__file__).parent.parent / "data")
+
+
+def read_constants(flags):
+    """The script's constants as {name: (group, value, comment)}, some of them replaced by flags."""
+    return configurator.read_constants(train_eval.__file__, vars(train_eval), flags)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from diffusion import DDPM, SAMPLERS
+from diffusion import DDPM, SAMPLERS, walk
 
 CASES = [("eps", "linear"), ("eps", "cosine"), ("v", "linear"), ("v", "cosine"), ("x0", "cosine")]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own
@@ -102,7 +102,7 @@ def our_images(ddpm, steps, sampler, eta=None):
     """What `DDPM.sample` does, in float64."""
     default, order = SAMPLERS[sampler]
     generator = torch.Generator().manual_seed(5)
-    *_, (_, images) = ddpm._walk(start(), [*ddpm.timesteps(steps), -1], None, 1.0, default if eta is None else eta,
+    *_, (_, images) = walk(ddpm, start(), [*ddpm.timesteps(steps), -1], None, 1.0, default if eta is None else eta,
                                  order, generator)
     return images
 
@@ -140,7 +140,7 @@ def test_noisy_images_and_velocities_are_the_same(schedule):
     scheduler = theirs(DDPMScheduler, ddpm)
     t, x0, eps = torch.tensor([3, 700]), start(), draws(1)[0]
     close(ddpm.q_sample(x0, t, eps), scheduler.add_noise(x0, eps, t))
-    close(ddpm._target(x0, eps, t), scheduler.get_velocity(x0, eps, t))
+    close(ddpm.target(x0, eps, t), scheduler.get_velocity(x0, eps, t))
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
@@ -220,4 +220,4 @@ def test_sample_takes_the_walk_of_these_tests(sampler):
 @pytest.mark.parametrize("wild", [False, True])
 def test_x0_is_clipped_for_the_wild_network_alone(prediction, wild):
     ddpm, t = ours(prediction, wild), torch.full((2,), 300)
-    assert (ddpm._x0(ddpm.network(start(), t), start(), t).abs().max() > 1) == wild
+    assert (ddpm.x0_from_output(ddpm.network(start(), t), start(), t).abs().max() > 1) == wild

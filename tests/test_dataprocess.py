@@ -125,20 +125,6 @@ def test_first_images_are_taken(mnist):
     assert torch.equal(train.images, everything.images[:25]) and torch.equal(train.labels, everything.labels[:25])
 
 
-def test_split_that_does_not_fit_stays_on_the_host():
-    class Large(torch.Tensor):
-        def to(self, *args, **kwargs):
-            if self.numel() > 10_000:
-                raise torch.OutOfMemoryError("no room")
-            return super().to(*args, **kwargs)
-
-    images = numbered().images.as_subclass(Large)
-    split = Images("mnist", images, torch.arange(250), augment=True, device="meta")
-    assert split.images.device.type == split.labels.device.type == "cpu"
-    x0, y = next(split.epoch(32, 0))
-    assert x0.device.type == y.device.type == "meta" and x0.shape == (32, 3, 8, 8)
-
-
 def test_everything_happens_on_the_device():
     split = numbered(augment=True, device="meta")
     x0, y = next(split.epoch(32, 0))

@@ -6,12 +6,15 @@ With it in the network's place every sampler's result has an exact mean and vari
 """
 
 import math
+import pickle
 import resource
 
 import pytest
 import torch
 
-from diffusion import DDPM, LABEL_DROPOUT, PREDICTIONS, SAMPLERS, load_checkpoint, make_betas, save_checkpoint
+from diffusion import DDPM, LABEL_DROPOUT, SAMPLERS, walk
+from process import PREDICTIONS, make_betas
+from support.checkpoint import load_checkpoint, save_checkpoint
 from unet import UNet
 
 MEAN, STD = 0.3, 0.1  # so that clipping to [-1, 1] never bites
@@ -25,6 +28,7 @@ class Oracle(torch.nn.Module):
         self.prediction, self.means = prediction, torch.tensor(means)
         self.num_classes = len(means) if len(means) > 1 else None
         self.calls, self.largest = 0, 0
+        settings.pop("guidance_scale", None)
         self.alphas_cumprod = DDPM(torch.nn.Identity(), prediction=prediction, **settings).alphas_cumprod
 
     def forward(self, xt, t, y=None):
@@ -198,20 +202,20 @@ def test_posterior_mean_is_bayes_rule():
     ddpm = DDPM(torch.nn.Identity(), image_size=4, channels=3)
     candidates, t = torch.randn(7, 1, 4, 4).double(), torch.tensor([0, 300, 600, 999])
     xt = ddpm.q_sample(candidates[:4].expand(-1, 3, -1, -1), t, torch.randn(4, 3, 4, 4).double())
-    possible = torch.rand(4, 7) < 0.6
-    possible[:, 0] = True
-    for allowed in (None, possible):
+    allowed = torch.rand(4, 7) < 0.6
+    allowed[:, 0] = True
+    for mask in (None, allowed):
         expected = torch.zeros_like(xt)
         for i in range(4):
             a = ddpm.alphas_cumprod[t[i]]
             q = torch.distributions.Normal(a.sqrt() * candidates.expand(-1, 3, -1, -1), (1 - a).sqrt())
-            p = q.log_prob(xt[i]).sum((1, 2, 3)).exp() * (1 if allowed is None else allowed[i])
+            p = q.log_prob(xt[i]).sum((1, 2, 3)).exp() * (1 if mask is None else mask[i])
             expected[i] = (p[:, None, None, None] * candidates).sum(0) / p.sum()
         for images in (candidates, candidates.expand(-1, 3, -1, -1)):
-            torch.testing.assert_close(ddpm.posterior_mean(xt, t, images, possible=allowed), expected)
-            torch.testing.assert_close(ddpm.posterior_mean(xt, t, images[:2], images[2:], possible=allowed), expected)
+            torch.testing.assert_close(ddpm.posterior_mean(xt, t, images, allowed=mask), expected)
+            torch.testing.assert_close(ddpm.posterior_mean(xt, t, images[:2], images[2:], allowed=mask), expected)
     with torch.autocast("cpu", torch.bfloat16):  # as in a training step: still in float32
-        mean = ddpm.posterior_mean(xt.float(), t, candidates.float(), possible=possible)
+        mean = ddpm.posterior_mean(xt.float(), t, candidates.float(), allowed=allowed)
     torch.testing.assert_close(mean, expected.float(), rtol=0, atol=1e-4)
 
 
@@ -225,11 +229,11 @@ def test_with_references_the_truth_is_the_mean_of_all_images_that_may_be(predict
     images, of_images = torch.randn(50, 1, 4, 4).clamp(-1, 1), torch.arange(50) % 2
     ddpm.num_classes = 2 if labels else None
 
-    def exact(xt, t, told=None):
+    def exact(xt, t, y_seen=None):
         a = ddpm.alphas_cumprod[t].float()[:, None, None, None]
         every, of_every = torch.cat([x0, images]), torch.cat([y, of_images])
-        possible = None if told is None else (told[:, None] == of_every) | (told[:, None] == 2)
-        mean = ddpm.posterior_mean(xt, t, every, possible=possible)
+        same_label = None if y_seen is None else (y_seen[:, None] == of_every) | (y_seen[:, None] == 2)
+        mean = ddpm.posterior_mean(xt, t, every, allowed=same_label)
         eps = (xt - a.sqrt() * mean) / (1 - a).sqrt()
         return {"x0": mean, "eps": eps, "v": a.sqrt() * eps - (1 - a).sqrt() * mean}[prediction]
 
@@ -342,7 +346,7 @@ def test_the_deterministic_samplers_converge_to_the_exact_flow_at_their_order(sa
     errors = []
     for steps in (8, 16, 32, 64):
         timesteps = torch.linspace(first, last, steps + 1).long().tolist()
-        *_, (_, xs) = ddpm._walk(xt.double(), timesteps, None, 1.0, *SAMPLERS[sampler])
+        *_, (_, xs) = walk(ddpm, xt.double(), timesteps, None, 1.0, *SAMPLERS[sampler])
         errors.append((xs - exact).abs().max().item())
     slopes = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:])]
     assert order - 0.15 < slopes[-1] < order + 0.35 and slopes == pytest.approx([order] * 3, abs=0.5), slopes
@@ -370,10 +374,10 @@ def test_a_chain_can_start_anywhere():
     ddpm.sample(1, xT=xt[:1], start=99)
     assert ddpm.network.calls - calls == 100  # a tenth of the model's 1000
     for start in (-1, 1000):
-        with pytest.raises(ValueError, match=f"start {start}: expected a timestep from 0 to 999"):
+        with pytest.raises(ValueError, match=f"start {start}: expected from 0 to 999, a timestep"):
             ddpm.sample(1, start=start)
     with pytest.raises(ValueError, match="steps 12: expected from 1 to 11"):
-        ddpm.sample(1, start=10, steps=12)
+        ddpm.sample(1, xT=xt[:1], start=10, steps=12)
 
 
 def test_interpolation_mixes_two_noisy_images_and_denoises_the_mixture():
@@ -391,7 +395,7 @@ def test_interpolation_mixes_two_noisy_images_and_denoises_the_mixture():
     torch.testing.assert_close(near, torch.stack([a, b]), atol=0.05, rtol=0)
     with pytest.raises(ValueError, match="other of shape"):
         ddpm.interpolate(a, b[:1], [0.5], t=300)
-    with pytest.raises(ValueError, match="start 1000"):
+    with pytest.raises(ValueError, match="t 1000: expected from 0 to 999, a timestep"):
         ddpm.interpolate(a, b, [0.5], t=1000)
 
 
@@ -402,7 +406,7 @@ def test_interpolation_without_labels_asks_for_no_label_and_with_them_for_these(
     ddpm.interpolate(a, a, [0.2, 0.5, 0.8], t=10, steps=1)
     ddpm.interpolate(a, a, [0.2, 0.5, 0.8], t=10, steps=1, y=[1, 0])
     ddpm.interpolate(a, a, [0.2, 0.5, 0.8], t=10, steps=1, y=1)
-    assert seen[0] is None and seen[1].tolist() == [1, 0] * 3 and seen[2].tolist() == [1] * 6
+    assert [y.tolist() for y in seen] == [[2] * 6, [1, 0] * 3, [1] * 6]  # 2 is 'no label'
 
 
 def test_interpolation_without_labels_uses_none_whatever_the_guidance():
@@ -412,7 +416,7 @@ def test_interpolation_without_labels_uses_none_whatever_the_guidance():
     for guidance_scale in (None, 0, 1, 1.0):
         ddpm.interpolate(a, a, [0.5], t=10, steps=2, guidance_scale=guidance_scale)
         gaussian().interpolate(a, a, [0.5], t=10, steps=2, guidance_scale=guidance_scale)
-    assert seen == [None] * 8
+    assert [y.tolist() for y in seen] == [[2, 2]] * 8
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -606,7 +610,7 @@ def test_a_saved_model_comes_back_whole(tmp_path):
     assert torch.equal(again.sample(2, y=[3, 4], seed=0), ddpm.sample(2, y=[3, 4], seed=0))
     torch.load(tmp_path / "model.pt", weights_only=True)  # runs no code from the file
     settings = dict(num_timesteps=50, beta_schedule="cosine", prediction="v", loss="l1", variance="fixed_large",
-                    zero_terminal_snr=True, min_snr_gamma=5.0, sampler="dpm++", sample_steps=7,
+                    zero_terminal_snr=False, min_snr_gamma=5.0, sampler="dpm++", sample_steps=7,
                     timestep_spacing="linspace", guidance_scale=2.0)
     DDPM(small_unet(), **settings).save(tmp_path / "model.pt")
     again = DDPM.load(tmp_path / "model.pt", device="cpu")
@@ -630,11 +634,23 @@ def test_files_that_are_no_model_are_one_clear_line(tmp_path):
     torch.save({"weights": {}}, tmp_path / "other.pt")
     DDPM(small_unet()).save(tmp_path / "model.pt")
     (tmp_path / "half.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:5000])
-    for name, words in (("missing.pt", "no such"), ("text.pt", "not a readable"), ("empty.pt", "not a readable"),
-                        ("half.pt", "not a readable"), ("other.pt", "another kind"), (".", "not a readable")):
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"weights": {}}, protocol=4))
+    torch.save({"weights": Intruder(tmp_path / "here")}, tmp_path / "objects.pt")
+    torch.save({"weights": Intruder(tmp_path / "here")}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.jit.trace(torch.nn.Linear(1, 1), torch.zeros(1, 1)).save(tmp_path / "script.pt")
+    whole = (tmp_path / "model.pt").read_bytes()
+    (tmp_path / "flipped.pt").write_bytes(whole[:300] + bytes(byte ^ 255 for byte in whole[300:400]) + whole[400:])
+    for name, words in (
+            ("missing.pt", "no such checkpoint"), (".", "a folder; expected a file"),
+            ("half.pt", "damaged or cut short"), ("pickle.pt", "a pickle, which could run code"),
+            ("old.pt", "a pickle, which could run code"), ("objects.pt", "holds Python objects"),
+            ("other.pt", "checkpoint of another kind"), ("script.pt", "another kind of file"),
+            ("text.pt", "another kind of file"), ("empty.pt", "another kind of file"), ("flipped.pt", "damaged")):
         with pytest.raises(ValueError, match=words) as error:
             DDPM.load(tmp_path / name)
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+        assert "train again" not in str(error.value)  # another hand may still read it
+    assert not (tmp_path / "here").exists()
 
 
 class Intruder:
@@ -650,7 +666,7 @@ class Intruder:
 def test_loading_runs_no_code_from_the_file(tmp_path):
     saved = {"network": None, "diffusion": {}, "weights": Intruder(tmp_path / "here"), "info": {}}
     torch.save(saved, tmp_path / "m.pt")
-    with pytest.raises(ValueError, match="not a readable"):
+    with pytest.raises(ValueError, match="holds Python objects, which could run code"):
         DDPM.load(tmp_path / "m.pt")
     assert not (tmp_path / "here").exists()
 

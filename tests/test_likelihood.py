@@ -5,14 +5,14 @@ The data are the independent normal pixels of test_diffusion.py, on 8-bit levels
 
 import copy
 import math
-from collections import deque
 
 import pytest
 import torch
 from test_diffusion import MEAN, STD, Oracle, gaussian
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion import DDPM, VLB_WEIGHT, ImportanceSampler, discrete_log_likelihood, make_betas
+from diffusion import DDPM, VLB_WEIGHT
+from likelihood import discrete_log_likelihood
+from process import make_betas
 from unet import UNet
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
@@ -56,8 +56,8 @@ def test_the_ends_of_a_learned_variance_are_the_fixed_ones(place, fixed):
         ddpm, expected = learned(place, beta_schedule=schedule), gaussian(variance=fixed, beta_schedule=schedule)
         for t, s in ((torch.tensor([0, 1, 2, 500, 999]), None), (torch.tensor([9, 50, 100, 500, 999]), 5)):
             s = t - 1 if s is None else torch.full_like(t, s)
-            between = ddpm._network(xt, t)[1]
-            torch.testing.assert_close(ddpm._log_variance(t, s, between), expected._log_variance(t, s).expand(xt.shape))
+            fraction = ddpm._network(xt, t)[1]
+            torch.testing.assert_close(ddpm.log_variance(t, s, fraction), expected.log_variance(t, s).expand(xt.shape))
         for a, b in zip(ddpm.p_mean_variance(xt, t), expected.p_mean_variance(xt, t)):
             torch.testing.assert_close(a, b.expand(xt.shape))
         a, b = (model.sample(3, steps=20, seed=1) for model in (ddpm, expected))
@@ -66,7 +66,7 @@ def test_the_ends_of_a_learned_variance_are_the_fixed_ones(place, fixed):
 
 def test_half_way_a_learned_variance_is_the_geometric_mean():
     ddpm, t = learned(0.0), torch.tensor([0, 1, 500, 999])
-    small, large = (variance.exp() for variance in ddpm._log_variances(t, t - 1))
+    small, large = (variance.exp() for variance in ddpm.log_variances(t, t - 1))
     _, variance, _ = ddpm.p_mean_variance(torch.zeros(4, 1, 8, 8), t)
     torch.testing.assert_close(variance, (small * large).sqrt().float().expand(4, 1, 8, 8))
 
@@ -75,14 +75,14 @@ def test_on_fewer_steps_the_variances_are_those_of_the_shorter_chain():
     ddpm, timesteps = gaussian(), torch.tensor([99, 299, 999])
     alpha_bar = ddpm.alphas_cumprod[timesteps]
     betas = 1 - alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]])  # Improved DDPM sec. 4
-    small, large = ddpm._log_variances(timesteps[1:], timesteps[:-1])
+    small, large = ddpm.log_variances(timesteps[1:], timesteps[:-1])
     torch.testing.assert_close(large.exp().flatten(), betas[1:])
     tilde = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * betas[1:]
     torch.testing.assert_close(small.exp().flatten(), tilde)
 
 
 def test_at_the_first_timestep_the_small_variance_is_that_of_the_second():
-    small, large = gaussian()._log_variances(torch.tensor([0, 1]), torch.tensor([-1, 0]))
+    small, large = gaussian().log_variances(torch.tensor([0, 1]), torch.tensor([-1, 0]))
     assert small[0].item() == pytest.approx(small[1].item(), rel=1e-12)
     assert large.exp()[0].item() == pytest.approx(1e-4)
 
@@ -105,9 +105,9 @@ def test_guidance_leaves_the_variance_alone():
 
     ddpm = DDPM(Told(), image_size=8, channels=1, prediction="x0", variance="learned")
     xt, t, y = torch.zeros(2, 1, 8, 8), torch.tensor([5, 5]), torch.tensor([0, 1])
-    x0, between = ddpm._network(xt, t, y, guidance_scale=3.0)
+    x0, fraction = ddpm._network(xt, t, y, guidance_scale=3.0)
     assert x0[:, 0, 0, 0].tolist() == pytest.approx([0.2 + 3 * -0.2, 0.2 + 3 * -0.1])
-    assert between[:, 0, 0, 0].tolist() == pytest.approx([0.5, 0.55])
+    assert fraction[:, 0, 0, 0].tolist() == pytest.approx([0.5, 0.55])
 
 
 # The decoder
@@ -247,7 +247,7 @@ def test_the_bound_takes_one_label_for_all_and_gives_tensors_to_compute_with():
 @pytest.mark.parametrize("arguments, words", [
     (dict(y=[0, 1]), "y of 2 labels: expected 3, one an image"), (dict(y=[0, 1, 2]), "y from 0 to 2: expected labels"),
     (dict(y=-1), "y from -1 to -1: expected labels from 0 to 1"), (dict(y=[0.5, 1, 1]), "y of torch.float32"),
-    (dict(batch_size=0), "batch_size of 0 images: expected at least 1"), (dict(batch_size=-1), "batch_size of -1"),
+    (dict(batch_size=0), "batch_size 0: expected at least 1"), (dict(batch_size=-1), "batch_size -1"),
     (dict(x0=torch.zeros(0, 1, 8, 8)), "x0 of 0 images: expected at least 1")])
 def test_a_bound_of_what_does_not_fit_is_one_clear_line(arguments, words):
     with pytest.raises(ValueError, match=words) as error:
@@ -319,9 +319,11 @@ def test_zero_terminal_snr_ends_in_noise_begins_as_before_and_is_refused_for_eps
         assert ddpm.alphas_cumprod[0].item() == pytest.approx(plain[0].item(), rel=1e-9)
         t = torch.full((2,), 999)
         for prediction in ("v", "x0"):
-            ddpm = gaussian(prediction, beta_schedule=schedule, zero_terminal_snr=True, min_snr_gamma=5.0)
+            ddpm = gaussian(prediction, beta_schedule=schedule, zero_terminal_snr=True)
             assert torch.isfinite(ddpm(pixels(2), t=t))
             assert torch.isfinite(ddpm.predict(torch.randn(2, 1, 8, 8), t)[1]).all()
+            with pytest.raises(ValueError, match="min_snr_gamma 5.0 with zero_terminal_snr"):  # weight 0 at t = 999
+                gaussian(prediction, beta_schedule=schedule, zero_terminal_snr=True, min_snr_gamma=5.0)
     with pytest.raises(ValueError, match="zero_terminal_snr with prediction 'eps'"):
         gaussian("eps", zero_terminal_snr=True)
     with pytest.raises(ValueError, match="num_timesteps 1: expected at least 2"):
@@ -353,7 +355,7 @@ def test_a_short_hybrid_run_lowers_the_bound_and_leaves_the_simple_loss():
         ddpm.eval()
         with torch.no_grad():
             said, _ = ddpm._network(ddpm.q_sample(held_out, t, eps), t)
-            simple[variance] = (said - ddpm._target(held_out, eps, t)).square().mean().item()
+            simple[variance] = (said - ddpm.target(held_out, eps, t)).square().mean().item()
         bounds[variance] = ddpm.bits_per_dim(held_out, terms=20, seed=0).total
     for parameter in ddpm.network.conv_out.parameters():
         parameter.data[4:] = 0  # the variance goes back to where it began, half way
@@ -383,7 +385,7 @@ def test_a_learned_variance_finds_the_true_one_and_bounds_better_than_either_fix
         optimizer.step()
 
     t = torch.arange(1, 20)  # the decoder's has no closed form
-    small, large = (log_variance.flatten() for log_variance in ddpm._log_variances(t, t - 1))
+    small, large = (log_variance.flatten() for log_variance in ddpm.log_variances(t, t - 1))
     a, before = ddpm.alphas_cumprod[t], ddpm.alphas_cumprod[t - 1]
     of_x0 = STD**2 * (1 - a) / (a * STD**2 + 1 - a)  # variance of x_0 given x_t
     true = small.exp() + (before.sqrt() * large.exp() / (1 - a)) ** 2 * of_x0
@@ -397,96 +399,3 @@ def test_a_learned_variance_finds_the_true_one_and_bounds_better_than_either_fix
                for log_variance in (small, large)]
     assert by_hand == pytest.approx([0.467, 0.969], abs=1e-3)  # bits a dimension lost in the KL terms
     assert bits < of_small - 0.4 and bits < of_large - 0.9, (bits, of_small, of_large)
-
-
-# Timesteps by importance
-
-
-def test_importance_sampling_begins_evenly_and_then_follows_the_root_mean_square_loss():
-    sampler = ImportanceSampler(4)
-    sizes = torch.tensor([1.0, 2.0, 3.0, 10.0])
-    for i in range(10):
-        assert torch.equal(sampler.probabilities(), torch.full((4,), 0.25).double())
-        sampler.update(torch.arange(4), sizes * (2 if i % 2 else 1))
-    expected = 0.999 * sizes / sizes.sum() + 0.001 / 4  # the mean of squares is 2.5 times the sizes' for each
-    torch.testing.assert_close(sampler.probabilities(), expected.double())
-    sampler.update(torch.arange(4).repeat(10), torch.ones(40))  # only the last ten count, also within one batch
-    torch.testing.assert_close(sampler.probabilities(), torch.full((4,), 0.25).double())
-
-
-def test_importance_weights_leave_the_mean_and_lower_its_spread():
-    torch.manual_seed(0)
-    sampler = ImportanceSampler(50)
-    sizes = torch.arange(1, 51).double() ** -2.0
-    for _ in range(10):
-        sampler.update(torch.arange(50), sizes)
-    t, weights = sampler.sample(200_000)
-    estimates = weights * sizes[t]
-    error = estimates.std().item() / math.sqrt(200_000)
-    assert estimates.mean().item() == pytest.approx(sizes.mean().item(), abs=4 * error)
-    even = sizes[torch.randint(50, (200_000,))]
-    assert estimates.std() < 0.1 * even.std() and t.unique().numel() == 50
-
-
-def test_importance_sampling_never_leaves_a_timestep_out_and_remembers_itself():
-    sampler = ImportanceSampler(3)
-    sampler.update(torch.arange(3).repeat(12), torch.tensor([0.0, 1.0, 1.0]).repeat(12))
-    assert sampler.probabilities()[0].item() == pytest.approx(0.001 / 3)
-    sampler.update(torch.tensor([1, 1, 2]), torch.tensor([5.0, 6.0, 7.0]))
-    assert sampler.counts.tolist() == [12, 14, 13]
-    assert sorted(sampler.losses[1].tolist())[-2:] == [5.0, 6.0] and sampler.losses[2].max() == 7
-    twin = ImportanceSampler(3)
-    twin.load_state_dict(sampler.state_dict())
-    assert torch.equal(twin.probabilities(), sampler.probabilities())
-    with torch.no_grad():
-        twin.update(torch.tensor([0]), torch.tensor([9.0], requires_grad=True))
-    assert not twin.losses.requires_grad
-
-
-def test_importance_sampling_survives_losses_of_zero_and_losses_that_are_not_finite():
-    sampler = ImportanceSampler(2)
-    sampler.update(torch.arange(2).repeat(10), torch.zeros(20))
-    assert sampler.probabilities().tolist() == [0.5, 0.5]
-    assert sampler.sample(100)[1].tolist() == [1.0] * 100
-    t, losses = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([math.nan, 3.0, math.inf, 1.0, -math.inf])
-    sampler.update(t, losses)
-    assert sampler.counts.tolist() == [11, 11]
-    assert sampler.losses.tolist() == [[3.0] + [0.0] * 9, [1.0] + [0.0] * 9]
-    assert sampler.probabilities().tolist() == pytest.approx([0.999 * 3 / 4 + 0.0005, 0.999 / 4 + 0.0005])
-    never = ImportanceSampler(2)
-    never.update(torch.arange(2).repeat(10), torch.tensor([math.nan, 1.0]).repeat(10))
-    assert never.counts.tolist() == [0, 10] and never.probabilities().tolist() == [0.5, 0.5]
-
-
-def test_importance_sampling_keeps_the_last_ten_of_each_timestep():
-    """Against a plain queue, in batches with up to all of one timestep, and with losses that are not finite."""
-    sampler, queues = ImportanceSampler(4), [deque(maxlen=10) for _ in range(4)]
-    generator = torch.Generator().manual_seed(0)
-    for n in (1, 5, 30, 64, 3, 100, 7):
-        t = torch.randint(4, (n,), generator=generator) ** 2 // 3  # 0, 0, 1, 3
-        losses = torch.rand(n, generator=generator, dtype=torch.float64)
-        losses[torch.rand(n, generator=generator) < 0.2] = math.nan
-        sampler.update(t, losses)
-        for i, loss in zip(t.tolist(), losses.tolist()):
-            if math.isfinite(loss):
-                queues[i].append(loss)
-        for kept, queue in zip(sampler.losses.tolist(), queues):
-            assert sorted(kept) == sorted([*queue] + [0.0] * (10 - len(queue)))
-
-
-def test_importance_sampling_writes_no_place_twice_and_does_not_wait_for_the_gpu():
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten.index_put_.default:
-                places.extend(zip(*(index.tolist() for index in args[1])))
-            return function(*args, **kwargs or {})
-
-    places, sampler = [], ImportanceSampler(3)
-    t = torch.arange(3).repeat(25)
-    with Watch():
-        sampler.update(t, torch.rand(75))
-    places = [place for place in places if place[1] < 10]  # without the spare ones
-    assert len(places) == len(set(places)) == 30
-    on_meta = ImportanceSampler(3).to("meta")  # where whatever depends on values fails
-    on_meta.update(t.to("meta"), torch.rand(75, device="meta"))
-    assert on_meta.probabilities().is_meta

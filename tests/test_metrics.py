@@ -1,10 +1,17 @@
 """The measures of samples: closed forms, and what each of them must and must not notice."""
 
+import os
+import struct
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from conftest import DATA_DIR
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import metrics
 from dataprocess import load_data
@@ -21,9 +28,6 @@ def gaussian(n, mean, cov, seed=0):
 def random_cov(dim, seed):
     a = torch.randn(dim, 2 * dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return a @ a.T / dim
-
-
-# Fréchet distance
 
 
 def test_frechet_distance_of_gaussians_with_covariances_that_commute():
@@ -67,9 +71,6 @@ def test_too_few_images_for_a_covariance_are_refused(n):
     assert metrics.frechet_distance(torch.randn(9, 8), torch.randn(100, 8)) > 0
 
 
-# Precision and recall
-
-
 def test_precision_and_recall_of_points_on_a_line():
     """Counted by hand, k = 1: radii are the distances to the nearest other point of the same set."""
     real = torch.tensor([[0.0], [1.0], [10.0], [12.0]])  # radii 1, 1, 2, 2: among them are [-1, 2] and [8, 14]
@@ -103,9 +104,6 @@ def test_precision_and_recall_do_not_depend_on_the_parts_they_are_computed_in():
         (torch.cdist(samples, real) <= d).any(dim=1).double().mean().item(), abs=0.002)
     with pytest.raises(ValueError, match="^3 images: expected at least 4"):
         metrics.precision_recall(samples[:3], real)
-
-
-# Nearest images
 
 
 def test_nearest_finds_copies_and_measures_grey_levels():
@@ -159,6 +157,10 @@ def test_a_seed_decides_the_classifier_to_the_bit_and_leaves_the_callers_randomn
     assert not torch.equal(a.head.weight, other.head.weight)
 
 
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
 def test_the_classifier_is_kept_under_a_hash_of_its_data(mnist, tmp_path, monkeypatch):
     images, labels = mnist[0].images[:200], mnist[0].labels[:200]
     first = metrics.load_classifier(images, labels, tmp_path)
@@ -166,14 +168,55 @@ def test_the_classifier_is_kept_under_a_hash_of_its_data(mnist, tmp_path, monkey
     with monkeypatch.context() as patched:
         patched.setattr(metrics, "train_classifier", None)  # a second training would fail
         again = metrics.load_classifier(images, labels, tmp_path)
-    assert all(torch.equal(x, y) for x, y in zip(first.state_dict().values(), again.state_dict().values()))
-    assert not again.training
+    assert same(first, again) and not again.training
     metrics.load_classifier(images, 9 - labels, tmp_path)
     metrics.load_classifier(255 - images, labels, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
     path.write_bytes(path.read_bytes()[:1000])  # a damaged one is made anew
-    mended = metrics.load_classifier(images, labels, tmp_path)
-    assert torch.equal(mended.head.weight, first.head.weight)
+    assert same(first, metrics.load_classifier(images, labels, tmp_path))
+
+
+def broken(*args):
+    raise RuntimeError("unexpected pos\nframe #0")
+
+
+def read_only(*args, **options):
+    raise OSError(30, "Read-only file system")
+
+
+@pytest.mark.parametrize("kind, patch, why", [
+    ("broken", (torch, "save", broken), "unexpected pos frame #0"), ("no folder", None, "No such file"),
+    ("read-only", (Path, "write_bytes", read_only), "Read-only"),
+    ("not replaced", (os, "replace", read_only), "Read-only"),
+    ("a folder in its place", None, "directory"), *[("full", None, "No space left")] * Path("/dev/full").exists()])
+def test_a_classifier_that_cannot_be_saved_is_used_all_the_same(kind, patch, why, mnist, tmp_path, monkeypatch, capsys):
+    images, labels = mnist[0].images[:40], mnist[0].labels[:40]
+    metrics.load_classifier(images, labels, tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    if kind == "full":
+        path.with_suffix(".partial").symlink_to("/dev/full")
+    elif kind == "a folder in its place":
+        path.mkdir()
+    elif kind == "read-only":
+        monkeypatch.setattr(Path, "unlink", read_only)
+    if patch:
+        monkeypatch.setattr(*patch)
+    classifier = metrics.load_classifier(images, labels, tmp_path / ("no" if kind == "no folder" else ""))
+    monkeypatch.undo()
+    assert same(classifier, metrics.train_classifier(images, labels)) and not classifier.training
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the classifier could not be saved (" in line and why in line
+    assert list(tmp_path.iterdir()) == [path] * path.is_dir()
+
+
+@pytest.mark.parametrize("num_classes", [1, 4, 10, 26])
+def test_the_labels_decide_the_number_of_classes(num_classes, mnist, tmp_path):
+    images, labels = mnist[0].images[:120], torch.arange(120) % num_classes
+    metrics.load_classifier(images, labels, tmp_path)
+    classifier = metrics.load_classifier(images, labels, tmp_path)
+    report, _ = metrics.measure(classifier, images[:70], images, images)
+    assert len(report["digits"]) == len(report["digits_real"]) == num_classes == classifier.head.out_features
 
 
 def test_what_the_classifier_sees_does_not_depend_on_batches_colours_or_size(classifier, mnist):
@@ -285,33 +328,204 @@ def test_the_short_measure_has_the_same_distance(classifier, mnist, real):
     assert pairs is None and short == {name: real[2][name] for name in ("samples", "frechet", "frechet_real")}
 
 
-def test_more_samples_than_real_images_are_refused(classifier, mnist):
-    with pytest.raises(ValueError, match="1001 samples: expected at most 1000, the number of test images"):
-        measured(classifier, mnist, mnist[0].images[:1001])
+@pytest.mark.parametrize("n, tests, missing", [
+    (1, 1000, 3), (3, 1000, 3), (4, 1000, 1), (64, 1000, 1), (65, 1000, 0), (10, 10, 1), (64, 64, 1), (3, 64, 3),
+    (65, 65, 0)])
+def test_what_few_images_cannot_tell_is_left_out(classifier, mnist, real, n, tests, missing):
+    samples, test, images = real[0][:n], mnist[1].images[:tests], mnist[0].images[:300]
+    report, pairs = metrics.measure(classifier, samples, images, test, real[1][:n])
+    assert set(real[2]) - set(report) == {name + suffix for name in ("frechet", "precision", "recall")[:missing]
+                                          for suffix in ("", "_real")}
+    assert pairs.shape == (2 * min(n, 10), 1, 32, 32)
+    short, _ = metrics.measure(classifier, samples, images, test, frechet_only=True)
+    assert short == {name: report[name] for name in ("samples", "frechet", "frechet_real") if name in report}
 
 
-# Folders of PNGs
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("n, trains, tests, message", [
+    (0, 99, 99, "^0 samples: expected at least 1$"), (0, 0, 0, "^0 samples"), (1, 0, 9, "at most 0.* training images"),
+    (9, 99, 8, "9 samples: expected at most 8, the number of test"), (99, 98, 99, "at most 98.* training images")])
+def test_no_samples_and_more_than_real_images_are_refused(classifier, mnist, n, trains, tests, message, short):
+    images = mnist[0].images
+    with pytest.raises(ValueError, match=message):
+        metrics.measure(classifier, images[:n], images[:trains], images[:tests], frechet_only=short)
 
 
-def test_a_folder_of_pngs_comes_back_as_it_was_written(tmp_path):
-    images = torch.randint(256, (12, 3, 8, 10), dtype=torch.uint8)
-    for i, image in enumerate(images):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i:03}.png")
-    (tmp_path / "notes.txt").write_text("not an image")
-    assert torch.equal(metrics.read_folder(tmp_path), images)
-    Image.fromarray(images[0, 0].numpy()).save(tmp_path / "000.png")  # grey
-    assert torch.equal(metrics.read_folder(tmp_path)[0], images[0, :1].expand(3, -1, -1))
+# Devices: a mode that plays a GPU, computes on the CPU, and refuses what a GPU refuses
 
 
-def test_a_folder_that_cannot_be_measured_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="there is no PNG in it$"):
+class OnGpu(torch.Tensor):
+    __torch_dispatch__ = None  # the mode does it
+
+    def __new__(cls, data):
+        self = cls._make_wrapper_subclass(cls, data.shape, strides=data.stride(), dtype=data.dtype, device="meta")
+        self.data_on_cpu = data
+        return self
+
+
+class Gpu(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        gpu = [isinstance(x, OnGpu) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim]
+        assert func is torch.ops.aten._to_copy.default or len({*gpu}) < 2, f"{func}: tensors on two devices"
+        here = any(gpu)
+        if kwargs.get("device"):
+            here, kwargs["device"] = kwargs["device"].type == "meta", torch.device("cpu")
+        args, kwargs = tree_map_only(OnGpu, lambda x: x.data_on_cpu, (args, kwargs))
+        result = func(*args, **kwargs)
+        return tree_map_only(torch.Tensor, OnGpu, result) if here else result
+
+
+def spread(where, sets):  # a bit for each set: whether it is on the GPU
+    return [x.to("meta") if where >> i & 1 else x for i, x in enumerate(sets)]
+
+
+@pytest.mark.parametrize("where", range(1, 16))
+def test_images_may_be_on_any_mixture_of_devices(classifier, mnist, real, where):
+    sets = [real[0][:70, None].expand(-1, 3, -1, -1), mnist[0].images[:200], mnist[1].images[:100], real[1][:70]]
+    with Gpu():
+        (expected, expected_pairs), (report, pairs) = (
+            metrics.measure(classifier, *spread(i, sets)) for i in (0, where))
+    assert report == expected and torch.equal(pairs, expected_pairs)
+
+
+@pytest.mark.parametrize("function", [metrics.frechet_distance, metrics.precision_recall, metrics.nearest])
+@pytest.mark.parametrize("where", range(1, 4))
+def test_each_measure_takes_any_mixture_of_devices(function, where):
+    sets = [torch.rand(40, 5) for _ in "ab"]
+    if function is metrics.nearest:
+        sets = [(255 * x[:, None]).byte() for x in sets]
+    with Gpu():
+        with pytest.raises(AssertionError, match="two devices"):
+            torch.add(*spread(1, sets))  # so the mode does refuse
+        results = [function(*spread(i, sets)) for i in (0, where)]
+    assert all(torch.equal(torch.as_tensor(x), torch.as_tensor(y)) for x, y in zip(
+        *[x if isinstance(x, tuple) else (x,) for x in results]))
+
+
+# Folders of PNGs, written by hand so that every kind is among them
+
+
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(bits, colour, row, *extra, size=None):
+    """A PNG of one row, given by its bytes; `extra` chunks come before the pixels."""
+    size = size or (len(row) * 8 // (bits * (1, 0, 3, 1, 2, 0, 4)[colour]), 1)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0)), *extra,
+              (b"IDAT", zlib.compress(b"\0" + bytes(row))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*pair) for pair in chunks)
+
+
+def words(*values):
+    return struct.pack(f">{len(values)}H", *values)
+
+
+def see(*values):
+    return b"tRNS", words(*values)
+
+
+COLOURS = [[1, 2, 3], [40, 50, 60], [70, 80, 90], [255, 0, 9]]
+PALETTE = (b"PLTE", bytes(sum(COLOURS, [])))
+SEEN = {
+    "1": (png(1, 0, b"\xa5"), [255, 0, 255, 0, 0, 255, 0, 255]), "L": (png(8, 0, [0, 7, 255]), [0, 7, 255]),
+    "L2": (png(2, 0, b"\x1b"), [0, 85, 170, 255]), "L4": (png(4, 0, b"\x0f\x3c"), [0, 255, 51, 204]),
+    "L16": (png(16, 0, words(0, 128, 129, 257, 32896, 65535)), [0, 0, 1, 1, 128, 255]),
+    "LA": (png(8, 4, [9, 255, 8, 255]), [9, 8]), "LA16": (png(16, 4, words(514, 65535)), [2]),
+    "P1": (png(1, 3, b"\x70", PALETTE), [COLOURS[i] for i in (0, 1, 1, 1, 0, 0, 0, 0)]),
+    "P2": (png(2, 3, b"\x1b", PALETTE), COLOURS), "P4": (png(4, 3, b"\x32", PALETTE), COLOURS[:1:-1]),
+    "P": (png(8, 3, [3, 0], PALETTE), COLOURS[::-3]), "RGB": (png(8, 2, sum(COLOURS, [])), COLOURS),
+    "RGB16": (png(16, 2, words(257, 514, 65535)), [[1, 2, 255]]), "RGBA": (png(8, 6, [1, 2, 3, 255]), COLOURS[:1]),
+    "RGBA16": (png(16, 6, words(257, 514, 771, 65535)), COLOURS[:1]),
+    # with a tRNS chunk that no pixel matches
+    "1 key": (png(1, 0, b"\xff", see(0)), [255] * 8), "L2 key": (png(2, 0, b"\x05", see(3)), [0, 0, 85, 85]),
+    "L4 key": (png(4, 0, b"\x1f", see(3)), [17, 255]), "L key": (png(8, 0, [3, 5], see(4)), [3, 5]),
+    "L16 key": (png(16, 0, words(257, 514), see(256)), [1, 2]),
+    "RGB key": (png(8, 2, sum(COLOURS, []), see(1, 0, 3)), COLOURS),
+    "P index": (png(8, 3, [3, 0], PALETTE, (b"tRNS", b"\xff\0")), COLOURS[::-3]),
+    "P indices": (png(8, 3, [3, 0], PALETTE, (b"tRNS", b"\xff\x80\1")), COLOURS[::-3])}
+TRANSPARENT = {
+    "1": png(1, 0, b"\xff", see(1)), "L2": png(2, 0, b"\x05", see(1)), "L4": png(4, 0, b"\x1e", see(14)),
+    "L": png(8, 0, [3, 5], see(5)), "I": png(16, 0, words(257, 514), see(514)), "RGBA": png(8, 6, [1, 2, 3, 0]),
+    "LA": png(8, 4, [9, 255, 8, 254]), "(LA|RGBA)16": png(16, 4, words(1, 65000)),
+    "RGB": png(8, 2, sum(COLOURS, []), see(255, 0, 9)), "RGB16": png(16, 2, words(1, 300, 3), see(1, 300, 3)),
+    "P": png(8, 3, [3, 0], PALETTE, (b"tRNS", b"\0")), "P2": png(8, 3, [3, 1], PALETTE, (b"tRNS", b"\xff\x80"))}
+GOOD = png(8, 0, [0, 7, 255])
+DAMAGED = {
+    "empty": b"", "text": b"no picture", "cut": GOOD[:-24],
+    "header": GOOD[:20], "header CRC": GOOD[:30] + b"x" + GOOD[31:], "pixel CRC": GOOD[:-14] + b"xx" + GOOD[-12:],
+    "pixels missing": png(8, 0, [1, 2], size=(3, 9)), "not zlib": GOOD[:41] + b"garbage" + GOOD[48:],
+    "no size": png(8, 0, [1], size=(0, 0)), "bomb": png(8, 0, [1], size=(60000, 60000)), "7 bits": png(7, 0, bytes(7)),
+    "text bomb": png(8, 0, [1], (b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20)))), "no palette": png(8, 3, [1, 2]),
+    "bad text": png(8, 0, [1], (b"zTXt", b"a\0\7x")), "short tRNS": png(8, 2, [1, 2, 3], (b"tRNS", b"\0")),
+    "short pHYs": png(8, 0, [1], (b"pHYs", b"\0")), "pipe": lambda path: os.mkfifo(path),
+    "link": lambda path: path.symlink_to("missing"),
+    "JPEG": lambda path: Image.new("L", (3, 1)).save(path, "JPEG"),
+    "GIF": lambda path: Image.new("L", (3, 1)).save(path, "GIF")}
+
+
+@pytest.mark.parametrize("kind", SEEN)
+def test_a_png_is_read_as_a_person_sees_it(kind, tmp_path):
+    data, pixels = SEEN[kind]
+    (tmp_path / "a.png").write_bytes(data)
+    (image,), left_out = metrics.read_folder(tmp_path)
+    assert image.dtype == torch.uint8 and image.shape == (3, 1, len(pixels)) and left_out == []
+    assert image[:, 0].T.tolist() == [p if isinstance(p, list) else [p] * 3 for p in pixels]
+
+
+@pytest.mark.parametrize("kind", [*TRANSPARENT, "animated"])
+def test_a_png_without_a_definite_picture_is_refused_in_one_line(kind, tmp_path):
+    expected = rf"PNG of mode {kind.rstrip('12346')}\S*: some pixels are transparent.*; save it without transparency$"
+    if kind == "animated":
+        expected, frames = "PNG of mode L: an animation of 2 frames", [Image.new("L", (3, 1), v) for v in (0, 9)]
+        frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
+    else:
+        (tmp_path / "a.png").write_bytes(TRANSPARENT[kind])
+    with pytest.raises(ValueError, match=rf"^/.*a\.png: {expected}"):
         metrics.read_folder(tmp_path)
-    with pytest.raises(ValueError, match="there is no such folder$"):
-        metrics.read_folder(tmp_path / "missing")
-    Image.new("L", (32, 32)).save(tmp_path / "a.png")
-    Image.new("L", (28, 32)).save(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=r"b.png: 28x32 pixels; expected 32x32, as of a.png$"):
+
+
+def test_a_png_of_a_mode_that_pillow_may_learn_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(PngImagePlugin._MODES, (8, 6), ("CMYK", "CMYK"))
+    (tmp_path / "a.png").write_bytes(SEEN["RGBA"][0])
+    with pytest.raises(ValueError, match=r"^/.*a\.png: PNG of mode CMYK: this mode is unknown"):
         metrics.read_folder(tmp_path)
-    (tmp_path / "b.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="b.png: not a readable PNG"):
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_png_is_refused_in_one_line(kind, tmp_path):
+    (tmp_path / "a.png").write_bytes(GOOD)
+    make = DAMAGED[kind] if callable(DAMAGED[kind]) else lambda path: path.write_bytes(DAMAGED[kind])
+    make(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"^/[^\n]*b\.png: not a readable PNG \([^\n]+\); mend or delete it$"):
+        metrics.read_folder(tmp_path)
+
+
+def test_every_png_is_read_and_every_other_file_told(tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "folder.png").mkdir()
+    names = [".hidden.png", "A.PNG", "a.Png", "b.png", "deep/er/z.png", "deep/y.png", "folder.png/x.png", "link.png"]
+    for i, name in enumerate(names[:-1]):
+        (tmp_path / name).write_bytes(png(8, 0, [i]))
+    (tmp_path / "link.png").symlink_to("b.png")
+    others = [".hidden", "b.png.txt", "deep/notes.txt", "deep/png", "linked", "linked.png"]
+    for name in others[:-2]:
+        (tmp_path / name).write_text("not an image")
+    for name in others[-2:]:
+        (tmp_path / name).symlink_to("deep")  # a folder
+    images, left_out = metrics.read_folder(str(tmp_path))
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 3] and left_out == others
+
+
+def test_a_folder_that_cannot_be_measured_is_refused_in_one_line(tmp_path, monkeypatch):
+    for folder, message in ((tmp_path, "there is no PNG in it$"), (tmp_path / "missing", "there is no such folder$")):
+        with pytest.raises(ValueError, match=message):
+            metrics.read_folder(folder)
+    (tmp_path / "a.png").write_bytes(png(8, 0, bytes(32)))
+    (tmp_path / "b\n.png").write_bytes(png(8, 0, bytes(28)))
+    with pytest.raises(ValueError, match=r"^'/.*b\\n.png': 28x1 pixels; expected 32x1, the size of a.png$"):
+        metrics.read_folder(tmp_path)
+    monkeypatch.setattr(os, "scandir", read_only)
+    with pytest.raises(ValueError, match="^.*not a readable folder"):
         metrics.read_folder(tmp_path)

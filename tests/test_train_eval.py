@@ -5,6 +5,8 @@ import functools
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import DATA_DIR
+from conftest import DATA_DIR, read_constants
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.utils import make_grid
@@ -26,8 +28,11 @@ from torchvision.utils import make_grid
 import metrics
 import train_eval
 from dataprocess import load_data
-from diffusion import DDPM, ImportanceSampler
+from diffusion import DDPM
 from ema import EMA
+from support import machine
+from support.monitor import FIELDS, RunningStats
+from timesteps import ImportanceSampler, make_timesteps
 from unet import UNet
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +40,7 @@ SMALL = ("--device cpu --train_size 320 --test_size 100 --base_channels 32 --cha
          "--time_emb_dim 32 --patch_size 4 --attention_resolutions none --batch_size 16 --epochs 2 --sample_steps 3 "
          "--preview_steps 4 --num_samples 20 --log_every 5 --sample_every 10 --save_every 10").split()
 STEPS = 40
-PEAK = train_eval.read_constants({"device": "cpu"})["learning_rate"][1]
+PEAK = read_constants({"device": "cpu"})["learning_rate"][1]
 
 
 def command(*flags):
@@ -53,6 +58,11 @@ def refused(capsys, *flags):
     line = capsys.readouterr().err
     assert exit_.value.code == 2 and line.startswith("train_eval.py: error: ") and line.count("\n") == 1, line
     return line
+
+
+def timesteps_of(config):
+    """The sampler of timesteps that a run with this config has."""
+    return make_timesteps(config.timestep_sampling, config.num_timesteps, config.timestep_std)
 
 
 def scalars(save_dir):
@@ -120,7 +130,7 @@ def test_tensorboard_has_the_curves_the_grids_and_the_config(trained):
     assert {"real", "samples", "samples/final"} == set(events.Tags()["images"])
     table = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     rows = dict(line.strip("| ").split(" | ") for line in table.splitlines()[2:])
-    assert list(rows)[:28] == list(train_eval.FIELDS)
+    assert list(rows)[:28] == list(FIELDS)
     network = DDPM.load(save_dir / "best_model.pt", "cpu").network
     assert int(rows["total_params"]) == 2 * sum(p.numel() for p in network.parameters())
     assert rows["convert_to_rgb"] == "True" and rows["normalization"] == "[-1, 1]" and rows["num_classes"] == "10"
@@ -159,7 +169,8 @@ def test_grids_during_training_are_ema_weights_by_ddim_in_few_steps_a_column_a_d
 def test_a_grid_asks_for_the_digits_in_turn_and_for_the_same_noise():
     def asked(*flags):
         config, _ = train_eval.configure([*SMALL, "--seed", "7", *flags])
-        return train_eval.draw(config, SimpleNamespace(sample=lambda n, y, **options: (n, y, options)), 20, steps=3)
+        model = SimpleNamespace(sample=lambda n, y, **options: (n, y, options), num_classes=10)
+        return train_eval.draw(config, model, 20, steps=3)
 
     (n, y, options), labels = asked("--use_conditional_generation")
     assert n == 20 and y.tolist() == [*range(10), *range(10)] and options == {"seed": 7, "steps": 3}
@@ -179,8 +190,8 @@ def test_a_training_step_gives_the_network_labels_and_bf16_and_clips_the_gradien
         [p.grad.norm() for p in ddpm.parameters() if p.grad is not None]).norm()))
     ema = EMA(ddpm.network)
     y = torch.arange(50) % 10
-    parts = {"optimizer": optimizer, "ema": ema}
-    losses, weights, t, norm = train_eval.train_step(config, ddpm, parts, torch.rand(50, 3, 32, 32), y)
+    state = {"optimizer": optimizer, "ema": ema, "timesteps": timesteps_of(config)}
+    losses, weights, t, norm = train_eval.train_step(config, ddpm, state, torch.rand(50, 3, 32, 32), y)
     (_, t_seen, y_seen, dtype), = seen
     assert losses.shape == t.shape == (50,) and torch.equal(t, t_seen) and dtype == torch.bfloat16
     assert ((y_seen == y) | (y_seen == 10)).all() and (y_seen == y).sum() > 30
@@ -198,9 +209,10 @@ def test_timesteps_are_drawn_as_asked(sampling, std):
             return super().forward(x0[:, 0, 0, :1]).flatten()
 
     ddpm = Model(1, 1)
-    parts = {"optimizer": torch.optim.SGD(ddpm.parameters(), lr=0.0), "ema": EMA(ddpm)}
+    state = {"optimizer": torch.optim.SGD(ddpm.parameters(), lr=0.0), "ema": EMA(ddpm),
+             "timesteps": timesteps_of(config)}
     torch.manual_seed(0)
-    losses, weights, t, _ = train_eval.train_step(config, ddpm, parts, torch.rand(20_000, 1, 1, 1), None)
+    losses, weights, t, _ = train_eval.train_step(config, ddpm, state, torch.rand(20_000, 1, 1, 1), None)
     assert torch.equal(t, drawn[0]) and t.dtype == torch.long and (weights == 1).all()
     assert t.min() >= 0 and (900 if std == 0.6 else 970) < t.max() < config.num_timesteps
     for share in (0.1, 0.25, 0.5, 0.75, 0.9):
@@ -211,8 +223,9 @@ def test_timesteps_are_drawn_as_asked(sampling, std):
 def test_no_logit_normal_timestep_lies_beyond_the_last():
     config, _ = train_eval.configure([*SMALL, "--timestep_sampling", "logit-normal", "--timestep_std", "1000"])
     ddpm = train_eval.build(config)
-    parts = {"optimizer": torch.optim.SGD(ddpm.parameters(), lr=0.0), "ema": EMA(ddpm.network)}
-    _, _, t, _ = train_eval.train_step(config, ddpm, parts, torch.rand(50, 3, 32, 32), torch.arange(50) % 10)
+    state = {"optimizer": torch.optim.SGD(ddpm.parameters(), lr=0.0), "ema": EMA(ddpm.network),
+             "timesteps": timesteps_of(config)}
+    _, _, t, _ = train_eval.train_step(config, ddpm, state, torch.rand(50, 3, 32, 32), torch.arange(50) % 10)
     assert t.min() == 0 and t.max() == config.num_timesteps - 1
 
 
@@ -232,9 +245,10 @@ def test_a_step_gives_the_loss_references_drawn_anew_from_the_training_images():
     forward = ddpm.forward
     ddpm.forward = lambda *args, references, **options: (
         seen.append(references), forward(*args, references=references, **options))[1]
-    parts = {"optimizer": torch.optim.SGD(ddpm.parameters(), lr=0.0), "ema": EMA(ddpm.network)}
+    state = {"optimizer": torch.optim.SGD(ddpm.parameters(), lr=0.0), "ema": EMA(ddpm.network),
+             "timesteps": timesteps_of(config)}
     x0, y = train_images.batch(slice(16))
-    train_eval.train_step(config, ddpm, parts, x0, y, (images, labels))
+    train_eval.train_step(config, ddpm, state, x0, y, (images, labels))
     assert seen[0][0] is images and seen[0][1] is labels
     config.target_references = 0
     assert train_eval.draw_references(config, train_images) is None
@@ -252,9 +266,10 @@ def test_every_step_of_a_run_has_references_of_its_own(data_flags, tmp_path, mon
 
 def test_every_constant_of_the_model_reaches_it():
     flags = {"num_heads": 2, "adaptive_norm": True, "prediction": "v", "beta_schedule": "cosine", "loss": "l1",
-             "variance": "learned", "zero_terminal_snr": True, "min_snr_gamma": 5.0, "sampler": "dpm++",
+             "variance": "learned", "zero_terminal_snr": False, "min_snr_gamma": 5.0, "sampler": "dpm++",
              "sample_steps": 7, "timestep_spacing": "linspace", "guidance_scale": 2.5, "num_timesteps": 50}
-    given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
+    given = [f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name}={value}"
+             for name, value in flags.items()]
     ddpm = train_eval.build(train_eval.configure([*SMALL, "--use_conditional_generation", *given])[0])
     for name, value in flags.items():
         assert (ddpm.network.config if name in ddpm.network.config else vars(ddpm))[name] == value, name
@@ -279,16 +294,17 @@ def test_a_compiled_run_is_the_same_run(data_flags, tmp_path):
         config.use_compile = use_compile
         torch.manual_seed(0)
         ddpm = train_eval.build(config)
-        names, state = list(ddpm.state_dict()), torch.get_rng_state()
+        names, rng = list(ddpm.state_dict()), torch.get_rng_state()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "compile", functools.partial(
                 torch.compile, backend=lambda graph, example: (calls.append(1), graph.forward)[1]))
-            train_eval.compile_network(config, ddpm)
-        assert torch.equal(torch.get_rng_state(), state) and list(ddpm.state_dict()) == names
-        assert all(p.grad is None for p in ddpm.parameters()) and len(calls) == use_compile
-        parts = {"optimizer": torch.optim.AdamW(ddpm.parameters(), 1e-3), "ema": EMA(ddpm.network)}
+            machine.compile_network(config, ddpm)
+        assert torch.equal(torch.get_rng_state(), rng) and list(ddpm.state_dict()) == names
+        assert all(p.grad is None for p in ddpm.parameters()) and len(calls) == 2 * use_compile  # training, sampling
+        state = {"optimizer": torch.optim.AdamW(ddpm.parameters(), 1e-3), "ema": EMA(ddpm.network),
+                 "timesteps": timesteps_of(config)}
         x0, y = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
-        losses[use_compile] = torch.stack([train_eval.train_step(config, ddpm, parts, x0, y)[0] for _ in range(3)])
+        losses[use_compile] = torch.stack([train_eval.train_step(config, ddpm, state, x0, y)[0] for _ in range(3)])
         assert ddpm.sample(2, y=1, steps=2).shape == (2, 3, 32, 32)
     torch.testing.assert_close(losses[True], losses[False], rtol=1e-4, atol=1e-5)
 
@@ -302,7 +318,7 @@ def test_a_compiler_that_fails_costs_a_line(capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     config, _ = train_eval.configure([*SMALL, "--use_compile"])
     ddpm = train_eval.build(config)
-    train_eval.compile_network(config, ddpm)
+    machine.compile_network(config, ddpm)
     assert capsys.readouterr().err == (
         "torch.compile failed (RuntimeError: no compiler); going on without it\n")
     assert ddpm.sample(1, steps=1).shape == (1, 3, 32, 32)
@@ -320,7 +336,7 @@ def test_the_bf16_step_is_the_float32_step_within_its_error():
             weights = {name: torch.randn(value.shape) / math.sqrt(value[0].numel()) if value.ndim > 1 else value
                        for name, value in ddpm.state_dict().items()}
         ddpm.load_state_dict(weights)
-        with train_eval.autocast(config):
+        with machine.autocast(config):
             loss = ddpm(x0, t=torch.arange(8) * 120, eps=eps)
         loss.backward()
         results[flag] = loss.item(), torch.cat([p.grad.flatten() for p in ddpm.parameters() if p.grad is not None])
@@ -335,19 +351,19 @@ def test_on_cuda_a_step_never_waits_for_the_device_and_agrees_with_the_cpu(data_
     config, _ = train_eval.configure([*flags, "--device", "cuda", "--use_conditional_generation"])
     ddpm = train_eval.build(config)
     ema = EMA(ddpm.network)
-    parts = {"optimizer": torch.optim.AdamW(ddpm.parameters(), 1e-3, fused=True), "ema": ema,
+    state = {"optimizer": torch.optim.AdamW(ddpm.parameters(), 1e-3, fused=True), "ema": ema,
              "timesteps": ImportanceSampler(config.num_timesteps).cuda()}
     train_images, _ = load_data("glyphs", "", train_size=64, test_size=1, device="cuda")
-    train_eval.compile_network(config, ddpm)
-    window = train_eval.Window(config)
+    machine.compile_network(config, ddpm)
+    window = RunningStats(config)
     for x0, y in train_images.epoch(16, 0):  # the compiler and the allocator have had their say after one epoch
-        window.add(*train_eval.train_step(config, ddpm, parts, x0, y))
+        window.add(*train_eval.train_step(config, ddpm, state, x0, y))
     window.start()
     batches = list(train_images.epoch(16, 1))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for x0, y in batches:
-            window.add(*train_eval.train_step(config, ddpm, parts, x0, y))
+            window.add(*train_eval.train_step(config, ddpm, state, x0, y))
         ddpm.sample(4, y=torch.arange(4, device="cuda"), steps=3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -363,8 +379,8 @@ def test_on_cuda_a_step_never_waits_for_the_device_and_agrees_with_the_cpu(data_
 
 def test_a_window_tells_what_its_steps_did(monkeypatch):
     config, _ = train_eval.configure(["--device", "cpu", "--num_timesteps", "1000", "--log_every", "5"])
-    window = train_eval.Window(config)
-    monkeypatch.setattr(train_eval.time, "perf_counter", lambda: window.clock + 2.0)
+    window = RunningStats(config)
+    monkeypatch.setattr(time, "perf_counter", lambda: window.clock + 2.0)
     one = torch.ones(1)
     window.add(torch.tensor([1.0, 2.0, 3.0]), torch.ones(3), torch.tensor([0, 249, 250]), torch.tensor(4.0))
     window.add(torch.tensor([5.0]), one, torch.tensor([999]), torch.tensor(6.0))
@@ -387,13 +403,13 @@ def test_importance_sampling_draws_the_timesteps_weighs_the_losses_and_learns_fr
     config, _ = train_eval.configure([*SMALL, "--no-use_conditional_generation"])
     ddpm, taken = train_eval.build(config), []
     draws = torch.arange(4), torch.tensor([0.0, 0.0, 2.0, 2.0])
-    parts = {"optimizer": torch.optim.SGD(ddpm.parameters(), lr=0.0), "ema": EMA(ddpm.network),
+    state = {"optimizer": torch.optim.SGD(ddpm.parameters(), lr=0.0), "ema": EMA(ddpm.network),
              "timesteps": SimpleNamespace(sample=lambda n: draws, update=lambda *args: taken.append(args))}
     before = []
-    parts["optimizer"].register_step_pre_hook(lambda *args: before.append(ddpm.network.conv_out.bias.grad.clone()))
+    state["optimizer"].register_step_pre_hook(lambda *args: before.append(ddpm.network.conv_out.bias.grad.clone()))
     x0 = torch.rand(4, 3, 32, 32)
     torch.manual_seed(0)
-    losses, weights, t, _ = train_eval.train_step(config, ddpm, parts, x0, None)
+    losses, weights, t, _ = train_eval.train_step(config, ddpm, state, x0, None)
     assert torch.equal(t, draws[0]) and torch.equal(weights, draws[1])
     assert torch.equal(taken[0][0], t) and torch.equal(taken[0][1], losses)
     torch.manual_seed(0)
@@ -508,9 +524,12 @@ def test_evaluate_draws_and_measures_the_best_model_again(trained, capsys):
     ddpm = DDPM.load(save_dir / "best_model.pt", "cpu")
     _, images = load_data("mnist" if "mnist" in done.stdout else "glyphs", DATA_DIR, test_size=100)
     bits = ddpm.bits_per_dim(*images.batch(torch.arange(100)), terms=10, seed=0)
-    assert line == (f"bits per dimension {bits.total:.4f} +- {bits.standard_error:.4f}: prior {bits.prior:.4f}, KL "
-                    f"terms {bits.kl:.4f}, decoder {bits.decoder:.4f} (100 images, 10 of 10 terms)")
+    assert line == (f"bits per dimension given the label {bits.total:.4f} +- {bits.standard_error:.4f}: prior "
+                    f"{bits.prior:.4f}, KL terms {bits.kl:.4f}, decoder {bits.decoder:.4f} (100 images, 10 of 10 terms)")
     assert (save_dir / "samples" / "final.png").read_bytes() == before
+    assert train_eval.main(["--evaluate", "--save_dir", str(save_dir), "--device", "cpu"]) == 0
+    assert (save_dir / "samples" / "final-2.png").read_bytes() == before
+    assert (save_dir / "evaluation-2.json").read_bytes() == (save_dir / "evaluation.json").read_bytes()
     assert [line for line in out.splitlines() if "test loss" in line] == [
         line for line in done.stdout.splitlines() if "test loss" in line]
     assert not list(save_dir.glob("run_*"))
@@ -522,7 +541,8 @@ def test_evaluate_writes_its_table_as_json_in_tensorboard_and_the_nearest_pairs(
     assert train_eval.main(["--evaluate", "--save_dir", str(save_dir), "--device", "cpu", "--eval_samples", "90",
                             "--guidance_scale", "2"]) == 0
     out = capsys.readouterr().out
-    written = json.loads((save_dir / "evaluation.json").read_text())
+    path, picture = (Path(re.search(rf"{name}: (\S+)", out)[1]) for name in ("measures", "nearest pairs"))
+    written = json.loads(path.read_text())
     ddpm = DDPM.load(save_dir / "best_model.pt", "cpu")
     y = torch.arange(90) % 10
     samples = ((ddpm.sample(90, y, seed=0, guidance_scale=2) + 1) * 127.5).round().clamp(0, 255).byte()
@@ -534,12 +554,12 @@ def test_evaluate_writes_its_table_as_json_in_tensorboard_and_the_nearest_pairs(
     assert written["classifier_accuracy"] == classifier.accuracy(test.images, test.labels)
     row = next(line.split() for line in out.splitlines() if "Fréchet" in line)
     assert row[-2:] == [f"{expected['frechet']:.4f}", f"{expected['frechet_real']:.4f}"]
-    assert "90 samples" in out and f"{expected['accuracy']:.4f}" in out and str(save_dir / "evaluation.json") in out
+    assert "90 samples" in out and f"{expected['accuracy']:.4f}" in out and path.parent == save_dir
     assert all(f"{expected[name]:.4f}" in out for name in ("precision", "recall_real", "copies", "nearest_1st"))
     events, curves = scalars(save_dir)
     assert curves["evaluation/frechet"][STEPS] == pytest.approx(expected["frechet"])
     assert "samples/nearest" in events.Tags()["images"]
-    drawn = torch.from_numpy(np.array(Image.open(save_dir / "samples" / "nearest.png")))[..., 0]
+    drawn = torch.from_numpy(np.array(Image.open(picture)))[..., 0]
     assert torch.equal(drawn[2:34, 2:34], pairs[0, 0]) and torch.equal(drawn[2:34, 36:68], pairs[1, 0])
 
 
@@ -557,17 +577,32 @@ def test_a_folder_of_pngs_is_measured_as_a_model_is(data_flags, tmp_path, capsys
     assert {name: written[name] for name in expected} == expected and "accuracy" not in written
     assert (tmp_path / "run" / "samples" / "nearest_mine.png").exists()
     assert not list((tmp_path / "mine").glob("nearest*")) and "80 samples" in capsys.readouterr().out
-    for path in list((tmp_path / "mine").iterdir())[:20]:
-        path.unlink()
-    line = refused(capsys, *data_flags, *sizes, "--evaluate", tmp_path / "mine")
-    assert "60 PNGs; expected from 65 to 100" in line
+    (tmp_path / "else" / "mine" / "3").mkdir(parents=True)  # another folder of this name: nothing is overwritten
+    for i, path in enumerate(sorted((tmp_path / "mine").iterdir())[:60]):
+        path.rename(tmp_path / "else" / "mine" / ("3" if i % 2 else "") / path.name)
+    (tmp_path / "else" / "mine" / "notes.txt").write_text("")
+    assert train_eval.main([*map(str, [*data_flags, *sizes]), "--evaluate", str(tmp_path / "else" / "mine")]) == 0
+    out = capsys.readouterr().out
+    again = json.loads((tmp_path / "run" / "evaluation_mine-2.json").read_text())
+    assert again["samples"] == 60 and again["samples_from"] == str(tmp_path / "else" / "mine")
+    assert "frechet" not in again and again["precision"] > 0.3 and "left out, since there are too few images" in out
+    assert "not read, since they are no PNGs: notes.txt\n" in out
+    sizes[3] = 59
+    line = refused(capsys, *data_flags, *sizes, "--evaluate", tmp_path / "else" / "mine")
+    assert "60 PNGs; expected at most 59" in line
     assert "no such folder" in refused(capsys, *data_flags, *sizes, "--evaluate", tmp_path / "yours")
 
 
-def test_too_few_images_to_measure_with_are_refused_before_training(data_flags, tmp_path, capsys):
-    flags = [*SMALL, *data_flags, "--save_dir", tmp_path / "run", "--test_size", 64]
-    assert "at least 65" in refused(capsys, *flags) and not (tmp_path / "run").exists()
-    assert "eval_samples 10" in refused(capsys, *SMALL, *data_flags, "--eval_samples", 10)
+@pytest.mark.parametrize("size", [1, 64, 65])
+def test_too_few_images_to_measure_with_cost_a_line_and_not_the_run(data_flags, tmp_path, capsys, size):
+    flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--test_size", size, "--epochs", 1]
+    assert train_eval.main([*map(str, flags)]) == 0
+    assert ("samples are not measured during training" in capsys.readouterr().out) == (size < 65)
+    assert ("samples/frechet" in scalars(tmp_path)[1]) == (size >= 65)
+    assert train_eval.main(["--evaluate", "--save_dir", str(tmp_path), "--device", "cpu", "--bound_images", "2"]) == 0
+    out, written = capsys.readouterr().out, json.loads((tmp_path / "evaluation.json").read_text())
+    assert written["samples"] == size and ("frechet" in written) == (size >= 65) and ("recall" in written) == (size > 3)
+    assert ("left out, since there are too few images: Fr" in out) == (size < 65)
 
 
 def test_divergence_stops_the_run_names_the_step_and_keeps_the_checkpoint(tmp_path, data_flags):
@@ -584,8 +619,8 @@ def test_help_shows_every_constant_with_its_comment_and_value():
     text = " ".join(done.stdout.split())
     tree = ast.parse((ROOT / "train_eval.py").read_text())
     first = [node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)]
-    constants = train_eval.read_constants({})
-    assert list(constants) == [name for name in first[:len(constants) + 2] if name not in ("cuda", "amx")]
+    constants = read_constants({})
+    assert list(constants) == [name for name in first[:len(constants) + 1] if name != "cuda"]
     for name, (group, value, comment) in constants.items():
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         assert f"--{name}" in text and f"{comment} (default: {shown})" in text, name
@@ -607,7 +642,7 @@ def test_flags_stand_in_for_constants_of_every_type():
 
 def test_the_device_decides_the_values_below_it():
     """On CUDA the constants are the reference's, and `--device cpu` brings the CPU's, wherever the script runs."""
-    constants = train_eval.read_constants({"device": "cuda", "bf16": True})
+    constants = read_constants({"device": "cuda", "bf16": True})
     values = {name: value for name, (_, value, _) in constants.items()}
     reference = dict(
         batch_size=16, epochs=50, learning_rate=1e-4, weight_decay=1e-4, use_scheduler=True, image_size=32, channels=3,
@@ -664,8 +699,8 @@ def test_the_device_decides_the_values_below_it():
     (["--target_references", "9", "--loss", "l1"], ["target_references 9 with loss 'l1'", "expected 0"]),
 ])
 def test_a_bad_flag_is_one_clear_line(capsys, tmp_path, flags, words):
-    line = refused(capsys, *flags, "--device", "cpu", "--dataset", "glyphs", "--save_dir", tmp_path / "new") \
-        if "--device" not in flags else refused(capsys, *flags)
+    device = [] if "--device" in flags else ["--device", "cpu"]
+    line = refused(capsys, *flags, *device, "--dataset", "glyphs", "--save_dir", tmp_path / "new")
     assert all(word in line for word in words), line
     assert not (tmp_path / "new").exists()
 
@@ -684,9 +719,10 @@ def test_a_constant_edited_to_what_it_cannot_be_is_one_clear_line(tmp_path, edit
 
 def edited(folder, *lines):
     """The script with lines added at the end of its constants."""
-    for name in ("train_eval.py", "dataprocess.py", "diffusion.py", "unet.py", "ema.py", "metrics.py"):
-        text = (ROOT / name).read_text().replace("# end of constants", "\n".join([*lines, "# end of constants"]), 1)
-        (folder / name).write_text(text)
+    shutil.copytree(ROOT / "support", folder / "support")
+    for path in ROOT.glob("*.py"):
+        text = path.read_text().replace("# end of constants", "\n".join([*lines, "# end of constants"]), 1)
+        (folder / path.name).write_text(text)
     return str(folder / "train_eval.py")
 
 

@@ -1,0 +1,275 @@
+"""What a person watches: TensorBoard, the progress bar, grids of images, the loss curve and the table of measures."""
+
+import json
+import math
+import shlex
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from support.checkpoint import make_folder, unused, write_text
+
+FIELDS = (  # of the reference's log, in its order
+    "device", "batch_size", "epochs", "save_dir", "optimizer_type", "learning_rate", "weight_decay", "use_scheduler",
+    "scheduler_type", "total_params", "image_size", "channels", "num_timesteps", "base_channels", "num_res_blocks",
+    "channel_mult", "dropout", "time_emb_dim", "use_conditional_generation", "num_classes", "ema_decay", "ema_start",
+    "ema_update_rate", "train_size", "test_size", "use_augmentation", "normalization", "convert_to_rgb",
+)
+MEASURES = {  # of metrics.measure: the words of the table
+    "frechet": "Fréchet distance to the test set", "precision": "precision", "recall": "recall",
+    "accuracy": "read as the digit asked for", "confidence": "confidence of the classifier",
+    "rarest_digit": "share of the rarest digit", "commonest_digit": "share of the commonest digit",
+    "colour": "deviation from grey, in grey levels", "nearest": "to the nearest training image, in grey levels",
+    "nearest_1st": "the same, first percentile", "copies": "nearer than 99 % of test digits"}
+
+
+class Monitor:
+    """TensorBoard and the progress bar of a training run, as a context manager.
+
+    Args:
+        config: the constants of the run.
+        progress: its step, curves and the name of its log, as last.pt keeps them.
+        images: number of training images of the run, all epochs together.
+        seen: how many of them were seen before.
+    """
+
+    def __init__(self, config, progress, images, seen):
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        self.config, self.progress = config, progress
+        self.samples_dir = Path(config.save_dir) / "samples"
+        self.writer = SummaryWriter(Path(config.save_dir) / "tensorboard_logs" / progress["log"], flush_secs=10,
+                                    purge_step=progress["step"] + 1 if progress["step"] else None)
+        self.bar = tqdm(total=images, initial=seen, unit="img", smoothing=0.05, mininterval=0.5)
+        self.stats = RunningStats(config)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+        self.writer.close()
+
+    def add(self, losses, weights, t, norm):
+        """Take in one training step, see `RunningStats.add`."""
+        self.stats.add(losses, weights, t, norm)
+        self.bar.update(len(losses))
+
+    def log(self, rate):
+        """The statistics since the last call, and the learning rate: to TensorBoard, the bar and the loss curve."""
+        step, scalars = self.progress["step"], self.stats.read(self.progress["step"])
+        for tag, value in (scalars | {"train/learning_rate": rate}).items():
+            self.writer.add_scalar(tag, value, step)
+        self.bar.set_postfix(loss=f"{scalars['train/loss']:.4f}")
+        self.progress["train_curve"].append([step, scalars["train/loss"]])
+
+    def log_config(self, ddpm, real):
+        """The config as a table, the reference's fields first, and a grid of real images."""
+        known = vars(self.config) | {
+            "optimizer_type": "AdamW", "scheduler_type": "CosineAnnealingLR" if self.config.use_scheduler else None,
+            "total_params": 2 * sum(p.numel() for p in ddpm.parameters()),  # network and shadow
+            "num_classes": ddpm.num_classes, "normalization": "[-1, 1]", "convert_to_rgb": self.config.channels == 3}
+        names = [*FIELDS, *(name for name in known if name not in FIELDS)]
+        rows = [f"| {name} | {known[name]} |" for name in names]
+        self.writer.add_text("config", "\n".join(["| | |", "| --- | --- |", *rows]))
+        write_grid(real, self.samples_dir / "real.png", self.writer, "real", 0)
+
+    def log_samples(self, images):
+        """A grid of samples of this step."""
+        step = self.progress["step"]
+        write_grid(images, self.samples_dir / f"step_{step:07d}.png", self.writer, "samples", step)
+
+
+class RunningStats:
+    """What the steps since the last entry did. It stays on the device, so that no step waits for it."""
+
+    def __init__(self, config):
+        self.num_timesteps = config.num_timesteps
+        self.steps = torch.zeros(2, config.log_every, device=config.device)  # loss and gradient norm of each
+        self.quartiles = torch.zeros(2, 4, dtype=torch.float64, device=config.device)  # by t: sums of losses, weights
+        self.start()
+
+    def start(self):
+        """Begin anew."""
+        self.steps.zero_()
+        self.quartiles.zero_()
+        self.count = self.images = 0
+        self.clock = time.perf_counter()
+
+    def add(self, losses, weights, t, norm):
+        """Take in a step: losses, their weights and timesteps, (N,), gradient norm ()."""
+        self.steps[0, self.count] = (weights * losses).mean()
+        self.steps[1, self.count] = norm
+        quartile = t * 4 // self.num_timesteps
+        self.quartiles[0].index_add_(0, quartile, (weights * losses).double())
+        self.quartiles[1].index_add_(0, quartile, weights.double())
+        self.count += 1
+        self.images += len(losses)
+
+    def read(self, step):
+        """The TensorBoard scalars of these steps, of which `step` is the last. Begins anew.
+
+        Raises:
+            SystemExit: a loss or a gradient was not finite.
+        """
+        losses, norms = self.steps[:, :self.count].tolist()
+        for i, (loss, norm) in enumerate(zip(losses, norms)):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise SystemExit(f"\nstep {step - self.count + i + 1}: loss {loss}, gradient norm {norm}: training has "
+                                 "diverged and stops. A last.pt is from before: go on from it with --resume and a "
+                                 "lower --learning_rate or --grad_clip")
+        scalars = {"train/loss": sum(losses) / self.count, "train/grad_norm": sum(norms) / self.count,
+                   "train/images_per_second": self.images / (time.perf_counter() - self.clock)}
+        for quartile, (total, weight) in enumerate(self.quartiles.T.tolist(), start=1):
+            if weight:
+                scalars[f"train_loss_by_t/quartile_{quartile}"] = total / weight
+        self.start()
+        return scalars
+
+
+def write_grid(images, path, writer=None, tag=None, step=None):
+    """Images in [-1, 1], (N, C, H, W), as a PNG with ten columns and, given a writer, in TensorBoard."""
+    from torchvision.utils import make_grid, save_image
+
+    grid = make_grid((images.float().cpu() + 1) / 2, nrow=10)
+    save_image(grid, path)
+    if writer is not None:
+        writer.add_image(tag, grid.clamp(0, 1), step)
+
+
+def plot_losses(config, progress, path):
+    """Training and test loss over the steps. Averaged targets make the training loss lower, so its label says so."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    train_label = "train, averaged targets" if config.target_references else "train"
+    for name, style in (("train", {"label": train_label, "linewidth": 1}), ("test", {"label": "test", "marker": "o"})):
+        if progress[f"{name}_curve"]:
+            axes.plot(*zip(*progress[f"{name}_curve"]), **style)
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title="DDPM training")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def table(result, dataset, accuracy):
+    """The result of `metrics.measure` as text: each figure of the samples beside that of real images."""
+    result = result | {f"{name}_digit{suffix}": pick(result[f"digits{suffix}"])
+                       for name, pick in (("rarest", min), ("commonest", max)) for suffix in ("", "_real")}
+    lines = [f"{result['samples']:,} samples, as many real digits: {'':14}samples      real"]
+    for name, text in MEASURES.items():
+        if name in result:
+            real = result.get(f"{name}_real")
+            lines.append(f"  {text:48}{result[name]:10.4f}" + (f"{real:10.4f}" if real is not None else ""))
+    lines.append(f"real: as many training images, which taught the classifier; for the nearest, as many test images\n"
+                 f"features and readings: a classifier of {dataset} with {accuracy:.2%} test accuracy")
+    missing = [MEASURES[name] for name in ("frechet", "precision", "recall") if name not in result]
+    if missing:
+        lines.append(f"left out, since there are too few images: {', '.join(missing)}")
+    return "\n".join(lines)
+
+
+def write_final(config, images, info):
+    """The final grid of a model with this `info`, in a new file final.png and in TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    path = unused(make_folder(Path(config.save_dir) / "samples") / "final.png")
+    with SummaryWriter(Path(config.save_dir) / "tensorboard_logs" / info["log"]) as writer:
+        write_grid(images, path, writer, "samples/final", info["step"])
+    print(f"model: {Path(config.save_dir) / 'best_model.pt'}   samples: {path}")
+
+
+def report(config, result, pairs, accuracy, info=None, **known):
+    """A result of `metrics.measure` as a table, as JSON and as a picture of the nearest pairs, all in new files.
+
+    `info` is that of the model that drew the samples; the measures then go to TensorBoard too. `accuracy` is the
+    classifier's. `known` goes into the JSON.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    pairs = pairs.float() / 127.5 - 1
+    save_dir, name = Path(config.save_dir), "" if info else f"_{Path(config.evaluate).resolve().name}"
+    path = unused(save_dir / f"evaluation{name}.json")
+    picture = unused(make_folder(save_dir / "samples") / f"nearest{name}.png")
+    known |= {"dataset": config.dataset, "classifier_accuracy": accuracy}
+    if info:
+        known |= {"seed": config.seed, "epoch": info["epoch"], "step": info["step"]}
+        with SummaryWriter(save_dir / "tensorboard_logs" / info["log"]) as writer:
+            for tag, value in result.items():
+                if not isinstance(value, list):
+                    writer.add_scalar(f"evaluation/{tag}", value, info["step"])
+            write_grid(pairs, picture, writer, "samples/nearest", info["step"])
+    else:
+        write_grid(pairs, picture)
+    write_text(path, json.dumps(known | result, indent=2) + "\n")
+    print(table(result, config.dataset, accuracy))
+    print(f"measures: {path}   nearest pairs: {picture}")
+
+
+def print_start(run):
+    """What is trained on what, and how to watch it."""
+    config = run.config
+    print(f"{config.dataset}: {len(run.train_images):,} images to train, {len(run.test_images):,} to test; network: "
+          f"{sum(p.numel() for p in run.ddpm.parameters()):,} parameters in {'bf16' if config.bf16 else 'fp32'} on "
+          f"{config.device}; {run.total_steps:,} steps, {run.progress['step']:,} done\n"
+          f"watch: {tensorboard_command(config.save_dir)}")
+    if config.eval_every and not run.few_samples:
+        print("samples are not measured during training: there are too few training or test images")
+
+
+def print_test_loss(config, loss, info):
+    """Print the test loss, and that it is the one by which the epoch was chosen."""
+    print(f"test loss {loss:.5f} ({info['epoch']} epochs, {config.test_size:,} images of {config.dataset}, EMA "
+          "weights; the epoch with the lowest)")
+
+
+def print_bits(config, bits, images, terms):
+    """Print a `likelihood.BitsPerDim` of so many images and terms."""
+    given = " given the label" if config.use_conditional_generation else ""
+    print(f"bits per dimension{given} {bits.total:.4f} +- {bits.standard_error:.4f}: prior {bits.prior:.4f}, KL terms "
+          f"{bits.kl:.4f}, decoder {bits.decoder:.4f} ({images:,} images, {terms} of {config.num_timesteps} terms)")
+
+
+def print_left_out(names):
+    """Print which files of a folder were not read."""
+    if names:
+        print(f"not read, since they are no PNGs: {', '.join(names[:10])}"
+              + (f" and {len(names) - 10} more" if len(names) > 10 else ""))
+
+
+def print_stopped(config, progress):
+    """Print where a run stopped, and how to continue it."""
+    print(f"stopped at step {progress['step']:,}; everything is saved. To continue: "
+          f"{shell_command('--resume', save_dir=config.save_dir)}")
+
+
+def shell_command(*flags, save_dir):
+    """`python train_eval.py FLAGS` for the folder of a run, ready to paste into a shell."""
+    place = [] if save_dir == "checkpoints" else ["--save_dir", str(save_dir)]
+    return shlex.join(["python", "train_eval.py", *flags, *place])
+
+
+def tensorboard_command(save_dir):
+    """The command that shows a run, ready to paste into a shell. Without the last flag it keeps ten grids of all."""
+    return shlex.join(["tensorboard", "--logdir", str(Path(save_dir) / "tensorboard_logs"), "--samples_per_plugin",
+                       "images=1000"])
+
+
+@contextmanager
+def shown_at_both_ends(warning):
+    """Print a warning before the block and, in case it scrolled away, after it; None prints nothing."""
+    if warning:
+        print(warning, file=sys.stderr)
+    try:
+        yield
+    finally:
+        if warning:
+            print(warning, file=sys.stderr)
