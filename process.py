@@ -99,7 +99,8 @@ class GaussianProcess(nn.Module):
             candidates: the images, (M, C, H, W), or (M, 1, H, W) if all channels are equal; one tensor or several.
             allowed: which of them each noisy image may come from, bool, (N, total M); None allows all.
         """
-        alpha_bar = self.alpha_bar(t)[:, :, 0, 0].to(xt.dtype)
+        alpha_bar = self.alpha_bar(t)[:, :, 0, 0]
+        of_product, of_size = alpha_bar.sqrt() / (1 - alpha_bar), alpha_bar / (1 - alpha_bar) / 2  # in float64
         candidates = [images.flatten(1) for images in candidates]
         repeats = xt[0].numel() // candidates[0].shape[1]  # how many equal channels one candidate channel stands for
         x = (xt if repeats == 1 else xt.sum(dim=1)).flatten(1)
@@ -107,7 +108,7 @@ class GaussianProcess(nn.Module):
         with torch.autocast(xt.device.type, enabled=False):  # small differences decide: bf16 is too coarse
             product = torch.cat([images @ x.T for images in candidates]).T  # twice as fast as x @ images.T
             # log q(x_t | x_0), DDPM eq. 4, without the terms that all candidates share
-            logits = (alpha_bar.sqrt() * product - alpha_bar * size / 2) / (1 - alpha_bar)
+            logits = of_product.to(xt.dtype) * product - of_size.to(xt.dtype) * size
             if allowed is not None:
                 logits = logits.masked_fill(~allowed, -math.inf)
             weights = logits.softmax(dim=1).split([len(images) for images in candidates], dim=1)
@@ -173,7 +174,9 @@ class GaussianProcess(nn.Module):
             if variance_fraction is None:
                 raise ValueError("variance_fraction: expected that of the network, since the variance is learned")
             return variance_fraction * large + (1 - variance_fraction) * small
-        return large if self.variance == "fixed_large" else small
+        if self.variance == "fixed_large":  # at the last step the small one, as in the code of Improved DDPM
+            return torch.where(s[:, None, None, None] < 0, small, large)
+        return small
 
     def step(self, x0, eps, t, s, eta=0.0, noise=None, variance_fraction=None):
         """Move from t to the less noisy s, both (N,), given the predicted x0 and eps (DDIM eq. 12 and 16).

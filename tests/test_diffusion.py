@@ -219,6 +219,15 @@ def test_posterior_mean_is_bayes_rule():
     torch.testing.assert_close(mean, expected.float(), rtol=0, atol=1e-4)
 
 
+def test_posterior_mean_is_exact_at_the_clean_end_in_float32_too():
+    """1 - alphas_cumprod is 1e-4 there: taken in float32 it would be off by 6e-4, and so would the logarithms."""
+    ddpm = DDPM(torch.nn.Identity(), image_size=4, channels=1)
+    candidates = 0.03 * torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    xt, t = candidates.mean(dim=0, keepdim=True).expand(3, -1, -1, -1), torch.tensor([0, 1, 2])
+    exact = ddpm.posterior_mean(xt.double(), t, candidates.double())
+    torch.testing.assert_close(ddpm.posterior_mean(xt, t, candidates), exact.float(), rtol=0, atol=2e-7)
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("labels", [True, False])
 def test_with_references_the_truth_is_the_mean_of_all_images_that_may_be(prediction, labels):
