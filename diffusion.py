@@ -93,9 +93,9 @@ class DDPM(GaussianProcess):
             y: labels, int64, (N,). In training mode a tenth of them are replaced by 'no label' (2207.12598 alg. 1).
             t: timesteps, int64, (N,); None draws them uniformly.
             eps: standard normal noise, of the shape of `x0`; None draws it.
-            references: further images, (M, C, H, W), or (M, 1, H, W) if all channels are equal, and their labels,
-                (M,) (None where y is). For 'mse' only: the target is then the mean of all images that may be behind
-                x_t. The minimum is the same, but the target has less variance (2302.00670).
+            references: images, (M, C, H, W), or (M, 1, H, W) if all channels are equal, and their labels, (M,) or None.
+                For 'mse' only: the target becomes the mean of all images that may be behind x_t, which has the same
+                minimum but less variance (2302.00670).
             reduction: 'mean' for a scalar, 'none' for one loss per image, (N,).
 
         Raises:
@@ -107,6 +107,8 @@ class DDPM(GaussianProcess):
         check_choice("reduction", reduction, ("mean", "none"))
         if references is not None and self.loss != "mse":
             raise ValueError(f"references with loss {self.loss!r}: expected 'mse', whose minimum is the mean")
+        if references is not None and y is not None and references[1] is None:
+            raise ValueError("references without labels: expected theirs, since y is given")
         if t is None:
             t = torch.randint(self.num_timesteps, (n,), device=x0.device)
         if eps is None:
@@ -128,8 +130,7 @@ class DDPM(GaussianProcess):
                 mean = self.posterior_mean(xt, t, x0[:, :images.shape[1]], images, allowed=same_label)
                 target = self.target(mean, self.eps_from_x0(mean, xt, t), t)
             difference = output - target
-            losses = difference.square() if self.loss == "mse" else difference.abs()
-            losses = losses.flatten(1).mean(dim=1)
+            losses = (difference.square() if self.loss == "mse" else difference.abs()).flatten(1).mean(dim=1)
             if self.min_snr_gamma:
                 losses = losses * self.min_snr_weight(t, self.min_snr_gamma).to(losses.dtype)
             output = output.detach()  # the bound in the hybrid loss trains the variance alone
@@ -148,8 +149,7 @@ class DDPM(GaussianProcess):
             xt: noisy images, (N, C, H, W).
             t: timesteps, int64, (N,).
             y: labels, int64, (N,), or None.
-            guidance_scale: s in uncond + s (cond - uncond): 1 is no guidance, 0 ignores the labels. Other values need
-                labels.
+            guidance_scale: s in uncond + s (cond - uncond): 1 is no guidance, 0 ignores the labels, others need `y`.
 
         Returns:
             x0, clipped to [-1, 1], and the noise that makes `xt` from it, both (N, C, H, W).
@@ -167,9 +167,8 @@ class DDPM(GaussianProcess):
     def _network(self, xt, t, y=None, guidance_scale=1.0):
         """The guided prediction, and where its variance lies from small, 0, to large, 1 (None if it is fixed)."""
         no_label = None if self.num_classes is None else torch.full_like(t, self.num_classes)
+        _check_guidance(y, guidance_scale)
         if y is None or guidance_scale in (0, 1):
-            if guidance_scale not in (0, 1):
-                raise ValueError(f"guidance_scale {guidance_scale}: guidance needs labels; give y")
             output = self.network(xt, t, no_label if y is None or guidance_scale == 0 else y).to(xt.dtype)
         else:  # one doubled batch; 2207.12598 eq. 6, whose w is s - 1
             labels = torch.cat([y, no_label])
@@ -257,9 +256,8 @@ class DDPM(GaussianProcess):
         y = check_labels(y, len(x0), self.num_classes, self.device)
         generator = make_generator(options.pop("seed", None), self.device)  # one stream of noise, there and back
         at = torch.full((len(x0),), t, device=self.device)
-        xt, xt_other = (self.q_sample(image.to(self.device), at, torch.randn(image.shape, generator=generator,
-                                                                             device=self.device))
-                        for image in (x0, other))
+        noise = torch.randn(2, *x0.shape, generator=generator, device=self.device)
+        xt, xt_other = (self.q_sample(image.to(self.device), at, eps) for image, eps in zip((x0, other), noise))
         mixed = torch.cat([torch.lerp(xt, xt_other, weight) for weight in weights])
         if y is not None:
             y = y.repeat(len(weights))
@@ -312,11 +310,10 @@ class DDPM(GaussianProcess):
         Raises:
             ValueError: the file is missing, damaged or something else, or the network does not fit it.
         """
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         saved = load_checkpoint(path, ("network", "diffusion", "weights", "info"))
         if network is None and saved["network"] is None:
-            raise ValueError(f"{path}: its network is not a UNet; give load() the network")
+            raise ValueError(f"{path}: its network is not a plain UNet; give load() the network")
         try:
             ddpm = cls(UNet(**saved["network"]) if network is None else network, **saved["diffusion"])
         except TypeError as error:
@@ -340,8 +337,7 @@ def _sampling_defaults(ddpm, n, y, sampler, eta, guidance_scale, xT, start, batc
     check_choice("sampler", sampler, SAMPLERS)
     eta, order = SAMPLERS[sampler][0] if eta is None else eta, SAMPLERS[sampler][1]
     check_number("eta", eta, 0, 1, " (0 is DDIM, 1 is DDPM)")
-    if y is None and guidance_scale not in (None, 0, 1):
-        raise ValueError(f"guidance_scale {guidance_scale}: guidance needs labels; give y")
+    _check_guidance(y, 1 if guidance_scale is None else guidance_scale)
     guidance_scale = ddpm.guidance_scale if guidance_scale is None else guidance_scale
     check_number("guidance_scale", guidance_scale)
     last = ddpm.num_timesteps - 1
@@ -349,6 +345,11 @@ def _sampling_defaults(ddpm, n, y, sampler, eta, guidance_scale, xT, start, batc
         check_whole("start", start, 0, last, ", a timestep")
         raise ValueError(f"start {start} without xT: pure noise belongs to timestep {last}; give xT")
     return eta, order, guidance_scale
+
+
+def _check_guidance(y, guidance_scale):
+    if y is None and guidance_scale not in (0, 1):
+        raise ValueError(f"guidance_scale {guidance_scale}: guidance needs labels; give y")
 
 
 def _mixing_weights(weights):
@@ -363,10 +364,7 @@ def _mixing_weights(weights):
 
 
 def walk(ddpm, xt, timesteps, y, guidance_scale, eta, order, generator=None, batch_size=256, bar=None):
-    """The sampling loop: yields the predicted x0 and the new x_t after every step along `timesteps`.
-
-    `order` 2 is DPM-Solver++. The network sees `batch_size` images at a time.
-    """
+    """The sampling loop: yields the predicted x0 and the new x_t after every step. `order` 2 is DPM-Solver++."""
     x0_before = t_before = None
     for now, after in pairwise(timesteps):
         t, s = (torch.full((len(xt),), i, device=ddpm.device) for i in (now, after))
@@ -389,8 +387,7 @@ def _denoise_in_batches(ddpm, xt, t, y, guidance_scale, batch_size, bar):
         parts.append(ddpm.denoise(*part, guidance_scale))
         if bar is not None:
             bar.update(len(part[0]))
-    x0, eps, variance_fraction = zip(*parts)
-    return torch.cat(x0), torch.cat(eps), None if variance_fraction[0] is None else torch.cat(variance_fraction)
+    return [None if found[0] is None else torch.cat(found) for found in zip(*parts)]
 
 
 @contextmanager

@@ -244,7 +244,7 @@ def make_betas(schedule, num_timesteps, zero_terminal_snr=False):
 
 def check_choice(name, value, choices):
     """ValueError if the value is none of the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} {value!r}: expected {' or '.join(map(repr, choices))}")
 
 

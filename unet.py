@@ -5,6 +5,7 @@ resolutions, skips from the way down to the way up.
 """
 
 import math
+import numbers
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,7 @@ class UNet(nn.Module):
                            attention_resolutions=tuple(attention_resolutions), dropout=dropout,
                            time_emb_dim=time_emb_dim, num_classes=num_classes, patch_size=patch_size,
                            num_heads=num_heads, adaptive_norm=adaptive_norm, out_channels=out_channels)
+        self.image_shape = (channels, image_size, image_size)
         self.num_classes = num_classes
         self.patch_size = patch_size
         resolutions = _check(self.config)
@@ -102,7 +104,7 @@ class UNet(nn.Module):
             trained for, and behind it what places a learned variance, if it has one.
 
         Raises:
-            ValueError: for labels given to an unconditional network.
+            ValueError: labels for an unconditional network, or images of another shape.
         """
         embedding = self.time_embedding(t)
         if self.label_embedding is not None:
@@ -111,6 +113,8 @@ class UNet(nn.Module):
             embedding = embedding + self.label_embedding(y)
         elif y is not None:
             raise ValueError("y: labels were given to an unconditional network; build it with num_classes")
+        if xt.shape[1:] != self.image_shape:
+            raise ValueError(f"xt of shape {tuple(xt.shape)}: expected (N, {', '.join(map(str, self.image_shape))})")
         embedding = F.silu(embedding)
 
         h = self.conv_in(F.pixel_unshuffle(xt, self.patch_size))
@@ -259,11 +263,13 @@ def _check(config):
     """The height of the feature maps of each level, if the numbers fit together; ValueError if not."""
     for name in ("image_size", "channels", "base_channels", "num_res_blocks", "time_emb_dim", "patch_size",
                  "num_heads", "out_channels"):
+        if not isinstance(config[name], numbers.Integral) or isinstance(config[name], bool):
+            raise ValueError(f"{name} {config[name]!r}: expected a whole number")
         if config[name] < 1:
             raise ValueError(f"{name} {config[name]}: expected at least 1")
     if config["base_channels"] % NUM_GROUPS:
         raise ValueError(f"base_channels {config['base_channels']}: expected a multiple of {NUM_GROUPS}")
-    if not 0 <= config["dropout"] < 1:
+    if not isinstance(config["dropout"], numbers.Real) or not 0 <= config["dropout"] < 1:
         raise ValueError(f"dropout {config['dropout']}: expected a probability from 0 to below 1")
     levels, patch_size = len(config["channel_mult"]), config["patch_size"]
     if not levels or min(config["channel_mult"]) < 1:

@@ -629,7 +629,7 @@ def test_a_saved_model_comes_back_whole(tmp_path):
 
 def test_another_network_is_given_to_load(tmp_path):
     DDPM(torch.nn.Conv2d(3, 3, 1)).save(tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="not a UNet"):
+    with pytest.raises(ValueError, match="not a plain UNet"):
         DDPM.load(tmp_path / "model.pt")
     with pytest.raises(ValueError, match="do not fit"):
         DDPM.load(tmp_path / "model.pt", network=torch.nn.Conv2d(3, 3, 3))
@@ -702,3 +702,228 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path):
     assert "\n" not in str(error.value)
     assert load_checkpoint(path, ["step"]) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+# Wrapped and changed networks
+
+
+class Hidden(torch.nn.Module):
+    """Someone's wrapper, which passes calls on and attributes not."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.inside = network
+
+    def forward(self, *args):
+        return self.inside(*args)
+
+
+class Changed(UNet):
+    """A UNet that computes something else with the same weights."""
+
+    def forward(self, xt, t, y=None):
+        return -super().forward(xt, t, y)
+
+
+def compiled_inside(network):
+    network.middle[0] = torch.compile(network.middle[0], backend="eager")
+    return network
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda network: torch.compile(network, backend="eager"), torch.nn.DataParallel, compiled_inside,
+    lambda network: torch.compile(torch.nn.DataParallel(torch.compile(network, backend="eager")), backend="eager")])
+def test_a_wrapped_network_is_saved_as_what_is_inside(tmp_path, wrap):
+    plain = small_unet()
+    expected = DDPM(plain, sample_steps=2).sample(2, y=[3, 4], seed=0)
+    ddpm = DDPM(wrap(plain), sample_steps=2)
+    assert ddpm.num_classes == 10
+    torch.testing.assert_close(ddpm.sample(2, y=[3, 4], seed=0), expected)
+    ddpm.save(tmp_path / "model.pt")
+    names = torch.load(tmp_path / "model.pt", weights_only=True)["weights"]
+    assert list(names) == [f"network.{name}" for name in small_unet().state_dict()]
+    torch.testing.assert_close(DDPM.load(tmp_path / "model.pt", "cpu").sample(2, y=[3, 4], seed=0), expected)
+    again = DDPM.load(tmp_path / "model.pt", "cpu", network=torch.compile(small_unet(), backend="eager"))
+    torch.testing.assert_close(again.sample(2, y=[3, 4], seed=0), expected)
+
+
+def exchanged(network):
+    network.conv_out = torch.nn.Sequential(network.conv_out, torch.nn.Tanh())
+    return network
+
+
+def normed(network):
+    torch.nn.utils.parametrizations.weight_norm(network.conv_in)
+    return network
+
+
+@pytest.mark.parametrize("change", [lambda network: Changed(**network.config), exchanged, normed])
+def test_a_changed_unet_is_not_rebuilt_as_the_plain_one(tmp_path, change):
+    ddpm = DDPM(change(small_unet()), sample_steps=2)
+    ddpm.save(tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="not a plain UNet; give load"):
+        DDPM.load(tmp_path / "model.pt")
+    again = DDPM.load(tmp_path / "model.pt", "cpu", change(small_unet()))
+    assert torch.equal(again.sample(1, y=1, seed=0), ddpm.sample(1, y=1, seed=0))
+
+
+def test_a_wrapper_that_hides_the_labels_is_refused_and_one_that_tells_them_is_not(tmp_path):
+    with pytest.raises(ValueError, match="Hidden has no num_classes, but its part inside knows 10 labels"):
+        DDPM(Hidden(small_unet()))
+    network = Hidden(small_unet())
+    network.num_classes = 10
+    assert DDPM(network, sample_steps=1).sample(1, y=3).shape == (1, 3, 32, 32)
+    network.num_classes = None  # on purpose
+    assert DDPM(network).num_classes is None
+    assert DDPM(Hidden(torch.nn.Conv2d(3, 3, 1))).num_classes is None
+
+
+def test_a_file_of_another_version_is_one_line(tmp_path):
+    DDPM(small_unet()).save(tmp_path / "model.pt")
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    for part in ("network", "diffusion"):
+        save_checkpoint(tmp_path / "new.pt", saved | {part: saved[part] | {"new_setting": 1}})
+        with pytest.raises(ValueError, match="new.pt: written by another version of this code .*new_setting"):
+            DDPM.load(tmp_path / "new.pt")
+
+
+# Batches, seeds, and arguments that need one another
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("options", [{}, {"y": 1, "guidance_scale": 2.0}, {"eta": 0.5}, {"return_sequence": True}])
+def test_batches_do_not_change_an_image(sampler, options):
+    ddpm = gaussian(means=(-0.4, 0.4), sampler=sampler, sample_steps=6)
+    whole = ddpm.sample(8, seed=0, batch_size=8, **options)
+    for batch_size in (1, 3, 4, 256):
+        assert torch.equal(ddpm.sample(8, seed=0, batch_size=batch_size, **options), whole)
+    torch.manual_seed(1)
+    whole = ddpm.sample(8, **options)  # from the global state too
+    torch.manual_seed(1)
+    assert torch.equal(ddpm.sample(8, batch_size=3, **options), whole)
+
+
+def test_batches_do_not_change_an_image_of_a_unet_a_mixture_or_a_bound():
+    ddpm = DDPM(small_unet(), sample_steps=4)
+    torch.testing.assert_close(ddpm.sample(5, seed=0, batch_size=2), ddpm.sample(5, seed=0), rtol=0, atol=1e-4)
+    ddpm = gaussian(num_timesteps=50, sample_steps=10)
+    a, b = torch.full((3, 1, 8, 8), 0.2), torch.full((3, 1, 8, 8), 0.4)
+    mixed = [ddpm.interpolate(a, b, [0.2, 0.7], t=30, seed=1, batch_size=batch_size) for batch_size in (2, 256)]
+    assert torch.equal(*mixed)
+    bits = [ddpm.bits_per_dim(a, seed=1, terms=7, batch_size=batch_size) for batch_size in (1, 2, 256)]
+    assert all(torch.equal(found.rate, bits[0].rate) and found.total == bits[0].total for found in bits)
+
+
+@pytest.mark.parametrize("call", [
+    lambda ddpm, x: ddpm.sample(4, seed=3, steps=3, sampler="ddpm"),
+    lambda ddpm, x: ddpm.sample(4, seed=3, steps=3, sampler="ddpm", xT=x),
+    lambda ddpm, x: ddpm.interpolate(x, x, [0.5], t=20, seed=3, steps=3, sampler="ddpm"),
+    lambda ddpm, x: ddpm.interpolate(x, x, [0.5, 0.7], t=20, seed=3, steps=2, sampler="sde-dpm++"),
+    lambda ddpm, x: ddpm.bits_per_dim(x, seed=3, terms=5)])
+def test_no_noise_is_drawn_twice_from_a_seed(call, monkeypatch):
+    drawn, randn = [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *args, **options: (drawn.append(randn(*args, **options)), drawn[-1])[1])
+    call(gaussian(num_timesteps=50), torch.zeros(4, 1, 8, 8))
+    first = torch.stack([noise.flatten()[i * 256:i * 256 + 50] for noise in drawn
+                         for i in range(noise.numel() // 256)])  # each four images
+    assert len(first) >= 2 and len(first.unique(dim=0)) == len(first)
+
+
+def test_a_generator_takes_the_place_of_a_seed():
+    ddpm, generator = gaussian(), torch.Generator().manual_seed(5)
+    first, second = (ddpm.sample(2, steps=3, seed=generator) for _ in range(2))
+    assert torch.equal(first, ddpm.sample(2, steps=3, seed=5)) and not torch.equal(first, second)
+
+
+IMAGES, T = torch.zeros(2, 1, 8, 8), torch.tensor([5, 5])
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda m: m.sample(2, start=100), "start 100 without xT: pure noise belongs to timestep 999"),
+    (lambda m: m.sample(2, start=0, steps=1), "start 0 without xT"),
+    (lambda m: m.sample(2, steps=2.0), "steps 2.0: expected a whole number"),
+    (lambda m: m.sample(2.0), "n 2.0: expected a whole number"),
+    (lambda m: m.sample("2"), "n '2': expected a whole number"),
+    (lambda m: m.sample(2, batch_size=None), "batch_size None: expected a whole number"),
+    (lambda m: m.sample(2, eta="1"), "eta '1': expected a number"),
+    (lambda m: m.sample(2, y=1, guidance_scale=math.nan), "guidance_scale nan: expected a finite number"),
+    (lambda m: m.sample(2, y=1, guidance_scale="2"), "guidance_scale '2': expected a number"),
+    (lambda m: m.sample(2, y="3"), "y '3': expected whole numbers"),
+    (lambda m: m.sample(2, y=[True, False]), "y of torch.bool: expected whole numbers"),
+    (lambda m: m.sample(2, seed=1.5), "seed 1.5: expected a whole number"),
+    (lambda m: m.sample(2, seed=-1), "seed -1: expected a whole number from 0"),
+    (lambda m: m.sample(2, sampler=["ddpm"]), "sampler .'ddpm'.: expected 'ddpm' or"),
+    (lambda m: m.sample(2, xT=torch.zeros(2, 8, 8)), r"xT of shape \(2, 8, 8\): expected \(2, 1, 8, 8\)"),
+    (lambda m: m.sample(2, xT=[[0.0]]), "xT of type list: expected a tensor of floating-point images"),
+    (lambda m: m.sample(2, xT=IMAGES.long()), "xT of torch.int64: expected a tensor of floating-point images"),
+    (lambda m: m(torch.zeros(2, 1, 28, 28)), r"x0 of shape \(2, 1, 28, 28\): expected \(N, 1, 8, 8\)"),
+    (lambda m: m(torch.zeros(2, 3, 8, 8)), r"x0 of shape \(2, 3, 8, 8\): expected \(N, 1, 8, 8\)"),
+    (lambda m: m(IMAGES.byte()), "x0 of torch.uint8"),
+    (lambda m: m(IMAGES, eps=torch.zeros(1, 1, 8, 8)), r"eps of shape \(1, 1, 8, 8\): expected \(2, 1, 8, 8\)"),
+    (lambda m: m(IMAGES, [0, 3]), "y from 0 to 3: expected labels from 0 to 2"),
+    (lambda m: m(IMAGES, [0]), "y of 1 labels: expected 2"),
+    (lambda m: m(IMAGES, reduction="sum"), "reduction 'sum': expected 'mean' or 'none'"),
+    (lambda m: m(IMAGES, [0, 1], references=(IMAGES, None)), "references without labels"),
+    (lambda m: m.predict(torch.zeros(2, 1, 4, 4), T), r"xt of shape \(2, 1, 4, 4\): expected \(N, 1, 8, 8\)"),
+    (lambda m: m.predict(IMAGES, T, guidance_scale=2.0), "guidance_scale 2.0: guidance needs labels; give y"),
+    (lambda m: m.p_mean_variance(IMAGES, T, guidance_scale=2.0), "guidance_scale 2.0: guidance needs labels"),
+    (lambda m: m.step(IMAGES, IMAGES, T, T - 1, eta=1.0), "noise: eta 1.0 needs standard normal noise"),
+    (lambda m: m.step(IMAGES, IMAGES, T, T - 1, eta=0.1), "noise: eta 0.1 needs standard normal noise"),
+    (lambda m: m.timesteps(10.0), "steps 10.0: expected a whole number"),
+    (lambda m: m.timesteps(3, start=2.5), "start 2.5: expected a whole number"),
+    (lambda m: m.timesteps(3, spacing="even"), "timestep_spacing 'even'"),
+    (lambda m: m.interpolate(IMAGES, IMAGES, 0.5, t=100), "weights 0.5: expected a list of numbers from 0 to 1"),
+    (lambda m: m.interpolate(IMAGES, IMAGES, ["a"], t=100), "weights .'a'.: expected a list of numbers"),
+    (lambda m: m.interpolate(IMAGES, IMAGES, [0.5], t=1.5), "t 1.5: expected a whole number"),
+    (lambda m: m.interpolate(IMAGES[..., :4], IMAGES, [0.5], t=10), r"x0 of shape \(2, 1, 8, 4\)"),
+    (lambda m: m.interpolate(IMAGES, IMAGES[:, :, :4], [0.5], t=10), r"other of shape \(2, 1, 4, 8\)"),
+    (lambda m: m.bits_per_dim(torch.zeros(2, 1, 9, 9)), r"x0 of shape \(2, 1, 9, 9\): expected \(N, 1, 8, 8\)"),
+    (lambda m: m.bits_per_dim(IMAGES, terms=3.0), "terms 3.0: expected a whole number"),
+    (lambda m: m.bits_per_dim(IMAGES, seed="0"), "seed '0': expected a whole number"),
+])
+def test_an_argument_of_another_kind_or_without_its_partner_is_one_line(call, words):
+    with pytest.raises(ValueError, match=words) as error:
+        call(gaussian(means=(-0.4, 0.4)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(num_timesteps=10.0), "num_timesteps 10.0: expected a whole"), (dict(image_size="8"), "image_size '8'"),
+    (dict(channels=0), "channels 0: expected at least 1"), (dict(sample_steps=2.5), "sample_steps 2.5: expected"),
+    (dict(min_snr_gamma="5"), "min_snr_gamma '5': expected"), (dict(min_snr_gamma=math.inf), "min_snr_gamma inf"),
+    (dict(guidance_scale=None), "guidance_scale None: expected a number"), (dict(variance=None), "variance None"),
+    (dict(guidance_scale=2.0), "guidance_scale 2.0: the network is unconditional; expected 1"),
+    (dict(prediction="v", zero_terminal_snr=True, min_snr_gamma=5.0), "min_snr_gamma 5.0 with zero_terminal_snr"),
+    (dict(timestep_spacing="log"), "timestep_spacing 'log'")])
+def test_settings_of_another_kind_or_that_do_not_work_together_are_one_line(settings, words):
+    with pytest.raises(ValueError, match=words) as error:
+        DDPM(torch.nn.Identity(), **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_learned_variance_needs_its_fraction():
+    ddpm = DDPM(torch.nn.Identity(), image_size=8, channels=1, variance="learned")
+    with pytest.raises(ValueError, match="variance_fraction: expected that of the network"):
+        ddpm.step(IMAGES, IMAGES, T, T - 1, eta=1.0, noise=IMAGES)
+    assert ddpm.step(IMAGES, IMAGES, T, T - 1).shape == IMAGES.shape  # DDIM needs none
+
+
+def test_a_network_of_ones_own_is_told_no_label_by_the_label_that_means_it():
+    seen = []
+
+    class Own(torch.nn.Module):
+        num_classes = 7
+
+        def forward(self, xt, t, y):
+            seen.append(y.tolist())  # None has no tolist
+            return torch.zeros_like(xt)
+
+    ddpm = DDPM(Own(), image_size=8, channels=1, num_timesteps=10).eval()
+    ddpm(IMAGES)
+    ddpm.predict(IMAGES, T)
+    ddpm.predict(IMAGES, T, torch.tensor([1, 2]), guidance_scale=0)
+    ddpm.bits_per_dim(IMAGES, terms=2)
+    ddpm.interpolate(IMAGES, IMAGES, [0.5], t=3, steps=1)
+    assert seen == [[7, 7]] * 6
+    ddpm.sample(2, y=[1, 2], guidance_scale=2.0, steps=1)
+    assert seen[-1] == [1, 2, 7, 7]
