@@ -324,7 +324,7 @@ class DDPM(GaussianProcess):
         return ddpm.to(device).eval()
 
 
-# The names of all settings, taken from the signatures: what `save` keeps and what a config has to say.
+# The names of all settings, from the signatures: `save` keeps them, and a config must have them.
 SETTINGS = tuple(name for kind in (GaussianProcess, DDPM) for name in inspect.signature(kind).parameters
                  if name not in ("network", "process"))
 

@@ -2,12 +2,55 @@
 
 import math
 from collections import deque
+from statistics import NormalDist
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timesteps import ImportanceSampler
+from test_diffusion import gaussian
+from test_likelihood import pixels
+
+from timesteps import ImportanceSampler, make_timesteps
+
+
+@pytest.mark.parametrize("sampling, std", [("uniform", None), ("logit-normal", 0.6), ("logit-normal", 2.0)])
+def test_draws_follow_their_law(sampling, std):
+    torch.manual_seed(0)
+    timesteps = make_timesteps(sampling, 1000, std or 0.3)
+    t, weights = timesteps.sample(20_000)
+    timesteps.update(t, torch.rand(20_000))
+    assert t.dtype == torch.long and weights.dtype == torch.float32 and (weights == 1).all()
+    assert t.min() >= 0 and (900 if std == 0.6 else 970) < t.max() < 1000
+    for share in (0.1, 0.25, 0.5, 0.75, 0.9):
+        below = NormalDist(0, std).cdf(math.log(share / (1 - share))) if std else share
+        assert (t < 1000 * share).double().mean() == pytest.approx(below, abs=0.015)  # 4 standard deviations
+    assert timesteps.state_dict() == {}
+
+
+def test_an_unknown_sampling_is_one_line():
+    with pytest.raises(ValueError, match="timestep_sampling 'normal': expected one of uniform, logit-normal, imp"):
+        make_timesteps("normal", 10)
+
+
+def test_the_bound_is_what_is_trained_by_uniform_and_importance_sampled_timesteps_alone():
+    """Weights of 1 at logit-normal timesteps minimise something else: train_eval.py refuses them with 'vlb'."""
+    ddpm, x0 = gaussian(num_timesteps=20, loss="vlb"), pixels(500)
+    bits = ddpm.bits_per_dim(x0, seed=1)
+    torch.manual_seed(0)
+    means = {}
+    for sampling in ("uniform", "importance", "logit-normal"):
+        timesteps, losses = make_timesteps(sampling, 20), []
+        for _ in range(40):
+            t, weights = timesteps.sample(500)
+            found = ddpm(x0, t=t, reduction="none")
+            timesteps.update(t, found)
+            losses.append((weights * found).mean())
+        means[sampling] = torch.stack(losses).mean().item()
+    assert means["uniform"] == pytest.approx(bits.kl + bits.decoder, rel=0.05)
+    assert means["importance"] == pytest.approx(bits.kl + bits.decoder, rel=0.05)
+    assert means["logit-normal"] < 0.8 * (bits.kl + bits.decoder)
+
 
 # Timesteps by importance
 

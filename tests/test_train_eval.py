@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import NormalDist
 from types import SimpleNamespace
 
 import matplotlib
@@ -31,6 +30,7 @@ from dataprocess import load_data
 from diffusion import DDPM
 from ema import EMA
 from support import machine
+from support.checkpoint import RunFolder
 from support.monitor import FIELDS, RunningStats
 from timesteps import ImportanceSampler, make_timesteps
 from unet import UNet
@@ -198,26 +198,13 @@ def test_a_training_step_gives_the_network_labels_and_bf16_and_clips_the_gradien
     assert norm > 0.01 and norms[0].item() == pytest.approx(0.01, rel=1e-3) and ema.step == 1
 
 
-@pytest.mark.parametrize("sampling, std", [("uniform", None), ("logit-normal", 0.6), ("logit-normal", 2.0)])
-def test_timesteps_are_drawn_as_asked(sampling, std):
-    config, _ = train_eval.configure([*SMALL, "--timestep_sampling", sampling, "--timestep_std", str(std or 0.3)])
-    drawn = []
-
-    class Model(torch.nn.Linear):
-        def forward(self, x0, y, t, references, reduction):
-            drawn.append(t)
-            return super().forward(x0[:, 0, 0, :1]).flatten()
-
-    ddpm = Model(1, 1)
-    state = {"optimizer": torch.optim.SGD(ddpm.parameters(), lr=0.0), "ema": EMA(ddpm),
+def test_timesteps_are_drawn_as_asked():
+    config, _ = train_eval.configure([*SMALL, "--timestep_sampling", "logit-normal", "--timestep_std", "0.001"])
+    ddpm = train_eval.build(config)
+    state = {"optimizer": torch.optim.SGD(ddpm.parameters(), lr=0.0), "ema": EMA(ddpm.network),
              "timesteps": timesteps_of(config)}
-    torch.manual_seed(0)
-    losses, weights, t, _ = train_eval.train_step(config, ddpm, state, torch.rand(20_000, 1, 1, 1), None)
-    assert torch.equal(t, drawn[0]) and t.dtype == torch.long and (weights == 1).all()
-    assert t.min() >= 0 and (900 if std == 0.6 else 970) < t.max() < config.num_timesteps
-    for share in (0.1, 0.25, 0.5, 0.75, 0.9):
-        below = NormalDist(0, std).cdf(math.log(share / (1 - share))) if std else share
-        assert (t < 1000 * share).double().mean() == pytest.approx(below, abs=0.015)  # 4 standard deviations
+    _, weights, t, _ = train_eval.train_step(config, ddpm, state, torch.rand(50, 3, 32, 32), torch.arange(50) % 10)
+    assert ((t - 500).abs() < 3).all() and (weights == 1).all()  # the law itself: test_timesteps.py
 
 
 def test_no_logit_normal_timestep_lies_beyond_the_last():
@@ -525,7 +512,8 @@ def test_evaluate_draws_and_measures_the_best_model_again(trained, capsys):
     _, images = load_data("mnist" if "mnist" in done.stdout else "glyphs", DATA_DIR, test_size=100)
     bits = ddpm.bits_per_dim(*images.batch(torch.arange(100)), terms=10, seed=0)
     assert line == (f"bits per dimension given the label {bits.total:.4f} +- {bits.standard_error:.4f}: prior "
-                    f"{bits.prior:.4f}, KL terms {bits.kl:.4f}, decoder {bits.decoder:.4f} (100 images, 10 of 10 terms)")
+                    f"{bits.prior:.4f}, KL terms {bits.kl:.4f}, decoder {bits.decoder:.4f} (100 images, 10 of 10 "
+                    "terms)")
     assert (save_dir / "samples" / "final.png").read_bytes() == before
     assert train_eval.main(["--evaluate", "--save_dir", str(save_dir), "--device", "cpu"]) == 0
     again = capsys.readouterr().out
@@ -605,6 +593,78 @@ def test_too_few_images_to_measure_with_cost_a_line_and_not_the_run(data_flags, 
     out, written = capsys.readouterr().out, json.loads((tmp_path / "evaluation.json").read_text())
     assert written["samples"] == size and ("frechet" in written) == (size >= 65) and ("recall" in written) == (size > 3)
     assert ("left out, since there are too few images: Fr" in out) == (size < 65)
+
+
+@pytest.mark.parametrize("what, words, error", [
+    ("metrics.measure", "measuring samples failed", RuntimeError("unexpected pos 1 vs 2\nlong story")),
+    ("metrics.measure", "measuring samples failed", KeyError("frechet")),
+    ("metrics.load_classifier", "measuring samples failed", OSError(28, "No space left on device")),
+    ("test_loss", "the test loss failed", torch.OutOfMemoryError("CUDA out of memory.")),
+    ("draw", "a grid of samples failed", MemoryError())])
+def test_an_evaluation_that_fails_is_a_warning_and_loses_nothing(data_flags, tmp_path, capsys, monkeypatch, what, words,
+                                                                 error):
+    """last.pt is saved before the epoch is evaluated."""
+    def fail(*args, **options):
+        saved.append(torch.load(tmp_path / "last.pt", weights_only=True)["step"])
+        raise error
+
+    saved, (place, _, name) = [], what.rpartition(".")
+    monkeypatch.setattr(metrics if place else train_eval, name, fail)
+    monkeypatch.setattr(train_eval, "draw_final", lambda run: True)  # it draws too
+    flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--epochs", 1, "--sample_every", 20, "--save_every", 99]
+    assert train_eval.main([*map(str, flags)]) == 0
+    err = capsys.readouterr().err
+    assert f"{words} ({type(error).__name__}" in err and "the run goes on" in err and "long story" not in err
+    assert set(saved) == {20} and state(tmp_path)["step"] == 20
+    assert DDPM.load(tmp_path / "best_model.pt", "cpu").info["step"] == 20
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data_flags):
+    """A run that nobody interrupts, with an entry in the curves at every step at which it may be cut."""
+    save_dir = tmp_path_factory.mktemp("whole")
+    flags = [*SMALL, *data_flags, "--use_conditional_generation", "--log_every", 10, "--dropout", 0.1]
+    assert train_eval.main([*map(str, flags), "--save_dir", str(save_dir)]) == 0
+    return save_dir, flags
+
+
+@pytest.mark.parametrize("what, call, step", [
+    ("metrics.measure", 1, 20), ("test_loss", 1, 20), ("metrics.measure", 2, 40), ("draw", 1, 10)])
+def test_ctrl_c_in_an_evaluation_ends_it_at_once_and_the_run_goes_on_to_the_same_bits(whole, tmp_path, capsys,
+                                                                                      monkeypatch, what, call, step):
+    save_dir, flags = whole
+    place, _, name = what.rpartition(".")
+    place = metrics if place else train_eval
+    function, calls = getattr(place, name), []
+
+    def pressed(*args, **options):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("still here after Ctrl-C")
+        return function(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, pressed)
+        assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path / "cut")]) == 130
+    out = capsys.readouterr()
+    assert f"stopped at step {step}; everything is saved" in out.out and "failed" not in out.err
+    assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["step"] == step
+    assert train_eval.main(["--resume", "--save_dir", str(tmp_path / "cut"), "--device", "cpu"]) == 0
+    assert same(state(tmp_path / "cut"), state(save_dir))
+    assert same(*(torch.load(run / "best_model.pt", weights_only=True)["weights"]
+                  for run in (tmp_path / "cut", save_dir)))
+
+
+def test_two_runs_in_one_folder(trained, tmp_path, capsys):
+    """The second is refused and leaves the folder as it was; evaluating a run that goes on is allowed."""
+    save_dir, flags, _ = trained
+    before = {path: path.stat().st_mtime_ns for path in save_dir.rglob("*")}
+    with RunFolder(save_dir, new=False):
+        line = refused(capsys, *flags, "--save_dir", save_dir)
+        assert f"in use by process {os.getpid()}" in line and "another --save_dir" in line
+        assert "in use by" in refused(capsys, "--resume", "--save_dir", save_dir)
+    assert {path: path.stat().st_mtime_ns for path in save_dir.rglob("*")} | before == before
 
 
 def test_divergence_stops_the_run_names_the_step_and_keeps_the_checkpoint(tmp_path, data_flags):
