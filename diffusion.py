@@ -17,8 +17,7 @@ from support.machine import make_generator
 from unet import UNet, is_plain_unet, num_classes_of
 
 LOSSES = ("mse", "l1", "vlb")
-# Eta and order that make the one update each of them.
-SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2), "sde-dpm++": (1.0, 2)}
+SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2), "sde-dpm++": (1.0, 2)}  # eta and order of the step
 LABEL_DROPOUT = 0.1  # share of the labels left out in training, so that the network also learns 'no label'
 VLB_WEIGHT = 0.001  # lambda of Improved DDPM eq. 16
 

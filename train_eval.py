@@ -3,7 +3,6 @@
 Each constant is also a flag that replaces its line: `python train_eval.py --help` lists them.
 """
 
-import inspect
 import math
 import sys
 import time
@@ -18,11 +17,10 @@ from diffusion import DDPM, LOSSES, SAMPLERS, SETTINGS
 from ema import EMA
 from process import BETA_SCHEDULES, PREDICTIONS, SPACINGS, VARIANCES
 from support import configurator, machine, monitor
-from support.checkpoint import RunFolder, load_checkpoint, make_folder, restore, save_last
-from support.configurator import input_errors
+from support.checkpoint import RunFolder, load_last, make_folder, restore, save_last
 from support.machine import autocast, has_bf16, warning_if_it_fails
 from timesteps import TIMESTEP_SAMPLINGS, make_timesteps
-from unet import UNet
+from unet import UNET_SETTINGS, UNet
 
 # system
 device = "cuda" if torch.cuda.is_available() else "cpu"  # where to run; the defaults below depend on it
@@ -67,7 +65,9 @@ min_snr_gamma = 0.0  # cap on the SNR that weights the loss; 5 is usual, 0 turns
 
 # training
 batch_size = 16  # images per step
-timestep_sampling = "uniform" if cuda or loss == "vlb" or variance == "learned" else "logit-normal"  # or importance
+timestep_sampling = (
+    "uniform" if cuda or loss == "vlb" or variance == "learned" else "logit-normal"
+)  # which timesteps training sees more of: uniform (none), logit-normal (the middle), importance (those of high loss)
 timestep_std = 1.0 if use_conditional_generation else 0.6  # logit-normal only: smaller means closer to the middle
 epochs = 50 if cuda else 2  # passes over the training images; more give better digits
 learning_rate = 1e-4 if cuda else 1e-3  # peak learning rate of AdamW
@@ -99,8 +99,6 @@ sample_every = 5000 if cuda else 1000  # steps between grids; the first comes af
 save_every = 5000 if cuda else 500  # steps between saves of last.pt; each epoch and Ctrl-C save it too
 # end of constants
 
-UNET_SETTINGS = tuple(inspect.signature(UNet).parameters)
-LAST_KEYS = ("config", "step", "network", "optimizer", "warmup")  # some of what last.pt holds
 FIRST_SAMPLE = 200  # step of the first grid
 FEW_SAMPLES = 500  # number of images in the measurements during training
 CHOICES = {"dataset": DATASETS, "beta_schedule": BETA_SCHEDULES, "prediction": PREDICTIONS, "loss": LOSSES,
@@ -142,7 +140,7 @@ def configure(argv):
 def start_training(config):
     """A new run. Returns whether it came to its end."""
     run = prepare(config)
-    with input_errors():
+    with configurator.input_errors():
         folder = RunFolder(config.save_dir, new=True)
     with folder, monitor.shown_at_both_ends(run.warning):
         return train(run) and draw_final(run)
@@ -150,11 +148,11 @@ def start_training(config):
 
 def resume_training(config, given):
     """Continue the run in save_dir from its last.pt. Returns whether it came to its end."""
-    with input_errors():
+    with configurator.input_errors():
         folder = RunFolder(config.save_dir, new=False)
     with folder:
-        with input_errors():
-            saved = load_checkpoint(Path(config.save_dir, "last.pt"), LAST_KEYS)
+        with configurator.input_errors():
+            saved = load_last(config.save_dir)
             config = configurator.adopt(config, given, saved["config"], configurator.FREE_TO_RESUME)
         run = prepare(config, saved)
         with monitor.shown_at_both_ends(run.warning):
@@ -163,7 +161,7 @@ def resume_training(config, given):
 
 def prepare(config, saved=None):
     """Everything that training needs, from the constants, as one namespace; `saved` is the last.pt to continue."""
-    with input_errors():
+    with configurator.input_errors():
         configurator.check_together(config)
         torch.manual_seed(config.seed)
         ddpm = build(config)
@@ -364,8 +362,8 @@ def draw(config, ddpm, n, **options):
 
 def draw_final(run):
     """After training: a grid of samples of best_model.pt by its own sampler. Returns True."""
-    config = run.config
-    ddpm = machine.place(DDPM.load(Path(config.save_dir) / "best_model.pt", config.device), config)
+    config, path = run.config, Path(run.config.save_dir) / "best_model.pt"
+    ddpm = machine.place(DDPM.load(path, run.config.device), run.config)
     machine.compile_network(config, ddpm, training=False)
     monitor.print_test_loss(config, ddpm.info["test_loss"], ddpm.info)
     draw_grid(config, ddpm)
@@ -374,7 +372,7 @@ def draw_final(run):
 
 def evaluate_model(config, given):
     """Measure best_model.pt of save_dir: test loss, bits per dimension, samples. Returns True."""
-    with input_errors():
+    with configurator.input_errors():
         path = Path(config.save_dir) / "best_model.pt"
         ddpm = DDPM.load(path, "cpu")
         info = ddpm.info
@@ -400,14 +398,14 @@ def evaluate_model(config, given):
 
 def evaluate_folder(config):
     """Measure the PNGs of a folder, one an image. Returns True."""
-    with input_errors():
+    with configurator.input_errors():
         configurator.check_together(config)
         samples, left_out = metrics.read_folder(config.evaluate)
         train_images, test_images = load_images(config)
         most = min(len(train_images), len(test_images))
         if len(samples) > most:
-            raise ValueError(f"evaluate {config.evaluate!r}: {len(samples)} PNGs; expected at most {most}, the number "
-                             "of real images to compare with")
+            raise ValueError(f"evaluate {config.evaluate!r}: {len(samples)} PNGs; expected at most {most}, as many as "
+                             "there are real images")
     monitor.print_left_out(left_out)
     with monitor.shown_at_both_ends(train_images.warning):
         monitor.report(config, *measure(config, samples, None, train_images, test_images),

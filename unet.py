@@ -4,6 +4,7 @@ The UNet of DDPM (arXiv 2006.11239, appendix B): residual blocks that are told t
 resolutions, skips from the way down to the way up.
 """
 
+import inspect
 import math
 import numbers
 
@@ -227,6 +228,9 @@ class Upsample(nn.Module):
 
     def forward(self, x, embedding):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+UNET_SETTINGS = tuple(inspect.signature(UNet).parameters)  # what a config must have to build one
 
 
 def num_classes_of(network):

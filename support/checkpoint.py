@@ -273,6 +273,11 @@ def save_last(config, state, progress):
         "config": vars(config), **progress, "rng": rng, **{name: part.state_dict() for name, part in state.items()}})
 
 
+def load_last(save_dir):
+    """What `save_last` wrote; ValueError, in one line, if it cannot be loaded."""
+    return load_checkpoint(Path(save_dir) / "last.pt", ("config", "step", "network", "optimizer", "warmup"))
+
+
 def restore(config, state, progress, saved, total_steps):
     """Put what `save_last` wrote back in place. Learning rate and length of the run are the config's."""
     for name, part in state.items():

@@ -45,9 +45,10 @@ from contestants import (  # noqa: E402
 import train_eval  # noqa: E402
 from dataprocess import load_data  # noqa: E402
 from ema import EMA  # noqa: E402
+from support import machine  # noqa: E402
 
 STEP_BYTES = 40  # a parameter, float32: read, written; gradient written, read; two moments and shadow read, written
-H100 = {"bf16": 989e12, "copy": 3.35e12, "memory": 80e9, "link": 450e9}  # dense, HBM3, NVLink one way: data sheet
+H100 = {"bf16": 989e12, "copy": 3.35e12, "memory": 80e9}  # dense, HBM3: data sheet
 COLUMNS = {"what": "{}", "ms": "{:.4g}", "images_s": "{:.4g}", "ratio": "{}", "equal_ops": "{:.2f}",
            "params_m": "{:.3f}", "gflop": "{:.4g}", "ceiling": "{:.1%}", "peak_mb": "{:.0f}", "note": "{}"}
 
@@ -223,12 +224,12 @@ class Bench:
         """Sixteen images of the CPU's default model, its own way and others."""
         config, n, steps = self.small, 16, self.small.sample_steps
         ddpm, y = train_eval.build(config), torch.arange(16, device=self.device) % 10
-        train_eval.compile_network(config, ddpm)
+        machine.compile_network(config, ddpm)
         xT = torch.randn(n, config.channels, config.image_size, config.image_size, device=self.device)
 
         def draw(**options):
             speed("ours")
-            with train_eval.autocast(config):
+            with machine.autocast(config):
                 ddpm.sample(n, y, **options)
 
         guidance = config.guidance_scale
@@ -345,21 +346,17 @@ class Bench:
                        note=f"{operations / before:.2f} times the operations" if changes else "")
 
     def on_paper(self):
-        """The reference on H100-class cards: counts over the data sheet's numbers, nothing measured."""
+        """The reference on an H100-class card: counts over the data sheet's numbers, nothing measured."""
         for batch in (16, 128):
             config = changed(self.reference, batch_size=batch, bf16=True)
             operations, moved, params, saved = count("ours", config)
             compute, memory = operations / H100["bf16"], moved / H100["copy"]
-            for cards in (1, 2, 8):
-                reduce = 2 * 4 * params * (cards - 1) / cards / H100["link"]
-                seconds, steps = max(compute, memory) + reduce, math.ceil(60_000 / batch / cards) * 50
-                note = (f"{1e3 * compute:.3g} ms products, {1e3 * memory:.3g} ms memory ({moved / 1e9:.3g} GB)"
-                        if cards == 1 else f"{1e3 * reduce:.3g} ms all-reduce, not overlapped: "
-                        f"{max(compute, memory) / seconds:.0%} efficient")
-                self.row("reference on H100 cards, on paper", f"batch {batch} a card, {cards} card{'s' * (cards > 1)}",
-                         ms=1e3 * seconds, images_s=batch * cards / seconds, params_m=params / 1e6,
-                         gflop=operations / 1e9, ceiling=compute / seconds, of="bf16",
-                         peak_mb=(20 * params + saved) / 1e6, note=f"{note}; 50 epochs {steps * seconds / 3600:.2g} h")
+            seconds, steps = max(compute, memory), math.ceil(60_000 / batch) * 50
+            note = f"{1e3 * compute:.3g} ms products, {1e3 * memory:.3g} ms memory ({moved / 1e9:.3g} GB)"
+            self.row("reference on one H100 card, on paper", f"batch {batch}", ms=1e3 * seconds,
+                     images_s=batch / seconds, params_m=params / 1e6, gflop=operations / 1e9,
+                     ceiling=compute / seconds, of="bf16", peak_mb=(20 * params + saved) / 1e6,
+                     note=f"{note}; 50 epochs {steps * seconds / 3600:.2g} h")
 
 
 # Measuring
@@ -381,7 +378,7 @@ def count(kind, config, sampling=False):
         return tensor
 
     with (FakeTensorMode(), mock.patch.object(nn.Module, "to", lambda self, *args, **options: self),
-          sdpa_kernel(SDPBackend.MATH), train_eval.autocast(config), FlopCounterMode(display=False) as counter):
+          sdpa_kernel(SDPBackend.MATH), machine.autocast(config), FlopCounterMode(display=False) as counter):
         ddpm = make(kind, config)
         x0 = torch.zeros(config.batch_size, config.channels, config.image_size, config.image_size)
         t = torch.zeros(len(x0), dtype=torch.long)
@@ -389,10 +386,10 @@ def count(kind, config, sampling=False):
         params = sum(p.numel() for p in ddpm.parameters())
         if sampling:
             with torch.no_grad():
-                ddpm.eval().predict(x0, t, y, config.guidance_scale)
+                ddpm.eval().denoise(x0, t, y, config.guidance_scale)
             return counter.get_total_flops(), 4 * params + 2 * x0.nbytes, params, 0
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            ddpm(x0, y).backward()
+            ddpm(x0).backward()  # labels cost nothing, and fake ones cannot be checked
         for p in ddpm.parameters():
             saved.pop(p.untyped_storage()._cdata, None)
         kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
@@ -426,7 +423,7 @@ def steps_here(device, kind, model, changes, steps, keep):
     if kind not in ("ours", "plain"):
         library(kind)
     if keep:
-        train_eval.keep_freed_memory()
+        machine.keep_freed_memory()
     before = memory("VmRSS")
     step, times = stepper(kind, changed(settings(model, device), **changes)), []
     for _ in range(steps):

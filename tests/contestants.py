@@ -16,8 +16,12 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_eval  # noqa: E402
+from dataprocess import Images  # noqa: E402
 from diffusion import DDPM  # noqa: E402
 from ema import EMA  # noqa: E402
+from support import configurator, machine  # noqa: E402
+from support.monitor import RunningStats  # noqa: E402
+from timesteps import UniformSampler  # noqa: E402
 from unet import Attention, GroupNorm  # noqa: E402
 
 NAMES = {"ours": "ours, as train_eval.py runs it", "plain": "the same network, plain fp32 eager",
@@ -26,11 +30,12 @@ NAMES = {"ours": "ours, as train_eval.py runs it", "plain": "the same network, p
 
 def settings(model, device):
     """The config of the 'reference' or the 'small' model, as train_eval.py would run it on this device."""
-    network = train_eval.read_constants({"device": "cuda" if model == "reference" else "cpu"})
-    here = train_eval.read_constants({"device": device})
-    config = {name: value for name, (_, value, _) in network.items()}
-    config |= {name: here[name][1] for name in ("device", "bf16", "use_compile")}
-    return argparse.Namespace(**{**config, "prediction": "eps"})  # the same loss for all; it costs the same as x0's
+    network, here = (
+        {name: value for name, (_, value, _) in configurator.read_constants(
+            train_eval.__file__, vars(train_eval), {"device": place}).items()}
+        for place in ("cuda" if model == "reference" else "cpu", device))
+    here = {name: here[name] for name in ("device", "bf16", "use_compile")}
+    return argparse.Namespace(**network | here | {"prediction": "eps"})  # the same loss for all; x0's costs the same
 
 
 def changed(config, **changes):
@@ -88,7 +93,7 @@ class Peer(nn.Module):
         attention = [size // 2**level in config.attention_resolutions for level in range(len(config.channel_mult))]
         module = library(kind)
         if kind == "diffusers":
-            self.num_classes = train_eval.NUM_CLASSES if config.use_conditional_generation else None
+            self.num_classes = Images.num_classes if config.use_conditional_generation else None
             self.net = module.UNet2DModel(
                 sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=config.num_res_blocks,
                 block_out_channels=[config.base_channels * mult for mult in config.channel_mult],
@@ -141,21 +146,22 @@ def stepper(kind, config):
     ddpm = make(kind, config)
     x0 = torch.rand(config.batch_size, config.channels, config.image_size, config.image_size,
                     device=config.device) * 2 - 1
-    y = torch.arange(config.batch_size, device=config.device) % train_eval.NUM_CLASSES
+    y = torch.arange(config.batch_size, device=config.device) % Images.num_classes
     if kind == "ours":
         optimizer = torch.optim.AdamW(ddpm.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
                                       fused=True)
-        parts = {"network": ddpm.network, "ema": EMA(ddpm.network, config.ema_decay, start=0), "optimizer": optimizer,
+        state = {"network": ddpm.network, "ema": EMA(ddpm.network, config.ema_decay, start=0), "optimizer": optimizer,
+                 "timesteps": UniformSampler(config.num_timesteps, config.device),
                  "warmup": torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=100),
                  "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100_000)}
-        train_eval.compile_network(config, ddpm)
-        window = train_eval.Window(config)
+        machine.compile_network(config, ddpm)
+        stats = RunningStats(config)
 
         def step():
             speed(kind)
-            window.add(*train_eval.train_step(config, ddpm, parts, x0, y))
-            if window.count == config.log_every:
-                window.read(0)
+            stats.add(*train_eval.train_step(config, ddpm, state, x0, y))
+            if stats.count == config.log_every:
+                stats.read(0)
         return step
 
     eager = {"foreach": False, "fused": False} if kind == "plain" else {}

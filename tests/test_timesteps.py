@@ -6,10 +6,9 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from test_diffusion import gaussian
 from test_likelihood import pixels
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timesteps import ImportanceSampler, make_timesteps
 
