@@ -491,6 +491,18 @@ def test_another_peak_while_the_rate_still_rises_keeps_the_share_of_the_rise(tmp
             2e-3 * rise * (1 + math.cos(math.pi * k / 400)) / 2, rel=1e-5), k
 
 
+def test_a_last_pt_of_an_older_version_still_goes_on(whole, tmp_path):
+    """Older ones have no state of timesteps that need none, no buffers of the shadow, and fewer constants."""
+    save_dir, flags = whole
+    saved = torch.load(save_dir / "last.pt", weights_only=True)
+    assert saved.pop("timesteps") == {} and saved["ema"].pop("buffers") == {}
+    del saved["config"]["timestep_spacing"]
+    torch.save(saved, tmp_path / "last.pt")
+    shutil.copy(save_dir / "best_model.pt", tmp_path)
+    assert train_eval.main(["--resume", "--save_dir", str(tmp_path), "--device", "cpu", "--epochs", "3"]) == 0
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 60
+
+
 def test_an_earlier_run_is_moved_aside_never_overwritten(trained, tmp_path, data_flags, capsys):
     flags = [*map(str, SMALL), *data_flags, "--save_dir", str(tmp_path), "--epochs", "1"]
     train_eval.main(flags)
