@@ -1,7 +1,7 @@
 """MNIST, or a data set like it, as batches of images in [-1, 1].
 
-A split is one uint8 tensor that lies on the device, where it is augmented and normalised a batch at a time. Where
-there is no MNIST, 'glyphs' stands in for it: digits drawn from the fonts of matplotlib.
+A split is one uint8 tensor on the device. Batches are augmented and normalised there. If MNIST cannot be had, 'glyphs'
+replaces it: digits drawn with the fonts of matplotlib.
 """
 
 import http.client
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 
 DATASETS = ("auto", "mnist", "fashion_mnist", "kmnist", "glyphs")
 
-# Names of classes in torchvision.datasets, and of the folders in `data_dir` where these keep their files.
+# Names of classes in torchvision.datasets, and of the folders in `data_dir` where they keep their files.
 TORCHVISION_NAMES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-DOWNLOAD_TIMEOUT = 10  # seconds without a byte
+DOWNLOAD_TIMEOUT = 10  # seconds without a byte before a download is given up
 
 GLYPHS_SIZES = (20_000, 2_000)  # train, test
-# The fonts of matplotlib that draw ten digits, less those that are others of them made slanted.
+# The fonts of matplotlib that have ten digits, without those that are slanted copies of others.
 GLYPHS_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif",
                 "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
                 "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmti10", "cmtt10")
@@ -34,25 +34,25 @@ GLYPHS_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMo
 
 def load_data(dataset="auto", data_dir="data", *, image_size=32, channels=3, train_size=60_000, test_size=10_000,
               augment=True, seed=0, device="cpu"):
-    """Load a data set, and download it first if it is not there.
+    """Load a data set. Files that are missing are downloaded first.
 
     Args:
-        dataset: one of `DATASETS`. 'auto' is MNIST or, where that is neither there nor to be downloaded, 'glyphs';
-            then `warning` of both splits says so, and it is for the caller to print it.
-        data_dir: folder in which torchvision keeps its data; MNIST lies in its subfolder MNIST/raw.
+        dataset: one of `DATASETS`. 'auto' is MNIST, or 'glyphs' if MNIST is neither in `data_dir` nor can be
+            downloaded. The attribute `warning` of both splits then says so; the caller should print it.
+        data_dir: folder in which torchvision keeps its data; MNIST is in its subfolder MNIST/raw.
         image_size: height and width that the images are resized to, in pixels.
-        channels: channels of a batch; all show the same grey.
+        channels: channels of a batch; all of them hold the same grey image.
         train_size, test_size: take the first so many images, or all if there are fewer.
-        augment: whether training images are shifted, turned and scaled a little, anew each time.
-        seed: decides, with the number of the epoch, the order of the images.
-        device: where batches are wanted.
+        augment: whether training images are shifted, rotated and scaled a little, differently each time.
+        seed: together with the number of the epoch it decides the order of the images.
+        device: device of the images and batches.
 
     Returns:
         The training and the test `Images`. Test images are never augmented.
 
     Raises:
-        ValueError: for an unknown data set or a size below 1, for a damaged file, for a `data_dir` that cannot be
-            written when it must be, and for a data set named that can be neither found nor downloaded.
+        ValueError: an unknown data set, a size below 1, a damaged file, a `data_dir` that a download cannot write to,
+            or a data set, other than 'auto', that is neither found nor downloaded.
     """
     if dataset not in DATASETS:
         raise ValueError(f"dataset {dataset!r}: expected one of {', '.join(DATASETS)}")
@@ -81,7 +81,7 @@ def load_data(dataset="auto", data_dir="data", *, image_size=32, channels=3, tra
             images, labels = _draw_glyphs(min(size, GLYPHS_SIZES[0 if train else 1]), seed=0 if train else 1)
         else:
             images, labels = _read(raw, *(FILES[:2] if train else FILES[2:]))
-        # Once and for all, and without a float copy of the whole set.
+        # Resized once, as uint8: a float copy of the whole set would take four times the memory.
         images = F.interpolate(images[:size, None], size=(image_size, image_size), mode="bilinear", antialias=True)
         return Images(name, images[:, 0], labels[:size], channels, augment and train, seed, device, warning)
 
@@ -92,11 +92,11 @@ class Images:
     """One split of a data set, whole in the memory of the device.
 
     Attributes:
-        name: of the data set, and never 'auto': 'mnist', 'fashion_mnist', 'kmnist' or 'glyphs'.
+        name: name of the data set: 'mnist', 'fashion_mnist', 'kmnist' or 'glyphs', never 'auto'.
         num_classes: labels are 0 to 9.
         images: grey, uint8, (N, image_size, image_size).
         labels: int64, (N,).
-        warning: text to show the user if this is not the data set that was wanted, or None.
+        warning: text to show the user if this is not the data set that was asked for, or None.
     """
 
     num_classes = 10
@@ -114,44 +114,44 @@ class Images:
         return len(self.images)
 
     def batch(self, index):
-        """Pick images, and augment them if this split does that.
+        """Pick images, and augment them if this split does so.
 
         Args:
-            index: which, a slice or a list or tensor of int64, (B,).
+            index: a slice, or a list or tensor of int64, (B,).
 
         Returns:
-            x0: float32, (B, channels, image_size, image_size), in [-1, 1], where black is -1. The channels are one
-                piece of memory, so copy it before writing into it.
-            y: labels, int64, (B,). Both are on the device.
+            x0: float32, (B, channels, image_size, image_size), in [-1, 1]; black is -1. All channels share their
+                memory, so copy it before you write into it.
+            y: labels, int64, (B,).
         """
         if isinstance(index, slice):
             x, y = self.images[index], self.labels[index]
-        else:  # index_select copies whole rows: 18 times as fast as brackets on a CPU
+        else:  # index_select copies whole rows: on a CPU it is 18 times as fast as brackets
             index = torch.as_tensor(index, device=self.images.device)
             x, y = self.images.index_select(0, index), self.labels.index_select(0, index)
         x = x.float()[:, None]
         if self.augment:
             x = _augment(x)
-        x0 = x.div_(127.5).sub_(1)  # in place: memory is what a large batch costs
+        x0 = x.div_(127.5).sub_(1)  # in place, to save memory
         return x0.expand(-1, self.channels, -1, -1), y
 
     def epoch(self, batch_size, epoch, start=0):
-        """Iterate over the batches of an epoch, (x0, y), in an order that only `seed` and `epoch` decide.
+        """Iterate over the batches of an epoch, (x0, y). `seed` and `epoch` alone decide their order.
 
         Every image comes once, and the last batch may be smaller. `start` skips so many batches.
         """
-        # numpy mixes the two numbers well; torch's generator on the CPU keeps 32 bits of one.
+        # numpy mixes the two numbers well; torch's CPU generator takes one number and keeps 32 bits of it.
         order = np.random.default_rng((epoch, self.seed)).permutation(len(self))
-        # Moved once an epoch: a step that sends its own indices would wait for the device.
+        # Moved once per epoch: if each step sent its own indices, it would wait for the device.
         order = torch.from_numpy(order).to(self.images.device)
         for index in order.split(batch_size)[start:]:
             yield self.batch(index)
 
 
 def _augment(x):
-    """Shift by up to 1/32 of the image, turn by up to 5 degrees, scale by up to 5 %; (N, 1, H, W) with black 0.
+    """Shift by up to 1/32 of the image, rotate by up to 5 degrees, scale by up to 5 %: (N, 1, H, W), black is 0.
 
-    No flips: the mirror image of a digit is not a digit. Randomness is torch's own, on the device of `x`.
+    There are no flips, since the mirror image of a digit is not a digit. Random numbers come from torch's global state.
     """
     turn, scale, *shift = torch.rand(4, len(x), device=x.device) * 2 - 1
     turn, scale = turn * math.radians(5), 1 + 0.05 * scale
@@ -159,12 +159,12 @@ def _augment(x):
     shift_x, shift_y = (s * 2 / 32 for s in shift)  # the image is 2 wide
     theta = torch.stack([cos, -sin, shift_x, sin, cos, shift_y], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, x.shape, align_corners=False)
-    # What comes from outside the image is 0. Rounding may pass white by a hair.
+    # Outside the image is black, 0. Rounding may exceed white, 255, a little.
     return F.grid_sample(x, grid, align_corners=False).clamp(max=255)
 
 
 def _check_files(raw):
-    """Check the files of a data set that are in the folder `raw`, and return the names of those that are not."""
+    """Check the files of a data set that are in the folder `raw`. Returns the names of the missing ones."""
     counts = {file: _check_file(raw / file) for file in FILES if os.path.exists(raw / file)}
     for images, labels in (FILES[:2], FILES[2:]):
         if images in counts and labels in counts and counts[images] != counts[labels]:
@@ -174,7 +174,7 @@ def _check_files(raw):
 
 
 def _check_file(path):
-    """Number of images or labels in an IDX file, after a look at its header and its length."""
+    """Check header and length of an IDX file. Returns its number of images or labels."""
     kind = "images" if "images" in path.name else "labels"
     fixed = (2051, 28, 28) if kind == "images" else (2049,)  # magic number, height, width
     header = struct.Struct(f">{1 + len(fixed)}i")  # the count stands second
@@ -196,11 +196,11 @@ def _check_file(path):
 
 
 def _download(name, raw, missing):
-    """Let torchvision download the `missing` files of a data set: -> None, or in one line why it could not."""
+    """Let torchvision download the `missing` files of a data set. Returns None, or in one line why it failed."""
     import torchvision
     try:
         raw.mkdir(parents=True, exist_ok=True)
-        # Files leave this folder when they are whole, so that a run cut short leaves no half of one behind.
+        # Files leave this folder when they are whole, so an interrupted download leaves no half of a file.
         staging = tempfile.TemporaryDirectory(dir=raw, prefix="download-")
     except OSError as error:
         raise ValueError(f"data_dir: {raw} cannot be written ({error.strerror}), and {name} is to be downloaded there; "
@@ -211,7 +211,7 @@ def _download(name, raw, missing):
         with staging:
             staged = Path(staging.name, *raw.parts[-2:])
             staged.mkdir(parents=True)
-            for archive in raw.glob("*.gz"):  # brought by hand: torchvision takes those that are whole
+            for archive in raw.glob("*.gz"):  # put there by hand: torchvision uses those that are whole
                 shutil.copy(archive, staged)
             getattr(torchvision.datasets, TORCHVISION_NAMES[name])(staging.name, download=True)
             for file in missing:
@@ -236,7 +236,7 @@ def _read(raw, images, labels):
 def _draw_glyphs(n, seed):
     """Draw `n` digits that look like MNIST's: -> uint8 (n, 28, 28), int64 (n,).
 
-    Fonts give the shapes; size, position, slant and stroke are random. Every ten have each digit once.
+    Fonts give the shapes; size, position, slant and stroke are random. Every ten images contain each digit once.
     """
     bank = _glyph_bank()
     generator = torch.Generator().manual_seed(seed)
@@ -261,7 +261,7 @@ def _draw_glyphs(n, seed):
 
 
 def _glyph_bank():
-    """Each digit in each font and stroke, twice as large as in MNIST: float (fonts * strokes, 10, 56, 56), 0 to 1."""
+    """Each digit in each font and stroke, at twice MNIST's size: float, (fonts * strokes, 10, 56, 56), 0 to 1."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
@@ -279,11 +279,11 @@ def _glyph_bank():
                 glyph.paste(drawn, ((56 - drawn.width) // 2, (56 - drawn.height) // 2))
                 bank.append(np.asarray(glyph))
     bank = torch.from_numpy(np.stack(bank)).view(-1, 10, 56, 56).float() / 255
-    return F.avg_pool2d(bank, 3, stride=1, padding=1)  # softened, because only a quarter of the pixels is sampled
+    return F.avg_pool2d(bank, 3, stride=1, padding=1)  # blurred, since later only a quarter of the pixels is sampled
 
 
 def _frame(*paragraphs):
-    """Text that cannot be overlooked."""
+    """Text in a frame of stars."""
     lines = [line for text in paragraphs
              for line in textwrap.wrap(text, 96, break_long_words=False, break_on_hyphens=False)]
     return "\n".join(["*" * 100, *(f"* {line}" for line in lines), "*" * 100])

@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 import likelihood
-from process import GaussianProcess, check_choice, check_images, check_labels, check_number, check_whole
+import process
+from process import GaussianProcess
 from support.checkpoint import load_checkpoint, load_state_dict, plain_state_dict, save_checkpoint, unwrapped
 from support.machine import make_generator
 from unet import UNet, is_plain_unet, num_classes_of
@@ -32,27 +33,26 @@ class DDPM(GaussianProcess):
         image_size: height and width of the images, in pixels.
         channels: channels of the images.
         loss: 'mse' or 'l1' between prediction and truth, or 'vlb', the variational bound (see `forward`).
-        min_snr_gamma: weight 'mse' and 'l1' by noise level as min(SNR, gamma) weights errors of x0; 0 does not.
-        sampler, sample_steps, guidance_scale: what `sample` does where its caller says nothing; `sample_steps` None
-            means all timesteps.
-        process: the settings of `GaussianProcess`: num_timesteps, beta_schedule, prediction, variance,
+        min_snr_gamma: cap on the SNR that weights 'mse' (2303.09556); 0 turns the weights off.
+        sampler, sample_steps, guidance_scale: the defaults of `sample`; `sample_steps` None means all timesteps.
+        settings: those of `GaussianProcess`: num_timesteps, beta_schedule, prediction, variance,
             zero_terminal_snr, timestep_spacing.
 
     Raises:
-        ValueError: a name or a number does not fit.
+        ValueError: an unknown name, a number out of range, or settings that do not fit together.
     """
 
     def __init__(self, network=None, *, image_size=32, channels=3, loss="mse", min_snr_gamma=0.0, sampler="ddpm",
-                 sample_steps=None, guidance_scale=1.0, **process):
-        super().__init__(**process)
-        check_whole("image_size", image_size, 1)
-        check_whole("channels", channels, 1)
-        check_choice("loss", loss, LOSSES)
-        check_choice("sampler", sampler, SAMPLERS)
-        check_number("min_snr_gamma", min_snr_gamma, 0)
-        check_number("guidance_scale", guidance_scale)
-        if min_snr_gamma and (loss == "vlb" or self.zero_terminal_snr):
-            other = "loss 'vlb', which has weights of its own" if loss == "vlb" else (
+                 sample_steps=None, guidance_scale=1.0, **settings):
+        super().__init__(**settings)
+        for name, value in (("image_size", image_size), ("channels", channels)):
+            process.check_whole(name, value, 1)
+        process.check_choice("loss", loss, LOSSES)
+        process.check_choice("sampler", sampler, SAMPLERS)
+        process.check_number("min_snr_gamma", min_snr_gamma, 0)
+        process.check_number("guidance_scale", guidance_scale)
+        if min_snr_gamma and (loss != "mse" or self.zero_terminal_snr):
+            other = f"loss {loss!r}: the weights are for squared errors" if loss != "mse" else (
                 "zero_terminal_snr: the timestep at which sampling starts would never be trained")
             raise ValueError(f"min_snr_gamma {min_snr_gamma} with {other}; expected 0")
         out_channels = 2 * channels if self.variance == "learned" else channels
@@ -76,7 +76,7 @@ class DDPM(GaussianProcess):
         self.sample_steps = self.num_timesteps if sample_steps is None else sample_steps
         self.guidance_scale = guidance_scale
         self.info = {}  # what `save` was given beside the model
-        check_whole("sample_steps", self.sample_steps, 1, self.num_timesteps, ", the number of timesteps")
+        process.check_whole("sample_steps", self.sample_steps, 1, self.num_timesteps, ", the number of timesteps")
 
     # Training
 
@@ -85,7 +85,7 @@ class DDPM(GaussianProcess):
 
         'mse' and 'l1' are the simple loss (DDPM eq. 14). A learned variance adds 0.001 of the bound: the hybrid loss
         (Improved DDPM eq. 16). 'vlb' is one term of the bound times `num_timesteps`. Its mean over uniform timesteps is
-        the bound in bits per dimension, without the prior term, which no weight can change.
+        the bound in bits per dimension, without the prior term, which is a constant.
 
         Args:
             x0: images in [-1, 1], (N, C, H, W).
@@ -98,23 +98,24 @@ class DDPM(GaussianProcess):
             reduction: 'mean' for a scalar, 'none' for one loss per image, (N,).
 
         Raises:
-            ValueError: references with a loss whose minimum is not the mean, or a tensor of another shape.
+            ValueError: references with a loss whose minimum is not the mean, or x0, y, t or eps of another shape.
         """
+        process.check_images("x0", x0, (None, *self.image_shape))
         n = len(x0)
-        check_images("x0", x0, (None, *self.image_shape))
-        y = check_labels(y, n, self.num_classes, self.device, no_label=True)
-        check_choice("reduction", reduction, ("mean", "none"))
+        y = process.check_labels(y, n, self.num_classes, self.device, no_label=True)
+        process.check_choice("reduction", reduction, ("mean", "none"))
         if references is not None and self.loss != "mse":
             raise ValueError(f"references with loss {self.loss!r}: expected 'mse', whose minimum is the mean")
         if references is not None and y is not None and references[1] is None:
             raise ValueError("references without labels: expected theirs, since y is given")
         if t is None:
             t = torch.randint(self.num_timesteps, (n,), device=x0.device)
+        process.check_timesteps(t, n)
         if eps is None:
             eps = torch.randn_like(x0)
-        check_images("eps", eps, x0.shape)
-        y_seen = y  # what the network is told
-        if y is not None and self.training and self.num_classes is not None:
+        process.check_images("eps", eps, x0.shape)
+        y_seen = y  # by the network
+        if y is not None and self.training:
             y_seen = torch.where(torch.rand(n, device=x0.device) < LABEL_DROPOUT, self.num_classes, y)
 
         xt = self.q_sample(x0, t, eps)
@@ -132,7 +133,7 @@ class DDPM(GaussianProcess):
             losses = (difference.square() if self.loss == "mse" else difference.abs()).flatten(1).mean(dim=1)
             if self.min_snr_gamma:
                 losses = losses * self.min_snr_weight(t, self.min_snr_gamma).to(losses.dtype)
-            output = output.detach()  # the bound in the hybrid loss trains the variance alone
+            output = output.detach()  # in the hybrid loss the bound must not train the mean
         if self.loss == "vlb" or self.variance == "learned":
             bound = self.num_timesteps * likelihood.bound_term(
                 self, x0, xt, t, self.x0_from_output(output, xt, t), variance_fraction)
@@ -142,7 +143,7 @@ class DDPM(GaussianProcess):
     # The network
 
     def predict(self, xt, t, y=None, guidance_scale=1.0):
-        """What the network makes of noisy images, as (x0, eps), whatever it predicts.
+        """The predicted (x0, eps) of noisy images, whatever the network predicts.
 
         Args:
             xt: noisy images, (N, C, H, W).
@@ -153,8 +154,8 @@ class DDPM(GaussianProcess):
         Returns:
             x0, clipped to [-1, 1], and the noise that makes `xt` from it, both (N, C, H, W).
         """
-        check_images("xt", xt, (None, *self.image_shape))
-        y = check_labels(y, len(xt), self.num_classes, self.device, no_label=True)
+        process.check_images("xt", xt, (None, *self.image_shape))
+        y = process.check_labels(y, len(xt), self.num_classes, self.device, no_label=True)
         return self.denoise(xt, t, y, guidance_scale)[:2]
 
     def denoise(self, xt, t, y=None, guidance_scale=1.0):
@@ -164,15 +165,17 @@ class DDPM(GaussianProcess):
         return x0, self.eps_from_x0(x0, xt, t), variance_fraction
 
     def _network(self, xt, t, y=None, guidance_scale=1.0):
-        """The guided prediction, and where its variance lies from small, 0, to large, 1 (None if it is fixed)."""
-        no_label = None if self.num_classes is None else torch.full_like(t, self.num_classes)
+        """The guided prediction, and the fraction from 0 to 1 of a learned variance (None if it is fixed)."""
         _check_guidance(y, guidance_scale)
-        if y is None or guidance_scale in (0, 1):
-            output = self.network(xt, t, no_label if y is None or guidance_scale == 0 else y).to(xt.dtype)
-        else:  # one doubled batch; 2207.12598 eq. 6, whose w is s - 1
-            labels = torch.cat([y, no_label])
-            cond, uncond = self.network(torch.cat([xt, xt]), torch.cat([t, t]), labels).to(xt.dtype).chunk(2)
-            output = uncond + guidance_scale * (cond - uncond)
+        no_label = None if self.num_classes is None else torch.full_like(t, self.num_classes)
+        inputs = xt, t, no_label if y is None or guidance_scale == 0 else y
+        if guidance_scale not in (0, 1):  # one doubled batch
+            inputs = torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, no_label])
+        # In the same layout at every step of a sampler, since torch.compile makes a graph for each layout.
+        output = self.network(*inputs).to(xt.dtype, memory_format=torch.contiguous_format)
+        if guidance_scale not in (0, 1):
+            cond, uncond = output.chunk(2)
+            output = uncond + guidance_scale * (cond - uncond)  # 2207.12598 eq. 6, whose w is s - 1
             output[:, self.channels:] = cond[:, self.channels:]  # a variance is not guided
         expected = self.channels * (2 if self.variance == "learned" else 1)
         if output.shape[1] != expected:
@@ -196,7 +199,7 @@ class DDPM(GaussianProcess):
             n: number of images.
             y: labels: n integers, or one for all. With None, a conditional model draws them, all equally likely.
             sampler: 'ddpm', 'ddim', 'dpm++' or 'sde-dpm++', which is DPM-Solver++ with DDPM's noise.
-            steps: network calls per image, from 1 to `num_timesteps`.
+            steps: sampling steps, from 1 to `num_timesteps`. With guidance each takes two network inputs.
             eta: share of DDPM's noise in each step, from 0 to 1; None means 1 for 'ddpm' and 'sde-dpm++', else 0.
             guidance_scale: s in uncond + s (cond - uncond): 1 is no guidance, 0 ignores the labels, others need `y`.
             seed: an integer that decides the images, on one kind of device, or a torch.Generator to draw from. None
@@ -219,21 +222,21 @@ class DDPM(GaussianProcess):
         if steps is None:  # from a lower start the same share of the model's steps
             steps = max(1, round(self.sample_steps * (1 if start is None else (start + 1) / self.num_timesteps)))
         timesteps = self.timesteps(steps, start)
-        y, generator = check_labels(y, n, self.num_classes, self.device), make_generator(seed, self.device)
+        y, generator = process.check_labels(y, n, self.num_classes, self.device), make_generator(seed, self.device)
         if y is None and self.num_classes is not None:
             y = torch.randint(self.num_classes, (n,), generator=generator, device=self.device)
         if xT is None:
             xT = torch.randn(n, *self.image_shape, generator=generator, device=self.device)
-        check_images("xT", xT, (n, *self.image_shape))
+        process.check_images("xT", xT, (n, *self.image_shape))
 
         sequence, xT = [], xT.to(self.device, torch.float32)
-        with (torch.inference_mode(), _evaluating(self),
-              tqdm(total=n * len(timesteps), unit="call", disable=not progress, leave=False) as bar):
+        with (torch.no_grad(), _evaluating(self),
+              tqdm(total=n * len(timesteps), unit="call", disable=not progress, leave=False) as progress_bar):
             for x0, xt in walk(self, xT, [*timesteps, -1], y, guidance_scale, eta, order, generator, batch_size,  # noqa: B007
-                               bar):
+                               progress_bar):
                 if return_sequence:
                     sequence.append(x0)
-        return torch.stack(sequence) if return_sequence else xt.clone()  # outside inference mode: autograd can use it
+        return torch.stack(sequence) if return_sequence else xt
 
     def interpolate(self, x0, other, weights, t, y=None, **options):
         """Mix images through their noisy versions: (len(weights), N, C, H, W) (DDPM sec. 4.4).
@@ -243,16 +246,16 @@ class DDPM(GaussianProcess):
             weights: weights of `other`, each from 0 to 1. All weights share the noise.
             t: timestep to mix at. The higher it is, the less is left of the two images.
             y: labels of the results, N integers or one for all; None means no label.
-            options: as for `sample`; `seed` decides the noise of the mixture too.
+            options: those of `sample` except xT and start; `seed` decides the noise of the mixture too.
 
         Raises:
             ValueError: an argument does not fit the model or the others.
         """
         weights = _mixing_weights(weights)
-        check_whole("t", t, 0, self.num_timesteps - 1, ", a timestep")
-        check_images("x0", x0, (None, *self.image_shape))
-        check_images("other", other, x0.shape)
-        y = check_labels(y, len(x0), self.num_classes, self.device)
+        process.check_whole("t", t, 0, self.num_timesteps - 1, ", a timestep")
+        process.check_images("x0", x0, (None, *self.image_shape))
+        process.check_images("other", other, x0.shape)
+        y = process.check_labels(y, len(x0), self.num_classes, self.device)
         generator = make_generator(options.pop("seed", None), self.device)  # one stream of noise, there and back
         at = torch.full((len(x0),), t, device=self.device)
         noise = torch.randn(2, *x0.shape, generator=generator, device=self.device)
@@ -263,29 +266,27 @@ class DDPM(GaussianProcess):
         elif options.get("guidance_scale") in (None, 0, 1):
             options["guidance_scale"] = 0  # without it `sample` would draw labels
         images = self.sample(len(mixed), y, xT=mixed, start=t, seed=generator, **options)
-        return images.unflatten(0, (len(weights), len(x0)))
+        return images.unflatten(-4, (len(weights), len(x0)))
 
     # Likelihood
 
-    def bits_per_dim(self, x0, y=None, *, terms=None, seed=None, progress=False, batch_size=256):
+    def bits_per_dim(self, x0, y=None, *, seed=None, **options):
         """The variational bound on -log2 p(x0), or on -log2 p(x0 | y) with labels, in bits per dimension.
 
-        The arguments and the result are those of `likelihood.bits_per_dim`; `y` and `seed` are as for `sample`, but
-        without `y` no label is used.
+        `seed` is as for `sample`. `y`, `options` (terms, progress, batch_size) and the result are those of
+        `likelihood.bits_per_dim`.
         """
-        check_images("x0", x0, (None, *self.image_shape))
+        process.check_images("x0", x0, (None, *self.image_shape))
         with _evaluating(self):
-            return likelihood.bits_per_dim(
-                self, x0, check_labels(y, len(x0), self.num_classes, self.device), terms=terms, progress=progress,
-                generator=make_generator(seed, self.device), batch_size=batch_size)
+            return likelihood.bits_per_dim(self, x0, y, generator=make_generator(seed, self.device), **options)
 
     # Save and load
 
     def save(self, path, **info):
         """Write weights and settings to `path`, whole or not at all. `info` is kept as `DDPM.info`.
 
-        The weights are those of the network inside `torch.compile` and DistributedDataParallel. `load` rebuilds a plain
-        `UNet` alone; it must be given any other network.
+        The weights are those of the network inside `torch.compile` and DistributedDataParallel. `load` can rebuild only
+        a plain `UNet`; pass any other network to it.
 
         Raises:
             ValueError: `info` holds something other than plain values; nothing is written.
@@ -323,25 +324,24 @@ class DDPM(GaussianProcess):
         return ddpm.to(device).eval()
 
 
-# The names of all settings, from the signatures: `save` keeps them, and a config must have them.
+# The names of all settings, from the signatures: what `save` keeps. train_eval.py has a constant for each.
 SETTINGS = tuple(name for kind in (GaussianProcess, DDPM) for name in inspect.signature(kind).parameters
-                 if name not in ("network", "process"))
+                 if name not in ("network", "settings"))
 
 
 def _sampling_defaults(ddpm, n, y, sampler, eta, guidance_scale, xT, start, batch_size):
     """Eta, order and guidance scale of `DDPM.sample`; ValueError for arguments that do not fit together."""
-    check_whole("n", n, 1, note=" image")
-    check_whole("batch_size", batch_size, 1, note=" image")
+    process.check_whole("n", n, 1, note=" image")
+    process.check_whole("batch_size", batch_size, 1, note=" image")
     sampler = ddpm.sampler if sampler is None else sampler
-    check_choice("sampler", sampler, SAMPLERS)
+    process.check_choice("sampler", sampler, SAMPLERS)
     eta, order = SAMPLERS[sampler][0] if eta is None else eta, SAMPLERS[sampler][1]
-    check_number("eta", eta, 0, 1, " (0 is DDIM, 1 is DDPM)")
+    process.check_number("eta", eta, 0, 1, " (0 is DDIM, 1 is DDPM)")
     _check_guidance(y, 1 if guidance_scale is None else guidance_scale)
     guidance_scale = ddpm.guidance_scale if guidance_scale is None else guidance_scale
-    check_number("guidance_scale", guidance_scale)
-    last = ddpm.num_timesteps - 1
-    if start is not None and xT is None and start != last:
-        check_whole("start", start, 0, last, ", a timestep")
+    process.check_number("guidance_scale", guidance_scale)
+    if start not in (None, last := ddpm.num_timesteps - 1) and xT is None:
+        process.check_whole("start", start, 0, last, ", a timestep")
         raise ValueError(f"start {start} without xT: pure noise belongs to timestep {last}; give xT")
     return eta, order, guidance_scale
 
@@ -362,12 +362,12 @@ def _mixing_weights(weights):
     return weights
 
 
-def walk(ddpm, xt, timesteps, y, guidance_scale, eta, order, generator=None, batch_size=256, bar=None):
+def walk(ddpm, xt, timesteps, y, guidance_scale, eta, order, generator=None, batch_size=256, progress_bar=None):
     """The sampling loop: yields the predicted x0 and the new x_t after every step. `order` 2 is DPM-Solver++."""
     x0_before = t_before = None
     for now, after in pairwise(timesteps):
         t, s = (torch.full((len(xt),), i, device=ddpm.device) for i in (now, after))
-        x0, eps, variance_fraction = _denoise_in_batches(ddpm, xt, t, y, guidance_scale, batch_size, bar)
+        x0, eps, variance_fraction = _denoise_in_batches(ddpm, xt, t, y, guidance_scale, batch_size, progress_bar)
         predicted = x0
         if order == 2:
             if x0_before is not None and after >= 0:  # the last step, of infinite log SNR, is of first order
@@ -379,13 +379,13 @@ def walk(ddpm, xt, timesteps, y, guidance_scale, eta, order, generator=None, bat
         yield predicted, xt
 
 
-def _denoise_in_batches(ddpm, xt, t, y, guidance_scale, batch_size, bar):
+def _denoise_in_batches(ddpm, xt, t, y, guidance_scale, batch_size, progress_bar):
     """`DDPM.denoise` for any number of images."""
     parts = []
     for part in zip(xt.split(batch_size), t.split(batch_size), repeat(None) if y is None else y.split(batch_size)):
         parts.append(ddpm.denoise(*part, guidance_scale))
-        if bar is not None:
-            bar.update(len(part[0]))
+        if progress_bar is not None:
+            progress_bar.update(len(part[0]))
     return [None if found[0] is None else torch.cat(found) for found in zip(*parts)]
 
 

@@ -1,7 +1,7 @@
 """How likely are images: the variational bound, bits per dimension, rate and distortion.
 
-DDPM: arXiv 2006.11239, sec. 3.3, 3.4 and 4.3. Improved DDPM: 2102.09672, sec. 3.1. "Bits a dimension" are bits divided
-by the number of pixels times channels.
+DDPM: arXiv 2006.11239, sec. 3.3, 3.4 and 4.3. Improved DDPM: 2102.09672, sec. 3.1. "Per dimension" means divided by
+pixels times channels.
 """
 
 import math
@@ -10,15 +10,15 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from process import check_whole
+from process import check_labels, check_whole
 
 
 class BitsPerDim(NamedTuple):
     """The variational bound in bits per dimension: mean over images, standard error of that mean, and parts.
 
-    `prior + kl` is DDPM's rate and `decoder` its distortion. DDPM's progressive coding (sec. 4.3) is in two float64
-    tensors, (terms,), from noise to image: `rate`, the bits received before x_t is known, and `rmse`, the error of the
-    x0 predicted from x_t, in grey levels from 0 to 255.
+    `prior + kl` is DDPM's rate and `decoder` its distortion. Two tensors, float64, (terms,), from noise to image, are
+    its progressive coding (sec. 4.3): `rate`, the bits used before x_t is known, and `rmse`, the error of the x0
+    predicted from x_t, in grey levels from 0 to 255.
     """
 
     total: float
@@ -36,10 +36,10 @@ def bits_per_dim(ddpm, x0, y=None, *, terms=None, generator=None, progress=False
     Args:
         ddpm: a `DDPM` in evaluation mode.
         x0: images of 256 levels in [-1, 1], (N, C, H, W).
-        y: labels, int64, (N,). With them it is the bound on -log2 p(x0 | y). None means no label.
-        terms: number of the bound's `num_timesteps` terms to compute for each image. They are the decoder and one term
-            drawn from each of so many stretches of the others. The stretches are short where the terms are large, and
-            the estimate is unbiased. None computes all terms.
+        y: labels, N integers or one for all. With them it is the bound on -log2 p(x0 | y). None means no label.
+        terms: number of terms to compute for each image, of the bound's `num_timesteps`: the decoder, and one at random
+            from each of terms - 1 intervals of the others. The intervals are short where the terms are large; the
+            estimate is unbiased. None computes all terms.
         generator: decides noise and timesteps; None draws from torch's global state.
         progress: show a progress bar.
         batch_size: images that the network sees at once. It does not change the noise.
@@ -53,15 +53,17 @@ def bits_per_dim(ddpm, x0, y=None, *, terms=None, generator=None, progress=False
     check_whole("batch_size", batch_size, 1, note=" image")
     if not len(x0):
         raise ValueError("x0 of 0 images: expected at least 1")
+    y = check_labels(y, len(x0), ddpm.num_classes, ddpm.device)
     T = ddpm.num_timesteps
     terms = T if terms is None else terms
     check_whole("terms", terms, min(2, T), T, ", the number of timesteps")
     cube = (T - 1) * torch.linspace(0, 1, terms, dtype=torch.float64) ** 3
     edges = [0, *torch.maximum(1 + cube.round(), 1.0 + torch.arange(terms)).long().tolist()]
-    stretches = list(zip(edges, edges[1:]))[::-1]  # from noise to the decoder, which is the stretch (0, 1)
+    intervals = list(zip(edges, edges[1:]))[::-1]  # from noise to the decoder, which is the interval (0, 1)
     bits, errors = [prior_term(ddpm, x0.to(ddpm.device))], []
-    with torch.inference_mode(), tqdm(total=len(x0) * terms, unit="call", disable=not progress, leave=False) as bar:
-        for low, high in stretches:
+    with (torch.no_grad(),
+          tqdm(total=len(x0) * terms, unit="call", disable=not progress, leave=False) as progress_bar):
+        for low, high in intervals:
             # For all images at once, so that batches do not change the noise.
             t = torch.randint(low, high, (len(x0),), generator=generator, device=ddpm.device)
             noise = torch.randn(x0.shape, generator=generator, device=ddpm.device)
@@ -73,10 +75,9 @@ def bits_per_dim(ddpm, x0, y=None, *, terms=None, generator=None, progress=False
                 predicted, _, variance_fraction = ddpm.denoise(xt, t[part], None if y is None else y[part])
                 parts.append(((high - low) * bound_term(ddpm, x, xt, t[part], predicted, variance_fraction).double(),
                               (x - predicted).square().flatten(1).mean(dim=1).double()))
-                bar.update(len(x))
+                progress_bar.update(len(x))
             for found, values in zip((bits, errors), zip(*parts)):
                 found.append(torch.cat(values))
-    # Outside inference mode, so that autograd can use the results.
     bits, errors = torch.stack(bits), torch.stack(errors)  # (1 + terms, N), (terms, N)
     mean, total = bits.mean(dim=1), bits.sum(dim=0)
     error = (total.std() / math.sqrt(len(x0))).item() if len(x0) > 1 else math.nan

@@ -1,4 +1,4 @@
-"""The Gaussian process of diffusion: every closed form of the papers, and no network.
+"""The Gaussian process of diffusion, without a network: schedules, posteriors, variances, one step of any sampler.
 
 DDPM: arXiv 2006.11239. Improved DDPM: 2102.09672. DDIM: 2010.02502. DPM-Solver++: 2211.01095. v-prediction:
 2202.00512. Averaged targets: 2302.00670. Min-SNR weights: 2303.09556. Zero terminal SNR: 2305.08891.
@@ -34,7 +34,7 @@ class GaussianProcess(nn.Module):
     autocast, not `.half()`.
 
     Raises:
-        ValueError: a name or a number does not fit.
+        ValueError: an unknown name, or a number out of range.
     """
 
     def __init__(self, num_timesteps=1000, beta_schedule="linear", *, prediction="eps", variance="fixed_small",
@@ -100,7 +100,8 @@ class GaussianProcess(nn.Module):
             allowed: which of them each noisy image may come from, bool, (N, total M); None allows all.
         """
         alpha_bar = self.alpha_bar(t)[:, :, 0, 0]
-        of_product, of_size = alpha_bar.sqrt() / (1 - alpha_bar), alpha_bar / (1 - alpha_bar) / 2  # in float64
+        product_factor = (alpha_bar.sqrt() / (1 - alpha_bar)).to(xt.dtype)  # computed in float64
+        size_factor = (alpha_bar / (1 - alpha_bar) / 2).to(xt.dtype)
         candidates = [images.flatten(1) for images in candidates]
         repeats = xt[0].numel() // candidates[0].shape[1]  # how many equal channels one candidate channel stands for
         x = (xt if repeats == 1 else xt.sum(dim=1)).flatten(1)
@@ -108,7 +109,7 @@ class GaussianProcess(nn.Module):
         with torch.autocast(xt.device.type, enabled=False):  # small differences decide: bf16 is too coarse
             product = torch.cat([images @ x.T for images in candidates]).T  # twice as fast as x @ images.T
             # log q(x_t | x_0), DDPM eq. 4, without the terms that all candidates share
-            logits = of_product.to(xt.dtype) * product - of_size.to(xt.dtype) * size
+            logits = product_factor * product - size_factor * size
             if allowed is not None:
                 logits = logits.masked_fill(~allowed, -math.inf)
             weights = logits.softmax(dim=1).split([len(images) for images in candidates], dim=1)
@@ -119,21 +120,18 @@ class GaussianProcess(nn.Module):
 
     def target(self, x0, eps, t):
         """What the network should predict for x_t = q_sample(x0, t, eps), (N, C, H, W)."""
+        alpha_bar = self.alpha_bar(t)
         if self.prediction == "eps":
             return eps
-        if self.prediction == "x0":
-            return x0
-        alpha_bar = self.alpha_bar(t)
-        return _times(alpha_bar.sqrt(), eps) - _times((1 - alpha_bar).sqrt(), x0)  # v: 2202.00512 sec. 4
+        if self.prediction == "v":
+            return _times(alpha_bar.sqrt(), eps) - _times((1 - alpha_bar).sqrt(), x0)  # 2202.00512 sec. 4
+        return x0
 
     def min_snr_weight(self, t, gamma):
-        """Loss weight, float64, (N,), that turns the squared error of the prediction into min(SNR, gamma) that of x0.
-
-        2303.09556 sec. 3.4.
-        """
+        """Loss weights, float64, (N,), that make a squared error min(SNR, gamma) times that of x0 (2303.09556 3.4)."""
         alpha_bar = self.alphas_cumprod[t]
         snr = alpha_bar / (1 - alpha_bar)
-        error_ratio = {"x0": 1.0, "eps": snr, "v": snr + 1}[self.prediction]  # squared error over that of x0
+        error_ratio = {"x0": 1.0, "eps": snr, "v": snr + 1}[self.prediction]  # squared error / squared error of x0
         return snr.clamp(max=gamma) / error_ratio
 
     def x0_from_output(self, output, xt, t):
@@ -146,7 +144,7 @@ class GaussianProcess(nn.Module):
         return output
 
     def eps_from_x0(self, x0, xt, t):
-        """The noise that makes x_t from this x0, (N, C, H, W) (DDPM eq. 4, solved for eps)."""
+        """The eps with q_sample(x0, t, eps) = x_t, (N, C, H, W) (DDPM eq. 4, solved for eps)."""
         alpha_bar = self.alpha_bar(t)
         return _times(1 / (1 - alpha_bar).sqrt(), xt) - _times((alpha_bar / (1 - alpha_bar)).sqrt(), x0)
 
@@ -160,19 +158,19 @@ class GaussianProcess(nn.Module):
         alpha_bar_t, alpha_bar_s = self.alpha_bar(t), self.alpha_bar(s)
         large = 1 - alpha_bar_t / alpha_bar_s
         small = (1 - alpha_bar_s) / (1 - alpha_bar_t) * large
-        # The small one is 0 at the last step, where the decoder needs a variance: it takes that of t = 1.
+        # At the last step the small variance is 0, but the decoder needs its logarithm: take the one of t = 1.
         smallest = self.betas[0] * self.betas[1] / (1 - self.alphas_cumprod[1]) if self.num_timesteps > 1 else large
         return torch.where(s[:, None, None, None] < 0, smallest, small).log(), large.log()
 
     def log_variance(self, t, s, variance_fraction=None):
         """Logarithm of the variance of p(x_s | x_t), float64, (N, 1, 1, 1), or (N, C, H, W) if it is learned.
 
-        `variance_fraction` places a learned one from small, 0, to large, 1 (Improved DDPM eq. 15).
+        A learned one is fraction * log large + (1 - fraction) * log small (Improved DDPM eq. 15).
         """
         small, large = self.log_variances(t, s)
         if self.variance == "learned":
             if variance_fraction is None:
-                raise ValueError("variance_fraction: expected that of the network, since the variance is learned")
+                raise ValueError("variance_fraction: expected that of the network, since variance is 'learned'")
             return variance_fraction * large + (1 - variance_fraction) * small
         if self.variance == "fixed_large":  # at the last step the small one, as in the code of Improved DDPM
             return torch.where(s[:, None, None, None] < 0, small, large)
@@ -181,8 +179,8 @@ class GaussianProcess(nn.Module):
     def step(self, x0, eps, t, s, eta=0.0, noise=None, variance_fraction=None):
         """Move from t to the less noisy s, both (N,), given the predicted x0 and eps (DDIM eq. 12 and 16).
 
-        `eta` 0 is DDIM and needs no noise. `eta` 1 with standard normal `noise` is DDPM on the visited timesteps: the
-        mean of `q_posterior` and the model's variance. The image itself, s = -1, gets no noise.
+        `eta` 0 is DDIM and needs no noise. `eta` 1 with standard normal `noise` is DDPM restricted to the chosen
+        timesteps: the mean of `q_posterior` and the model's variance. The image itself, s = -1, gets no noise.
         """
         alpha_bar_t, alpha_bar_s = self.alpha_bar(t), self.alpha_bar(s)
         sigma2 = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
@@ -195,7 +193,7 @@ class GaussianProcess(nn.Module):
         return xs + _times(std * (s >= 0)[:, None, None, None], noise)
 
     def extrapolate(self, x0, x0_before, t_before, t, s):
-        """x0 halfway from t to s in log SNR, extrapolated from its last two predictions (2211.01095 alg. 2).
+        """x0 at the midpoint of t and s in log SNR, extrapolated from its last two predictions (2211.01095 alg. 2).
 
         With it in place of x0, `step` is DPM-Solver++(2M) for `eta` 0 and its SDE form for `eta` 1.
         """
@@ -203,8 +201,9 @@ class GaussianProcess(nn.Module):
         return x0 + _times((after - now) / (now - before) / 2, x0 - x0_before)
 
     def timesteps(self, steps, start=None, spacing=None):
-        """The timesteps that a sampler of so many steps visits: falling evenly from `start` (None: the noisiest).
+        """The timesteps that a sampler with so many steps visits, falling evenly from `start` (None: the noisiest).
 
+        Its last step goes from the last of them to the image, s = -1.
         'trailing' leaves out the clean end, where little happens (2305.08891 sec. 3.3). 'linspace' goes down to t = 0
         (Improved DDPM sec. 4). With as many steps as timesteps both visit all.
         """
@@ -277,6 +276,13 @@ def check_images(name, x, shape):
         raise ValueError(f"{name} of shape {tuple(x.shape)}: expected {expected}")
 
 
+def check_timesteps(t, n):
+    """ValueError if t is not n timesteps, int64, (n,)."""
+    if not isinstance(t, torch.Tensor) or t.dtype != torch.int64 or t.shape != (n,):
+        found = f"of {t.dtype} and shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else repr(t)
+        raise ValueError(f"t {found}: expected int64 of shape ({n},)")
+
+
 def check_labels(y, n, num_classes, device, no_label=False):
     """n labels, or one for all, as int64 on a device, (n,); None stays None. `no_label` allows `num_classes` too.
 
@@ -293,9 +299,10 @@ def check_labels(y, n, num_classes, device, no_label=False):
         raise ValueError(f"y {y!r}: expected whole numbers") from None
     if y.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         raise ValueError(f"y of {y.dtype}: expected whole numbers")
-    y = y.long().expand(n) if y.ndim == 0 else y.long()
+    y = y.long().expand(n).contiguous() if y.ndim == 0 else y.long()
     if y.shape != (n,):
-        raise ValueError(f"y of {len(y)} labels: expected {n}, one an image")
+        found = f"{len(y)} labels" if y.ndim == 1 else f"shape {tuple(y.shape)}"
+        raise ValueError(f"y of {found}: expected {n}, one an image")
     most = num_classes if no_label else num_classes - 1
     if n and y.device.type == "cpu" and (y.min() < 0 or y.max() > most):
         raise ValueError(f"y from {y.min()} to {y.max()}: expected labels from 0 to {most}")

@@ -11,7 +11,7 @@ TIMESTEP_SAMPLINGS = ("uniform", "logit-normal", "importance")
 
 
 def make_timesteps(sampling, num_timesteps, std=1.0, device="cpu"):
-    """The sampler of this name. `std` is for 'logit-normal'.
+    """The timestep sampler of this name. `std` is for 'logit-normal'.
 
     Raises:
         ValueError: unknown name.
@@ -43,7 +43,7 @@ class UniformSampler(nn.Module):
 class LogitNormalSampler(UniformSampler):
     """Mostly timesteps from the middle, where strokes take shape: t/T is the sigmoid of N(0, std^2) (2403.03206 3.1).
 
-    The weights are 1, so the loss itself shifts to the middle; the variational bound would no longer be a bound.
+    The weights are 1, so the loss counts the middle more. Do not use it with the variational bound.
     """
 
     def __init__(self, num_timesteps, std=1.0, device="cpu"):
@@ -94,7 +94,7 @@ class ImportanceSampler(nn.Module):
         finite = losses.isfinite()
         same = (t[:, None] == t) & finite
         earlier, later = same.tril(-1).sum(dim=1), same.triu(1).sum(dim=1)  # how often t comes in this batch
-        # What is not kept goes to a spare column: if two writes hit one place, a GPU does not say which wins.
+        # Losses that are not kept go to a spare column, since two writes to one place have no defined winner on a GPU.
         kept = finite & (later < self.HISTORY)
         column = torch.where(kept, (self.counts[t] + earlier) % self.HISTORY, self.HISTORY)
         losses_and_spare = nn.functional.pad(self.losses, (0, 1))

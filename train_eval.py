@@ -30,7 +30,7 @@ bf16 = has_bf16(device)  # compute in bfloat16; faster where the hardware has it
 use_compile = cuda  # torch.compile the network: minutes at the start, then faster steps; rarely pays on a CPU
 save_dir = "checkpoints"  # folder for everything that a run leaves
 resume = False  # continue the run in save_dir from its last.pt
-evaluate = False  # measure best_model.pt of save_dir instead of training, or a folder of PNGs: --evaluate FOLDER
+evaluate = False  # no training: measure best_model.pt of save_dir or, with --evaluate FOLDER, a folder of PNGs
 
 # data
 dataset = "auto"  # auto takes mnist, or glyphs if MNIST is neither in data_dir nor can be downloaded
@@ -58,16 +58,16 @@ num_timesteps = 1000  # steps from image to noise
 beta_schedule = "linear"  # how the noise grows: linear or cosine
 prediction = "eps" if cuda else "x0"  # what the network predicts: eps, v or x0; x0 learns clean digits soonest
 loss = "mse"  # mse or l1 between prediction and truth, or vlb, the variational bound
-target_references = 0 if cuda or loss != "mse" else 4096  # extra images to estimate E[x0 | x_t], the target; 0 is off
-variance = "fixed_small"  # variance of the reverse steps: fixed_small, fixed_large, or learned with the hybrid loss
+target_references = 0 if cuda or loss != "mse" else 4096  # extra images that each target is averaged over; 0 is off
+variance = "fixed_small"  # of the reverse steps: fixed_small, fixed_large, or learned (adds 0.001 of the bound)
 zero_terminal_snr = False  # end the schedule in pure noise; only for prediction v and x0
-min_snr_gamma = 0.0  # cap on the SNR that weights the loss; 5 is usual, 0 turns the weights off
+min_snr_gamma = 0.0  # cap on the SNR that weights the mse loss; 5 is usual, 0 turns the weights off
 
 # training
 batch_size = 16  # images per step
 timestep_sampling = (
     "uniform" if cuda or loss == "vlb" or variance == "learned" else "logit-normal"
-)  # which timesteps training sees more of: uniform (none), logit-normal (the middle), importance (those of high loss)
+)  # timesteps in training: uniform, logit-normal (more from the middle), importance (more where the loss is high)
 timestep_std = 1.0 if use_conditional_generation else 0.6  # logit-normal only: smaller means closer to the middle
 epochs = 50 if cuda else 2  # passes over the training images; more give better digits
 learning_rate = 1e-4 if cuda else 1e-3  # peak learning rate of AdamW
@@ -81,14 +81,14 @@ ema_update_rate = 1  # steps between updates of the averaged weights
 
 # sampling
 sampler = "ddpm" if cuda or use_conditional_generation else "sde-dpm++"  # ddpm, ddim, dpm++ or sde-dpm++
-sample_steps = 1000 if cuda else 16 if use_conditional_generation else 25  # network calls per image; fewer are faster
+sample_steps = 1000 if cuda else 16 if use_conditional_generation else 25  # sampling steps; fewer are faster
 timestep_spacing = "trailing"  # which timesteps a short sampler visits: trailing, or linspace down to t = 0
 guidance_scale = 1.0 if cuda or not use_conditional_generation else 1.15  # 1 is off; more: clearer, less varied digits
 num_samples = 100  # images in a grid
-preview_steps = 20 if cuda else 10  # network calls per image, for the grids during training, by DDIM
+preview_steps = 20 if cuda else 10  # sampling steps of the grids during training, by DDIM
 
 # evaluation
-eval_every = 1  # epochs between measurements of some samples, for a curve; 0 turns them off
+eval_every = 1  # epochs between Fréchet distances of some samples; 0 is never, the test loss is always measured
 eval_samples = 10_000 if cuda else 2000  # number of images that --evaluate draws and measures
 bound_images = 1000  # number of test images whose bits per dimension --evaluate measures
 bound_terms = 50  # terms of the variational bound computed for each of them, at most num_timesteps
@@ -200,7 +200,7 @@ def build(config):
 
 
 def load_images(config):
-    """The training and the test images. The config then says which data set and how many images they are."""
+    """Load both splits. Also writes the name and the sizes of what was loaded into the config."""
     train_images, test_images = load_data(
         config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels,
         train_size=config.train_size, test_size=config.test_size, augment=config.use_augmentation, seed=config.seed,
@@ -224,8 +224,9 @@ def train(run):
         if not progress["step"]:
             watch.log_config(run.ddpm, run.test_images.batch(slice(config.num_samples))[0])
         elif start == 0 and [step for step, _ in progress["test_curve"]][-1:] != [progress["step"]]:
-            evaluate_epoch(run, watch, interrupt, epoch)  # the run was stopped before it could
-        for x0, y in batches(config, run.train_images, epoch, start):
+            evaluate_epoch(run, watch, interrupt, epoch)  # the run was stopped before this evaluation was finished
+            watch.stats.start()
+        for x0, y in () if interrupt.requested else batches(config, run.train_images, epoch, start):
             watch.add(*train_step(config, run.ddpm, run.state, x0, y, draw_references(config, run.train_images)))
             progress["step"] = step = progress["step"] + 1
 
@@ -304,18 +305,18 @@ def draw_preview(run, watch, interrupt):
 
 
 def evaluate_epoch(run, watch, interrupt, epoch):
-    """Test loss of the EMA weights, the best of which become best_model.pt, and Fréchet distance of a few samples.
+    """Measure the EMA weights: test loss, then Fréchet distance. The lowest loss so far makes them best_model.pt.
 
-    last.pt was saved before, so a failure here loses nothing: it becomes a warning. Ctrl-C ends it at once.
+    last.pt was saved before, so a measurement that fails is only a warning. Ctrl-C ends it at once.
     """
     config, progress, step = run.config, run.progress, run.progress["step"]
     value = math.nan
-    with interrupt.at_once(), run.ema.applied():
+    with run.ema.applied(), interrupt.at_once():
         with warning_if_it_fails("the test loss"):
             value = test_loss(config, run.ddpm, run.test_images)
             watch.writer.add_scalar("test/loss", value, step)
-        if value < progress["best_loss"]:
-            progress["best_loss"] = value
+        if value < progress["best_loss"] or progress["best_loss"] == math.inf:  # or no test loss is known
+            progress["best_loss"] = min(value, progress["best_loss"], key=lambda loss: (math.isnan(loss), loss))
             save_best(run, epoch)
         if config.eval_every and epoch % config.eval_every == 0 and run.few_samples:
             with warning_if_it_fails("measuring samples"):
@@ -324,18 +325,18 @@ def evaluate_epoch(run, watch, interrupt, epoch):
                 for name in ("frechet", "frechet_real"):
                     watch.writer.add_scalar(f"samples/{name}", result[name], step)
     if not interrupt.requested:
-        progress["test_curve"].append([step, value])  # it also says that the evaluation is done
+        progress["test_curve"].append([step, value])  # a resumed run reads here that the evaluation is done
         save_last(config, run.state, progress)
 
 
 def save_best(run, epoch):
-    """best_model.pt: the weights that the network has now, which are EMA's, and how they came to be."""
+    """Save the network's present weights, to be called while EMA's are applied, with epoch, step and test loss."""
     config, progress = run.config, run.progress
     run.ddpm.save(Path(config.save_dir) / "best_model.pt", config=vars(config), epoch=epoch, step=progress["step"],
                   test_loss=progress["best_loss"], warning=progress["warning"], log=progress["log"])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_loss(config, ddpm, test_images):
     """Mean loss over the test images, with the same noise and timesteps each time, so that epochs and runs compare."""
     ddpm.eval()
@@ -362,11 +363,10 @@ def draw(config, ddpm, n, **options):
 
 def draw_final(run):
     """After training: a grid of samples of best_model.pt by its own sampler. Returns True."""
-    config, path = run.config, Path(run.config.save_dir) / "best_model.pt"
-    ddpm = machine.place(DDPM.load(path, run.config.device), run.config)
-    machine.compile_network(config, ddpm, training=False)
-    monitor.print_test_loss(config, ddpm.info["test_loss"], ddpm.info)
-    draw_grid(config, ddpm)
+    ddpm = machine.place(DDPM.load(Path(run.config.save_dir) / "best_model.pt", run.config.device), run.config)
+    machine.compile_network(run.config, ddpm, training=False)
+    monitor.print_test_loss(run.config, ddpm.info["test_loss"], ddpm.info)
+    draw_grid(run.config, ddpm)
     return True
 
 

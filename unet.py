@@ -1,7 +1,7 @@
 """The network: (x_t, t, y) -> prediction.
 
-The UNet of DDPM (arXiv 2006.11239, appendix B): residual blocks that are told the time, attention at low
-resolutions, skips from the way down to the way up.
+The UNet of DDPM (arXiv 2006.11239, appendix B): residual blocks that get the time embedding, attention at low
+resolutions, and skip connections from the way down to the way up.
 """
 
 import inspect
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-NUM_GROUPS = 32  # of every GroupNorm, as in DDPM
+NUM_GROUPS = 32  # groups in every GroupNorm, as in DDPM
 
 
 class UNet(nn.Module):
@@ -22,22 +22,22 @@ class UNet(nn.Module):
         image_size: height and width of the images, in pixels.
         channels: channels of the images.
         base_channels: width of the first level; a multiple of 32.
-        channel_mult: width of each level as a multiple of `base_channels`; each level halves the resolution.
-        num_res_blocks: residual blocks a level going down; one more going up.
-        attention_resolutions: heights of the feature maps after which attention stands, in whichever level has
-            them; the middle has attention always.
-        dropout: probability, in every residual block.
+        channel_mult: width of each level as a multiple of `base_channels`; each further level halves the resolution.
+        num_res_blocks: residual blocks per level on the way down; the way up has one more.
+        attention_resolutions: heights of the feature maps whose residual blocks end in attention. The first block of
+            the middle always does.
+        dropout: dropout probability in every residual block.
         time_emb_dim: width of the time embedding.
         num_classes: number of labels; None for an unconditional network.
-        num_heads: heads of every attention; no effect on the number of parameters.
-        adaptive_norm: the embedding scales and shifts what the second GroupNorm of a residual block gives (Improved
-            DDPM, sec. 6), instead of being added before it.
-        out_channels: channels of the prediction; None means `channels`. Learned variances need twice as many.
-        patch_size: images enter as pixels of `patch_size` squared times as many channels (pixel-unshuffle) and
-            leave the same way, so that the network works at `image_size / patch_size` inside.
+        num_heads: heads in each attention layer; it does not change the number of parameters.
+        adaptive_norm: the embedding scales and shifts the output of the second GroupNorm of a residual block (Improved
+            DDPM, sec. 6) instead of being added before it.
+        out_channels: channels of the prediction; None means `channels`. A learned variance needs twice as many.
+        patch_size: fold patches of this size into channels at the input (pixel-unshuffle) and unfold them at the
+            output. Inside, the network works at `image_size / patch_size`.
 
     Raises:
-        ValueError: for widths, sizes or resolutions that do not fit together.
+        ValueError: widths, sizes or resolutions do not fit together.
     """
 
     def __init__(self, image_size=32, channels=3, base_channels=128, channel_mult=(1, 2, 4, 8), num_res_blocks=2,
@@ -102,7 +102,7 @@ class UNet(nn.Module):
 
         Returns:
             The prediction, (N, out_channels, image_size, image_size): the noise, v or x0, whatever the network was
-            trained for, and behind it what places a learned variance, if it has one.
+            trained for. With a learned variance the second half of the channels says where it lies.
 
         Raises:
             ValueError: labels for an unconditional network, or images of another shape.
@@ -147,10 +147,10 @@ class SinusoidalEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, the time embedding between them, a shortcut around them, attention after them if wanted.
+    """Two convolutions with the time embedding between them, a shortcut around them, and attention after them.
 
-    Maps (N, in_channels, H, W) and the activated embedding (N, time_emb_dim) to (N, out_channels, H, W). `num_heads` 0
-    means no attention.
+    It maps images (N, in_channels, H, W) and the embedding after its SiLU, (N, time_emb_dim), to
+    (N, out_channels, H, W). `num_heads` 0 means no attention.
     """
 
     def __init__(self, in_channels, out_channels, time_emb_dim, dropout, num_heads=0, adaptive_norm=False):
@@ -167,18 +167,18 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x, embedding):
         h = self.conv1(F.silu(self.norm1(x)))
-        told = self.project(embedding)[:, :, None, None]
+        conditioning = self.project(embedding)[:, :, None, None]
         if self.adaptive_norm:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = conditioning.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
-            h = self.norm2(h + told)
+            h = self.norm2(h + conditioning)
         h = self.conv2(self.dropout(F.silu(h)))
         return self.attention(h + self.shortcut(x))
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in 32 groups: (N, C, H, W) -> (N, C, H, W). Statistics are float32, whatever the input."""
+    """GroupNorm in 32 groups: (N, C, H, W) -> (N, C, H, W). Statistics are float32 for any input."""
 
     def __init__(self, channels):
         super().__init__(NUM_GROUPS, channels)
@@ -209,7 +209,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width by a strided convolution. The embedding is not used."""
+    """A strided convolution that halves height and width. It does not use the embedding."""
 
     def __init__(self, channels):
         super().__init__()
@@ -220,7 +220,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width: nearest neighbour, then a convolution. The embedding is not used."""
+    """Nearest-neighbour upsampling by 2, then a convolution. It does not use the embedding."""
 
     def __init__(self, channels):
         super().__init__()
@@ -257,14 +257,14 @@ def is_plain_unet(network, weights):
 
 
 def _zero(module):
-    """Start a layer at zero, so that its residual branch begins as the identity."""
+    """Set a layer to zero, so that its residual block starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def _check(config):
-    """The height of the feature maps of each level, if the numbers fit together; ValueError if not."""
+    """Check the settings. Returns the height of the feature maps of each level."""
     for name in ("image_size", "channels", "base_channels", "num_res_blocks", "time_emb_dim", "patch_size",
                  "num_heads", "out_channels"):
         if not isinstance(config[name], numbers.Integral) or isinstance(config[name], bool):

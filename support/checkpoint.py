@@ -75,7 +75,7 @@ def load_checkpoint(path, keys):
     except IsADirectoryError:
         raise ValueError(f"{path}: a folder; expected a file, for example {Path(path, 'best_model.pt')}") from None
     except Exception as error:  # foreign files fail in too many ways to list
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch's, for an offset beyond a cut file
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch raises EINVAL for a file cut short
             raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
         if _is_whole_zip(path):
             reason = "not a readable checkpoint but another kind of file"
@@ -223,7 +223,7 @@ class RunFolder:
         self.lock.flush()
 
     def _move_earlier_run(self):
-        """Move the files of an earlier run aside. What was killed half way is carried on by the next call."""
+        """Move the files of an earlier run aside. If this is killed, the next call finishes it."""
         earlier = [path for pattern in RUN_FILES for path in sorted(self.path.glob(pattern))]
         earlier = [path for path in earlier if path.name != "samples" or any(path.iterdir())]
         moving = next(self.path.glob("run_*.moving"), None)
@@ -238,7 +238,7 @@ class RunFolder:
             path.rename(moving / path.name)
         aside = unused(moving.with_suffix(""))
         moving.rename(aside)
-        print(f"the earlier run in {self.path} is now in {aside} (to go on with a run: --resume)")
+        print(f"what an earlier run left in {self.path} is now in {aside}")
 
 
 def _try_lock(file):
@@ -264,7 +264,8 @@ def _try_lock(file):
 def save_last(config, state, progress):
     """Write last.pt: all that going on exactly needs.
 
-    `state` maps names to parts with a `state_dict`; `progress` holds plain values.
+    `state` maps names to parts with a `state_dict`: network (the weights in training), ema, optimizer, timesteps,
+    warmup and scheduler. `progress` holds plain values: step, best_loss, the curves, the name of the log.
     """
     rng = {"cpu": torch.get_rng_state()}
     if torch.device(config.device).type == "cuda":
@@ -275,13 +276,15 @@ def save_last(config, state, progress):
 
 def load_last(save_dir):
     """What `save_last` wrote; ValueError, in one line, if it cannot be loaded."""
-    return load_checkpoint(Path(save_dir) / "last.pt", ("config", "step", "network", "optimizer", "warmup"))
+    return load_checkpoint(Path(save_dir) / "last.pt", (
+        "config", "step", "best_loss", "train_curve", "test_curve", "warning", "log", "rng", "network", "ema",
+        "optimizer", "warmup"))
 
 
 def restore(config, state, progress, saved, total_steps):
     """Put what `save_last` wrote back in place. Learning rate and length of the run are the config's."""
     for name, part in state.items():
-        if name in saved:  # a last.pt of an older version has no state of timesteps that need none
+        if name in saved:  # a last.pt of an older version lacks the state of uniform timesteps, which is empty
             part.load_state_dict(saved[name])
     match_layouts(state["optimizer"])
     progress.update({name: saved[name] for name in progress})

@@ -12,7 +12,7 @@ from pathlib import Path
 from support.machine import check_device
 
 INF = math.inf
-# What each constant must be. The modules check further: a constant that is not named here is what its value is.
+# Kind and range of each constant; the modules check further. One that is not named here has the kind of its value.
 WHOLE = {  # smallest and largest
     "seed": (0, 2**63 - 1), "train_size": (1, INF), "test_size": (1, INF), "image_size": (1, INF), "channels": (1, 3),
     "base_channels": (1, INF), "num_res_blocks": (1, INF), "time_emb_dim": (1, INF), "num_heads": (1, INF),
@@ -28,7 +28,7 @@ TUPLES = {"channel_mult", "attention_resolutions"}
 SWITCHES = {"bf16", "use_compile", "resume", "use_augmentation", "use_conditional_generation", "adaptive_norm",
             "zero_terminal_snr", "use_scheduler"}
 TEXTS = {"device", "save_dir", "data_dir"}
-# Constants that a saved run does not bring with it, and flags that may differ from those that it began with.
+# NOT_SAVED are never taken from a saved run. FREE_TO_*: flags that may differ from what it began with.
 NOT_SAVED = {"save_dir", "resume", "evaluate"}
 FREE_TO_RESUME = NOT_SAVED | {"device", "bf16", "use_compile", "data_dir", "epochs", "learning_rate", "grad_clip",
                               "num_samples", "preview_steps", "eval_every", "eval_samples", "bound_images",
@@ -110,9 +110,9 @@ def make_parser(constants, choices):
         options = {"help": f"{comment} (default: {text})".replace("%", "%%")}
         if name == "evaluate":
             options |= {"nargs": "?", "const": True, "metavar": "FOLDER"}
-        elif name in SWITCHES:
+        elif name in SWITCHES or isinstance(value, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif name in TUPLES:
+        elif name in TUPLES or isinstance(value, tuple):
             options |= {"type": integers, "metavar": "INT,INT"}
         elif name in choices:
             options["choices"] = choices[name]
@@ -140,7 +140,7 @@ def check_kinds(values, choices):
         elif name in WHOLE | NUMBERS and not (low <= value <= high and math.isfinite(value)):
             expected = f"at least {low}" + ("" if high == INF else f" and at most {high}")
         elif name in TUPLES and not (type(value) is tuple and all(type(part) is int for part in value)):
-            expected = "whole numbers in brackets, with a comma even after one: (8,)"
+            expected = "a tuple of whole numbers, for example (8,)"
         elif name in SWITCHES and type(value) is not bool:
             expected = "True or False"
         elif name in TEXTS and not (type(value) is str and value):
@@ -183,7 +183,8 @@ def adopt(config, given, saved, free):
     Raises:
         ValueError: a flag differs and is not free.
     """
-    for name in sorted(given - free):
+    same = {"dataset"} if config.dataset == "auto" else set()  # the saved run says what auto found
+    for name in sorted(given - free - same):
         if getattr(config, name) != saved.get(name):
             raise ValueError(f"{name} {getattr(config, name)}: the run in {config.save_dir} has {saved.get(name)}; "
                              "leave the flag out, or start another run in another --save_dir")
@@ -191,7 +192,7 @@ def adopt(config, given, saved, free):
         given = given | {"bf16", "use_compile"}  # the device decides these
     ours = {name: getattr(config, name) for name in NOT_SAVED | given & free}
     ignored = [f"{name} {value}" for name, value in vars(config).items()
-               if name not in NOT_SAVED | given and value != saved.get(name, value)]
+               if name not in NOT_SAVED | given | same and value != saved.get(name, value)]
     if ignored:
         print(f"the saved run keeps its own constants; not used from train_eval.py: {', '.join(ignored)}")
     return argparse.Namespace(**{**vars(config), **saved, **ours})

@@ -62,8 +62,9 @@ def compile_network(config, ddpm, training=True):
     y = torch.zeros(len(x0), dtype=torch.long, device=config.device) if config.use_conditional_generation else None
     try:
         with torch.random.fork_rng([x0.device] if x0.is_cuda else []), autocast(config):
-            if training:
-                ddpm(x0, y).backward()
+            for n in (config.batch_size, config.train_size % config.batch_size) if training else ():
+                if n:  # a second size makes the graph for any number of images
+                    ddpm(x0[:n], None if y is None else y[:n]).backward()
             label = None if y is None else 0
             ddpm.sample(config.num_samples, label, steps=1)
     except Exception as error:  # compilers fail in too many ways to list
@@ -141,7 +142,7 @@ def warning_if_it_fails(what):
 
 @contextmanager
 def errors_in_one_line():
-    """What ends a run without being a fault of the code becomes one line and exit status 1."""
+    """Out of memory and errors of the system become one line and exit status 1."""
     try:
         yield
     except torch.OutOfMemoryError as error:

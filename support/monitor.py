@@ -23,7 +23,7 @@ MEASURES = {  # of metrics.measure: the words of the table
     "accuracy": "read as the digit asked for", "confidence": "confidence of the classifier",
     "rarest_digit": "share of the rarest digit", "commonest_digit": "share of the commonest digit",
     "colour": "deviation from grey, in grey levels", "nearest": "to the nearest training image, in grey levels",
-    "nearest_1st": "the same, first percentile", "copies": "nearer than 99 % of test digits"}
+    "nearest_1st": "the same, first percentile", "copies": "share nearer than 99 % of test digits"}
 
 
 class Monitor:
@@ -94,7 +94,7 @@ class RunningStats:
         self.start()
 
     def start(self):
-        """Begin anew."""
+        """Forget all steps and start the clock."""
         self.steps.zero_()
         self.quartiles.zero_()
         self.count = self.images = 0
@@ -120,8 +120,8 @@ class RunningStats:
         for i, (loss, norm) in enumerate(zip(losses, norms)):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise SystemExit(f"\nstep {step - self.count + i + 1}: loss {loss}, gradient norm {norm}: training has "
-                                 "diverged and stops. A last.pt is from before: go on from it with --resume and a "
-                                 "lower --learning_rate or --grad_clip")
+                                 "diverged and stops. If there is a last.pt, it is from before: continue with "
+                                 "--resume and a lower --learning_rate or --grad_clip")
         scalars = {"train/loss": sum(losses) / self.count, "train/grad_norm": sum(norms) / self.count,
                    "train/images_per_second": self.images / (time.perf_counter() - self.clock)}
         for quartile, (total, weight) in enumerate(self.quartiles.T.tolist(), start=1):
@@ -169,8 +169,8 @@ def table(result, dataset, accuracy):
         if name in result:
             real = result.get(f"{name}_real")
             lines.append(f"  {text:48}{result[name]:10.4f}" + (f"{real:10.4f}" if real is not None else ""))
-    lines.append(f"real: as many training images, which taught the classifier; for the nearest, as many test images\n"
-                 f"features and readings: a classifier of {dataset} with {accuracy:.2%} test accuracy")
+    lines.append(f"real: as many training images, from which the classifier learned; in the last rows, test images\n"
+                 f"classifier: trained on {dataset}, {accuracy:.2%} test accuracy")
     missing = [MEASURES[name] for name in ("frechet", "precision", "recall") if name not in result]
     if missing:
         lines.append(f"left out, since there are too few images: {', '.join(missing)}")
@@ -227,8 +227,8 @@ def print_start(run):
 
 def print_test_loss(config, loss, info):
     """Print the test loss, and that it is the one by which the epoch was chosen."""
-    print(f"test loss {loss:.5f} ({info['epoch']} epochs, {config.test_size:,} images of {config.dataset}, EMA "
-          "weights; the epoch with the lowest)")
+    print(f"test loss {loss:.5f} ({config.test_size:,} images of {config.dataset}, EMA weights of epoch "
+          f"{info['epoch']}, the one with the lowest)")
 
 
 def print_bits(config, bits, images, terms):
@@ -253,8 +253,8 @@ def print_stopped(config, progress):
 
 def shell_command(*flags, save_dir):
     """`python train_eval.py FLAGS` for the folder of a run, ready to paste into a shell."""
-    place = [] if save_dir == "checkpoints" else ["--save_dir", str(save_dir)]
-    return shlex.join(["python", "train_eval.py", *flags, *place])
+    folder = [] if save_dir == "checkpoints" else ["--save_dir", str(save_dir)]
+    return shlex.join(["python", "train_eval.py", *flags, *folder])
 
 
 def tensorboard_command(save_dir):

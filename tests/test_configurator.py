@@ -36,8 +36,8 @@ def test_every_constant_has_a_kind():
     ("learning_rate", math.nan, "at least 0"), ("weight_decay", math.inf, "at least 0"), ("dropout", (0,), "a number"),
     ("ema_decay", np.float64(0.9), "a number"), ("guidance_scale", True, "a number"), ("dropout", 1.5, "at most 1"),
     ("min_snr_gamma", torch.tensor(5.0), "a number"),
-    ("channel_mult", [1, 2], "whole numbers in brackets"), ("channel_mult", 2, "whole numbers in brackets"),
-    ("attention_resolutions", (8.0,), "whole numbers in brackets"), ("channel_mult", (1, True), "whole numbers"),
+    ("channel_mult", [1, 2], "a tuple of whole numbers"), ("channel_mult", 2, "a tuple of whole numbers"),
+    ("attention_resolutions", (8.0,), "a tuple of whole numbers"), ("channel_mult", (1, True), "a tuple of"),
     ("use_scheduler", 1, "True or False"), ("resume", "yes", "True or False"), ("bf16", None, "True or False"),
     ("save_dir", PurePath("x"), "text in quotes"), ("data_dir", None, "text in quotes"), ("save_dir", "", "text"),
     ("device", torch.device("cpu"), "text in quotes"), ("device", 0, "text in quotes"),
@@ -97,13 +97,17 @@ def test_an_error_of_the_code_is_not_reported_as_one_of_the_user(tmp_path, monke
 
 def test_a_saved_run_keeps_its_constants_and_takes_the_flags_that_are_free(capsys):
     config = argparse.Namespace(save_dir="x", resume=True, evaluate=False, device="cuda", bf16=True, use_compile=True,
-                                epochs=9, base_channels=64, dropout=0.2)
-    saved = dict(save_dir="old", device="cpu", bf16=False, use_compile=False, epochs=2, base_channels=32, dropout=0.1)
+                                epochs=9, base_channels=64, dropout=0.2, dataset="mnist")
+    saved = dict(save_dir="old", dataset="mnist", device="cpu", bf16=False, use_compile=False, epochs=2,
+                 base_channels=32, dropout=0.1)
     free = configurator.FREE_TO_RESUME
     mixed = configurator.adopt(config, {"epochs", "device"}, saved, free)
     assert vars(mixed) == dict(save_dir="x", resume=True, evaluate=False, device="cuda", bf16=True, use_compile=True,
-                               epochs=9, base_channels=32, dropout=0.1)
+                               epochs=9, base_channels=32, dropout=0.1, dataset="mnist")
     assert "base_channels 64, dropout 0.2" in capsys.readouterr().out
+    config.dataset, saved["dataset"] = "auto", "glyphs"  # what auto found when the run began
+    assert configurator.adopt(config, {"dataset"}, saved, free).dataset == "glyphs"
+    assert "dataset" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="base_channels 64: the run in x has 32; leave the flag out"):
         configurator.adopt(config, {"base_channels"}, saved, free)
 

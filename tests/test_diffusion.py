@@ -618,7 +618,7 @@ def test_a_saved_model_comes_back_whole(tmp_path):
     assert not again.training and again.info == {"epoch": 3, "config": {"epochs": 5, "channel_mult": (1, 2)}}
     assert torch.equal(again.sample(2, y=[3, 4], seed=0), ddpm.sample(2, y=[3, 4], seed=0))
     torch.load(tmp_path / "model.pt", weights_only=True)  # runs no code from the file
-    settings = dict(num_timesteps=50, beta_schedule="cosine", prediction="v", loss="l1", variance="fixed_large",
+    settings = dict(num_timesteps=50, beta_schedule="cosine", prediction="v", loss="mse", variance="fixed_large",
                     zero_terminal_snr=False, min_snr_gamma=5.0, sampler="dpm++", sample_steps=7,
                     timestep_spacing="linspace", guidance_scale=2.0)
     DDPM(small_unet(), **settings).save(tmp_path / "model.pt")
@@ -810,6 +810,8 @@ def test_batches_do_not_change_an_image_of_a_unet_a_mixture_or_a_bound():
     a, b = torch.full((3, 1, 8, 8), 0.2), torch.full((3, 1, 8, 8), 0.4)
     mixed = [ddpm.interpolate(a, b, [0.2, 0.7], t=30, seed=1, batch_size=batch_size) for batch_size in (2, 256)]
     assert torch.equal(*mixed)
+    sequence = ddpm.interpolate(a, b, [0.2, 0.7], t=30, seed=1, return_sequence=True)
+    assert torch.equal(sequence[-1], mixed[0]) and sequence.shape[1:] == mixed[0].shape
     bits = [ddpm.bits_per_dim(a, seed=1, terms=7, batch_size=batch_size) for batch_size in (1, 2, 256)]
     assert all(torch.equal(found.rate, bits[0].rate) and found.total == bits[0].total for found in bits)
 
@@ -862,6 +864,10 @@ IMAGES, T = torch.zeros(2, 1, 8, 8), torch.tensor([5, 5])
     (lambda m: m(IMAGES, eps=torch.zeros(1, 1, 8, 8)), r"eps of shape \(1, 1, 8, 8\): expected \(2, 1, 8, 8\)"),
     (lambda m: m(IMAGES, [0, 3]), "y from 0 to 3: expected labels from 0 to 2"),
     (lambda m: m(IMAGES, [0]), "y of 1 labels: expected 2"),
+    (lambda m: m(IMAGES, torch.zeros(2, 1, dtype=torch.long)), r"y of shape \(2, 1\): expected 2"),
+    (lambda m: m(IMAGES, t=torch.tensor([5])), r"t of torch.int64 and shape \(1,\): expected int64 of shape \(2,\)"),
+    (lambda m: m(IMAGES, t=torch.zeros(2)), r"t of torch.float32 and shape \(2,\)"),
+    (lambda m: m(IMAGES, t=5), "t 5: expected int64"),
     (lambda m: m(IMAGES, reduction="sum"), "reduction 'sum': expected 'mean' or 'none'"),
     (lambda m: m(IMAGES, [0, 1], references=(IMAGES, None)), "references without labels"),
     (lambda m: m.predict(torch.zeros(2, 1, 4, 4), T), r"xt of shape \(2, 1, 4, 4\): expected \(N, 1, 8, 8\)"),
@@ -892,6 +898,8 @@ def test_an_argument_of_another_kind_or_without_its_partner_is_one_line(call, wo
     (dict(channels=0), "channels 0: expected at least 1"), (dict(sample_steps=2.5), "sample_steps 2.5: expected"),
     (dict(min_snr_gamma="5"), "min_snr_gamma '5': expected"), (dict(min_snr_gamma=math.inf), "min_snr_gamma inf"),
     (dict(guidance_scale=None), "guidance_scale None: expected a number"), (dict(variance=None), "variance None"),
+    (dict(loss="l1", min_snr_gamma=5.0), "min_snr_gamma 5.0 with loss 'l1': the weights are for squared errors"),
+    (dict(loss="vlb", min_snr_gamma=5.0), "min_snr_gamma 5.0 with loss 'vlb'"),
     (dict(guidance_scale=2.0), "guidance_scale 2.0: the network is unconditional; expected 1"),
     (dict(prediction="v", zero_terminal_snr=True, min_snr_gamma=5.0), "min_snr_gamma 5.0 with zero_terminal_snr"),
     (dict(timestep_spacing="log"), "timestep_spacing 'log'")])

@@ -253,7 +253,7 @@ def test_every_step_of_a_run_has_references_of_its_own(data_flags, tmp_path, mon
 
 def test_every_constant_of_the_model_reaches_it():
     flags = {"num_heads": 2, "adaptive_norm": True, "prediction": "v", "beta_schedule": "cosine", "loss": "l1",
-             "variance": "learned", "zero_terminal_snr": False, "min_snr_gamma": 5.0, "sampler": "dpm++",
+             "variance": "learned", "zero_terminal_snr": True, "min_snr_gamma": 0.0, "sampler": "dpm++",
              "sample_steps": 7, "timestep_spacing": "linspace", "guidance_scale": 2.5, "num_timesteps": 50}
     given = [f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name}={value}"
              for name, value in flags.items()]
@@ -628,6 +628,7 @@ def test_an_evaluation_that_fails_is_a_warning_and_loses_nothing(data_flags, tmp
     err = capsys.readouterr().err
     assert f"{words} ({type(error).__name__}" in err and "the run goes on" in err and "long story" not in err
     assert set(saved) == {20} and state(tmp_path)["step"] == 20
+    assert (state(tmp_path)["best_loss"] == math.inf) == (what == "test_loss")
     assert DDPM.load(tmp_path / "best_model.pt", "cpu").info["step"] == 20
 
 
@@ -666,6 +667,29 @@ def test_ctrl_c_in_an_evaluation_ends_it_at_once_and_the_run_goes_on_to_the_same
     assert same(state(tmp_path / "cut"), state(save_dir))
     assert same(*(torch.load(run / "best_model.pt", weights_only=True)["weights"]
                   for run in (tmp_path / "cut", save_dir)))
+
+
+def test_ctrl_c_in_the_evaluation_that_resume_repeats_loses_it_neither(whole, tmp_path, monkeypatch):
+    save_dir, flags = whole
+    measure = metrics.measure
+
+    def pressed(*args, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(metrics, "measure", pressed)
+    assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path)]) == 130
+    resume = ["--resume", "--save_dir", str(tmp_path), "--device", "cpu"]
+    for _ in range(2):
+        assert train_eval.main(resume) == 130
+        assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 20
+    monkeypatch.setattr(metrics, "measure", measure)
+    assert train_eval.main([*resume, *data_set(flags)]) == 0
+    assert same(state(tmp_path), state(save_dir))
+
+
+def data_set(flags):
+    """The flags that name the data, which a resumed run may be given again."""
+    return flags[flags.index("--dataset"):][:2]
 
 
 def test_two_runs_in_one_folder(trained, tmp_path, capsys):
