@@ -14,7 +14,6 @@ import likelihood
 import process
 from process import GaussianProcess
 from support.checkpoint import load_checkpoint, load_state_dict, plain_state_dict, save_checkpoint, unwrapped
-from support.machine import make_generator
 from unet import UNet, is_plain_unet, num_classes_of
 
 LOSSES = ("mse", "l1", "vlb")
@@ -222,7 +221,8 @@ class DDPM(GaussianProcess):
         if steps is None:  # from a lower start the same share of the model's steps
             steps = max(1, round(self.sample_steps * (1 if start is None else (start + 1) / self.num_timesteps)))
         timesteps = self.timesteps(steps, start)
-        y, generator = process.check_labels(y, n, self.num_classes, self.device), make_generator(seed, self.device)
+        y = process.check_labels(y, n, self.num_classes, self.device)
+        generator = process.make_generator(seed, self.device)
         if y is None and self.num_classes is not None:
             y = torch.randint(self.num_classes, (n,), generator=generator, device=self.device)
         if xT is None:
@@ -256,7 +256,7 @@ class DDPM(GaussianProcess):
         process.check_images("x0", x0, (None, *self.image_shape))
         process.check_images("other", other, x0.shape)
         y = process.check_labels(y, len(x0), self.num_classes, self.device)
-        generator = make_generator(options.pop("seed", None), self.device)  # one stream of noise, there and back
+        generator = process.make_generator(options.pop("seed", None), self.device)  # one stream, there and back
         at = torch.full((len(x0),), t, device=self.device)
         noise = torch.randn(2, *x0.shape, generator=generator, device=self.device)
         xt, xt_other = (self.q_sample(image.to(self.device), at, eps) for image, eps in zip((x0, other), noise))
@@ -278,7 +278,7 @@ class DDPM(GaussianProcess):
         """
         process.check_images("x0", x0, (None, *self.image_shape))
         with _evaluating(self):
-            return likelihood.bits_per_dim(self, x0, y, generator=make_generator(seed, self.device), **options)
+            return likelihood.bits_per_dim(self, x0, y, generator=process.make_generator(seed, self.device), **options)
 
     # Save and load
 

@@ -241,6 +241,14 @@ def make_betas(schedule, num_timesteps, zero_terminal_snr=False):
     return betas
 
 
+def make_generator(seed, device):
+    """A generator of this seed; a torch.Generator itself and None, torch's global state, are returned as they are."""
+    if seed is None or isinstance(seed, torch.Generator):
+        return seed
+    check_whole("seed", seed, 0, 2**63 - 1)
+    return torch.Generator(device).manual_seed(int(seed))
+
+
 def check_choice(name, value, choices):
     """ValueError if the value is none of the choices."""
     if not isinstance(value, str) or value not in choices:

@@ -29,15 +29,6 @@ def check_device(device):
         raise ValueError(f"device {device!r}: cannot be used here ({reason}); try --device cpu") from None
 
 
-def make_generator(seed, device):
-    """A generator of this seed; a torch.Generator itself and None, torch's global state, are returned as they are."""
-    if seed is None or isinstance(seed, torch.Generator):
-        return seed
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed {seed!r}: expected a whole number from 0 to 2**63 - 1, or a torch.Generator")
-    return torch.Generator(device).manual_seed(seed)
-
-
 def place(module, config):
     """Move a module to the config's device, in the memory layout that its convolutions are fast in."""
     # In float32 on a CPU the plain layout makes a step a tenth faster; everything else is faster channels-last.
