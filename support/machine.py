@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -88,14 +89,17 @@ def keep_freed_memory():
 class Interrupt:
     """Ctrl-C and SIGTERM while a run trains: `requested` becomes True, and the loop ends after its step.
 
-    A second one raises KeyboardInterrupt. Use it as a context manager.
+    A second one raises KeyboardInterrupt. Use it as a context manager. In a thread other than the main one Python
+    allows no handlers, so there it does nothing.
     """
 
     def __init__(self):
         self.requested = self.immediate = False
+        self.before = {}
 
     def __enter__(self):
-        self.before = {signum: signal.signal(signum, self._handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {signum: signal.signal(signum, self._handle) for signum in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exception):
@@ -136,8 +140,10 @@ def errors_in_one_line():
     """Out of memory and errors of the system become one line and exit status 1."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f"train_eval.py: {str(error).partition(chr(10))[0]} Try a smaller --batch_size or "
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise  # that is how torch says that a CPU is out of memory
+        raise SystemExit(f"train_eval.py: out of memory ({in_one_line(error)}); try a smaller --batch_size or "
                          "--base_channels") from None
     except OSError as error:  # a full disk, most likely
         raise SystemExit(f"train_eval.py: {error}; what was saved before is whole") from None

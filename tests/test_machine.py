@@ -8,6 +8,7 @@ and CUDA's own random generators.
 import functools
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -862,12 +863,34 @@ def test_a_full_disk_or_gpu_ends_the_run_in_one_line():
             (OSError(28, "No space left on device"),
              "train_eval.py: [Errno 28] No space left on device; what was saved before is whole"),
             (torch.OutOfMemoryError("CUDA out of memory.\nmore"),
-             "train_eval.py: CUDA out of memory. Try a smaller --batch_size or --base_channels")):
+             "train_eval.py: out of memory (OutOfMemoryError: CUDA out of memory.); try a smaller --batch_size or "
+             "--base_channels"),
+            (MemoryError(), "train_eval.py: out of memory (MemoryError: ); try a smaller --batch_size or "
+             "--base_channels")):
         with pytest.raises(SystemExit) as caught, machine.errors_in_one_line():
             raise error
         assert caught.value.code == message
+    with pytest.raises(SystemExit, match="out of memory .RuntimeError: .*can't allocate memory.*--batch_size"):
+        with machine.errors_in_one_line():
+            torch.empty(10**15)  # torch's own words on a CPU
+    with pytest.raises(RuntimeError, match="^size mismatch$"), machine.errors_in_one_line():
+        raise RuntimeError("size mismatch")
     with pytest.raises(ZeroDivisionError), machine.errors_in_one_line():
         1 / 0  # noqa: B018
+
+
+def test_interrupts_outside_the_main_thread_are_left_to_the_main_one():
+    found = []
+
+    def elsewhere():
+        with machine.Interrupt() as interrupt:
+            found.append((interrupt.requested, signal.getsignal(signal.SIGINT)))
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert found == [(False, before)] and signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_process_is_prepared_on_any_console(monkeypatch):
