@@ -44,8 +44,8 @@ class DDPM(GaussianProcess):
     def __init__(self, network=None, *, image_size=32, channels=3, loss="mse", min_snr_gamma=0.0, sampler="ddpm",
                  sample_steps=None, guidance_scale=1.0, **settings):
         super().__init__(**settings)
-        for name, value in (("image_size", image_size), ("channels", channels)):
-            process.check_whole(name, value, 1)
+        process.check_whole("image_size", image_size, 1)
+        process.check_whole("channels", channels, 1)
         process.check_choice("loss", loss, LOSSES)
         process.check_choice("sampler", sampler, SAMPLERS)
         process.check_number("min_snr_gamma", min_snr_gamma, 0)
@@ -57,8 +57,7 @@ class DDPM(GaussianProcess):
         out_channels = 2 * channels if self.variance == "learned" else channels
         if network is None:
             network = UNet(image_size=image_size, channels=channels, out_channels=out_channels)
-        inner = unwrapped(network)
-        if isinstance(inner, UNet):
+        if isinstance(inner := unwrapped(network), UNet):
             for name, value in (("image_size", image_size), ("channels", channels), ("out_channels", out_channels)):
                 if value != inner.config[name]:
                     raise ValueError(f"{name} {value}: expected {inner.config[name]}, as in the network")
@@ -66,16 +65,16 @@ class DDPM(GaussianProcess):
         self.num_classes = num_classes_of(inner)
         if guidance_scale != 1 and self.num_classes is None:
             raise ValueError(f"guidance_scale {guidance_scale}: the network is unconditional; expected 1")
-        self.image_size = image_size
-        self.channels = channels
-        self.image_shape = (channels, image_size, image_size)
+        self.image_size, self.channels = int(image_size), int(channels)
+        self.image_shape = (self.channels, self.image_size, self.image_size)
         self.loss = loss
-        self.min_snr_gamma = min_snr_gamma
+        self.min_snr_gamma = float(min_snr_gamma)
         self.sampler = sampler
-        self.sample_steps = self.num_timesteps if sample_steps is None else sample_steps
-        self.guidance_scale = guidance_scale
+        sample_steps = self.num_timesteps if sample_steps is None else sample_steps
+        self.guidance_scale = float(guidance_scale)
         self.info = {}  # what `save` was given beside the model
-        process.check_whole("sample_steps", self.sample_steps, 1, self.num_timesteps, ", the number of timesteps")
+        process.check_whole("sample_steps", sample_steps, 1, self.num_timesteps, ", the number of timesteps")
+        self.sample_steps = int(sample_steps)
 
     # Training
 
@@ -109,9 +108,8 @@ class DDPM(GaussianProcess):
             raise ValueError("references without labels: expected theirs, since y is given")
         if t is None:
             t = torch.randint(self.num_timesteps, (n,), device=x0.device)
+        eps = torch.randn_like(x0) if eps is None else eps
         process.check_timesteps(t, n)
-        if eps is None:
-            eps = torch.randn_like(x0)
         process.check_images("eps", eps, x0.shape)
         y_seen = y  # by the network
         if y is not None and self.training:
@@ -154,6 +152,7 @@ class DDPM(GaussianProcess):
             x0, clipped to [-1, 1], and the noise that makes `xt` from it, both (N, C, H, W).
         """
         process.check_images("xt", xt, (None, *self.image_shape))
+        process.check_timesteps(t, len(xt))
         y = process.check_labels(y, len(xt), self.num_classes, self.device, no_label=True)
         return self.denoise(xt, t, y, guidance_scale)[:2]
 
@@ -316,8 +315,8 @@ class DDPM(GaussianProcess):
             raise ValueError(f"{path}: its network is not a plain UNet; give load() the network")
         try:
             ddpm = cls(UNet(**saved["network"]) if network is None else network, **saved["diffusion"])
-        except TypeError as error:
-            raise ValueError(f"{path}: written by another version of this code ({error})") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: written by another version or for another network ({error})") from None
         weights = {name.removeprefix("network."): value for name, value in saved["weights"].items()}
         load_state_dict(ddpm.network, weights, path)
         ddpm.info = saved["info"]
@@ -391,10 +390,11 @@ def _denoise_in_batches(ddpm, xt, t, y, guidance_scale, batch_size, progress_bar
 
 @contextmanager
 def _evaluating(module):
-    """Evaluation mode (no dropout) inside, the mode of before outside."""
-    training = module.training
+    """Evaluation mode (no dropout) inside; outside, every part is in its mode of before."""
+    training = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for part, mode in training:
+            part.training = mode

@@ -30,8 +30,7 @@ class GaussianProcess(nn.Module):
             the noise says nothing about x0.
         timestep_spacing: 'trailing' or 'linspace', see `timesteps`.
 
-    Buffers: `betas` and `alphas_cumprod`, float64, (num_timesteps,). They must stay float64: for half precision use
-    autocast, not `.half()`.
+    Buffers: `betas` and `alphas_cumprod`, float64, (num_timesteps,). They stay float64 whatever the module is cast to.
 
     Raises:
         ValueError: an unknown name, or a number out of range.
@@ -46,17 +45,25 @@ class GaussianProcess(nn.Module):
         if zero_terminal_snr and prediction == "eps":
             raise ValueError("zero_terminal_snr with prediction 'eps': pure noise says nothing of x0; expected 'v' or "
                              "'x0'")
-        self.num_timesteps = num_timesteps
+        betas = make_betas(beta_schedule, num_timesteps, zero_terminal_snr)
+        self.num_timesteps = int(num_timesteps)
         self.beta_schedule = beta_schedule
         self.prediction = prediction
         self.variance = variance
-        self.zero_terminal_snr = zero_terminal_snr
+        self.zero_terminal_snr = bool(zero_terminal_snr)
         self.timestep_spacing = timestep_spacing
-        betas = make_betas(beta_schedule, num_timesteps, zero_terminal_snr)
         # The settings determine these tables, so they are not saved. 1 - alphas_cumprod is small at the clean end:
         # float64.
         self.register_buffer("betas", betas, persistent=False)
         self.register_buffer("alphas_cumprod", torch.cumprod(1 - betas, dim=0), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """What `.to()` and `.float()` call: the tables follow to the device and stay float64."""
+        super()._apply(fn, recurse)
+        if self.betas.dtype != torch.float64:
+            betas = make_betas(self.beta_schedule, self.num_timesteps, self.zero_terminal_snr)
+            self.betas, self.alphas_cumprod = (x.to(self.device) for x in (betas, torch.cumprod(1 - betas, dim=0)))
+        return self
 
     @property
     def device(self):
@@ -245,7 +252,7 @@ def make_generator(seed, device):
     """A generator of this seed; a torch.Generator itself and None, torch's global state, are returned as they are."""
     if seed is None or isinstance(seed, torch.Generator):
         return seed
-    check_whole("seed", seed, 0, 2**63 - 1)
+    check_whole("seed", seed, 0, 2**32 - 1)  # torch's generator on a CPU takes no more bits
     return torch.Generator(device).manual_seed(int(seed))
 
 

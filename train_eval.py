@@ -114,7 +114,7 @@ def main(argv=None):
         with machine.errors_in_one_line():
             config, given = configure(argv)
             if isinstance(config.evaluate, str):
-                finished = evaluate_folder(config)
+                finished = evaluate_folder(config, given)
             elif config.evaluate:
                 finished = evaluate_model(config, given)
             elif config.resume:
@@ -180,13 +180,13 @@ def prepare(config, saved=None):
         state["scheduler"] = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps)
     progress = {"step": 0, "best_loss": math.inf, "train_curve": [], "test_curve": [],
                 "warning": train_images.warning, "log": time.strftime("%Y-%m-%d_%H-%M-%S")}
-    few_samples = min(FEW_SAMPLES, len(train_images), len(test_images))
     if saved is not None:
-        restore(config, state, progress, saved, total_steps)
+        with configurator.input_errors():
+            restore(config, state, progress, saved, total_steps)
         saved.clear()  # gigabytes, for the reference
     return SimpleNamespace(config=config, ddpm=ddpm, ema=ema, state=state, progress=progress, train_images=train_images,
                            test_images=test_images, steps_per_epoch=steps_per_epoch, total_steps=total_steps,
-                           few_samples=few_samples if few_samples > metrics.NUM_FEATURES else 0,
+                           few_samples=min(FEW_SAMPLES, len(train_images), len(test_images)),
                            warning=train_images.warning or progress["warning"])
 
 
@@ -216,11 +216,11 @@ def train(run):
     """Train to the end of the run, or until Ctrl-C. Returns whether the end was reached; everything is saved."""
     config, progress = run.config, run.progress
     epoch, start = divmod(progress["step"], run.steps_per_epoch)
-    seen = epoch * len(run.train_images) + start * config.batch_size
-    monitor.print_start(run)
+    monitor.print_start(run, metrics.NUM_FEATURES)
     machine.compile_network(config, run.ddpm)
     with (machine.Interrupt() as interrupt,
-          monitor.Monitor(config, progress, config.epochs * len(run.train_images), seen) as watch):
+          monitor.Monitor(config, progress, config.epochs * len(run.train_images),
+                          epoch * len(run.train_images) + start * config.batch_size) as watch):
         if not progress["step"]:
             watch.log_config(run.ddpm, run.test_images.batch(slice(config.num_samples))[0])
         elif start == 0 and [step for step, _ in progress["test_curve"]][-1:] != [progress["step"]]:
@@ -248,7 +248,8 @@ def train(run):
                 watch.stats.start()  # so that images per second leave these out
 
     monitor.plot_losses(config, progress, Path(config.save_dir) / "loss_curve.png")
-    if not (Path(config.save_dir) / "best_model.pt").exists():  # stopped before the first epoch was over
+    if not (Path(config.save_dir) / "best_model.pt").exists():  # stopped in the first epoch
+        save_last(config, run.state, progress)  # even before its first step
         with run.ema.applied():
             save_best(run, epoch=0)
     if interrupt.requested:
@@ -318,7 +319,7 @@ def evaluate_epoch(run, watch, interrupt, epoch):
         if value < progress["best_loss"] or progress["best_loss"] == math.inf:  # or no test loss is known
             progress["best_loss"] = min(value, progress["best_loss"], key=lambda loss: (math.isnan(loss), loss))
             save_best(run, epoch)
-        if config.eval_every and epoch % config.eval_every == 0 and run.few_samples:
+        if config.eval_every and epoch % config.eval_every == 0 and run.few_samples > metrics.NUM_FEATURES:
             with warning_if_it_fails("measuring samples"):
                 samples, _ = draw(config, run.ddpm, run.few_samples, sampler="ddim", steps=config.preview_steps)
                 result, _, _ = measure(config, samples, None, run.train_images, run.test_images, frechet_only=True)
@@ -376,7 +377,7 @@ def evaluate_model(config, given):
         path = Path(config.save_dir) / "best_model.pt"
         ddpm = DDPM.load(path, "cpu")
         info = ddpm.info
-        if "config" not in info:
+        if not {"config", "epoch", "step", "log", "warning"} <= info.keys():
             raise ValueError(f"{path}: not written by train_eval.py; load it with DDPM.load")
         config = configurator.adopt(config, given, info["config"], configurator.FREE_TO_EVALUATE)
         configurator.check_together(config)
@@ -396,16 +397,15 @@ def evaluate_model(config, given):
     return True
 
 
-def evaluate_folder(config):
+def evaluate_folder(config, given):
     """Measure the PNGs of a folder, one an image. Returns True."""
     with configurator.input_errors():
+        configurator.refuse_unused(given, "--evaluate FOLDER", configurator.USED_FOR_A_FOLDER)
         configurator.check_together(config)
         samples, left_out = metrics.read_folder(config.evaluate)
         train_images, test_images = load_images(config)
-        most = min(len(train_images), len(test_images))
-        if len(samples) > most:
-            raise ValueError(f"evaluate {config.evaluate!r}: {len(samples)} PNGs; expected at most {most}, as many as "
-                             "there are real images")
+        if len(samples) > (most := min(len(train_images), len(test_images))):
+            raise ValueError(f"evaluate {config.evaluate!r}: {len(samples)} PNGs; expected at most {most}, of real images")
     monitor.print_left_out(left_out)
     with monitor.shown_at_both_ends(train_images.warning):
         monitor.report(config, *measure(config, samples, None, train_images, test_images),

@@ -248,12 +248,17 @@ def num_classes_of(network):
 
 
 def is_plain_unet(network, weights):
-    """Whether `UNet(**network.config)` has exactly these weights: not a subclass, and no layer was exchanged."""
+    """Whether `UNet(**network.config)` with these weights computes the same: no layer was exchanged, no hook added."""
     if type(network) is not UNet:
         return False
+    layers = [layer for layer in network.modules() if "_orig_mod" not in layer._modules]  # without torch.compile's
+    if any(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer) for layer in layers):
+        return False
     with torch.device("meta"):
-        rebuilt = UNet(**network.config).state_dict()
-    return {name: w.shape for name, w in rebuilt.items()} == {name: w.shape for name, w in weights.items()}
+        plain = UNet(**network.config)
+    shapes, plain_shapes = ({name: w.shape for name, w in of.items()} for of in (weights, plain.state_dict()))
+    kinds, plain_kinds = ([(type(layer), layer.extra_repr()) for layer in of] for of in (layers, plain.modules()))
+    return shapes == plain_shapes and kinds == plain_kinds
 
 
 def _zero(module):

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from support.machine import in_one_line
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -53,7 +55,8 @@ def _check_plain(value, name):
     elif type(value) in (list, tuple):
         for item in value:
             _check_plain(item, name)
-    elif type(value) not in (torch.Tensor, nn.Parameter, str, int, float, bool, type(None)):
+    elif (type(value) not in (torch.Tensor, nn.Parameter, str, int, float, bool, type(None))
+          or isinstance(value, torch.Tensor) and vars(value) or type(value) is int and value.bit_length() > 63):
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise ValueError(f"{name} {value!r} of type {kind}: expected tensors and plain Python values, since a "
                          "checkpoint holds no pickled objects")
@@ -147,8 +150,10 @@ def plain_state_dict(network):
 
 def load_state_dict(network, weights, path):
     """Load weights into a network, wrapped or not; ValueError, naming the file, if they do not fit."""
+    network = unwrapped(network)
+    own_names = {name.replace("_orig_mod.", ""): name for name in network.state_dict()}
     try:
-        unwrapped(network).load_state_dict(weights)
+        network.load_state_dict({own_names.get(name, name): value for name, value in weights.items()})
     except RuntimeError:
         raise ValueError(f"{path}: its weights do not fit this network; give load() the one saved") from None
 
@@ -172,10 +177,13 @@ class RunFolder:
                 make_folder(self.path)
             if self.path.is_dir():
                 self._acquire()
+                for partial in self.path.glob("*.partial"):  # of a run that was killed while it wrote
+                    if partial.is_file():
+                        partial.unlink()
+                if new:
+                    make_folder(self.path / "tensorboard_logs")  # whatever can fail, fails before the move
                 if new or any(self.path.glob("run_*.moving")):
                     self._move_earlier_run()
-                for partial in self.path.glob("*.partial"):  # of a run that was killed while it wrote
-                    partial.unlink()
             if new:
                 (self.path / "samples").mkdir(exist_ok=True)
         except OSError as error:
@@ -282,7 +290,19 @@ def load_last(save_dir):
 
 
 def restore(config, state, progress, saved, total_steps):
-    """Put what `save_last` wrote back in place. Learning rate and length of the run are the config's."""
+    """Put what `save_last` wrote back in place. Learning rate and length of the run are the config's.
+
+    Raises:
+        ValueError: it is of another version of the code, or damaged.
+    """
+    try:
+        _restore(config, state, progress, saved, total_steps)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{Path(config.save_dir) / 'last.pt'}: written by another version of this code "
+                         f"({in_one_line(error)})") from None
+
+
+def _restore(config, state, progress, saved, total_steps):
     for name, part in state.items():
         if name in saved:  # a last.pt of an older version lacks the state of uniform timesteps, which is empty
             part.load_state_dict(saved[name])

@@ -12,15 +12,16 @@ from pathlib import Path
 from support.machine import check_device
 
 INF = math.inf
+MOST = 2**31 - 1  # what torch takes as a size everywhere
 # Kind and range of each constant; the modules check further. One that is not named here has the kind of its value.
 WHOLE = {  # smallest and largest
-    "seed": (0, 2**63 - 1), "train_size": (1, INF), "test_size": (1, INF), "image_size": (1, INF), "channels": (1, 3),
-    "base_channels": (1, INF), "num_res_blocks": (1, INF), "time_emb_dim": (1, INF), "num_heads": (1, INF),
-    "patch_size": (1, INF), "num_timesteps": (1, INF), "target_references": (0, INF), "batch_size": (1, INF),
-    "epochs": (1, INF), "warmup_steps": (0, INF), "ema_start": (0, INF), "ema_update_rate": (1, INF),
-    "sample_steps": (1, INF), "num_samples": (1, 10_000), "preview_steps": (1, INF), "eval_every": (0, INF),
-    "eval_samples": (1, INF), "bound_images": (2, INF), "bound_terms": (2, INF), "log_every": (1, 100_000),
-    "sample_every": (1, INF), "save_every": (1, INF)}
+    "seed": (0, 2**32 - 1), "train_size": (1, MOST), "test_size": (1, MOST), "image_size": (1, MOST),
+    "channels": (1, 3), "base_channels": (1, MOST), "num_res_blocks": (1, MOST), "time_emb_dim": (1, MOST),
+    "num_heads": (1, MOST), "patch_size": (1, MOST), "num_timesteps": (1, MOST), "target_references": (0, MOST),
+    "batch_size": (1, MOST), "epochs": (1, MOST), "warmup_steps": (0, MOST), "ema_start": (0, MOST),
+    "ema_update_rate": (1, MOST), "sample_steps": (1, MOST), "num_samples": (1, 10_000), "preview_steps": (1, MOST),
+    "eval_every": (0, MOST), "eval_samples": (1, MOST), "bound_images": (2, MOST), "bound_terms": (2, MOST),
+    "log_every": (1, 100_000), "sample_every": (1, MOST), "save_every": (1, MOST)}
 NUMBERS = {
     "dropout": (0, 1), "min_snr_gamma": (0, INF), "timestep_std": (0, INF), "learning_rate": (0, INF),
     "weight_decay": (0, INF), "grad_clip": (0, INF), "ema_decay": (0, 1), "guidance_scale": (0, INF)}
@@ -36,6 +37,7 @@ FREE_TO_RESUME = NOT_SAVED | {"device", "bf16", "use_compile", "data_dir", "epoc
 FREE_TO_EVALUATE = NOT_SAVED | {"device", "data_dir", "bf16", "use_compile", "seed", "train_size", "test_size",
                                 "num_samples", "sampler", "sample_steps", "timestep_spacing", "guidance_scale",
                                 "eval_samples", "bound_images", "bound_terms"}
+USED_FOR_A_FOLDER = {"evaluate", "save_dir", "device", "dataset", "data_dir", "train_size", "test_size", "image_size"}
 
 
 def configure(script, scope, choices, argv):
@@ -137,14 +139,14 @@ def check_kinds(values, choices):
             expected = "a whole number"
         elif name in NUMBERS and type(value) not in (int, float):
             expected = "a number"
-        elif name in WHOLE | NUMBERS and not (low <= value <= high and math.isfinite(value)):
-            expected = f"at least {low}" + ("" if high == INF else f" and at most {high}")
+        elif name in WHOLE | NUMBERS and not (low <= value <= high and value != INF):
+            expected = f"at least {low}" + (" and finite" if high == INF else f" and at most {high}")
         elif name in TUPLES and not (type(value) is tuple and all(type(part) is int for part in value)):
             expected = "a tuple of whole numbers, for example (8,)"
         elif name in SWITCHES and type(value) is not bool:
             expected = "True or False"
-        elif name in TEXTS and not (type(value) is str and value):
-            expected = "text in quotes"
+        elif name in TEXTS and not (type(value) is str and value and "\0" not in value):
+            expected = "text that is not empty, in quotes in the script"
         elif name in choices and value not in choices[name]:
             expected = f"one of {', '.join(choices[name])}"
         elif name == "evaluate" and not (type(value) is bool or type(value) is str and value):
@@ -175,6 +177,12 @@ def check_together(config):
             if not config.timestep_std:
                 raise ValueError("timestep_std 0.0: one timestep alone would be trained; expected a number above 0")
     check_device(config.device)
+
+
+def refuse_unused(given, flag, used):
+    """ValueError if a flag was given that has no meaning beside another one."""
+    if given - used:
+        raise ValueError(f"{', '.join(sorted(given - used))}: not used with {flag}; leave it out")
 
 
 def adopt(config, given, saved, free):

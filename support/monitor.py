@@ -75,7 +75,8 @@ class Monitor:
             "num_classes": ddpm.num_classes, "normalization": "[-1, 1]", "convert_to_rgb": self.config.channels == 3}
         names = [*FIELDS, *(name for name in known if name not in FIELDS)]
         rows = [f"| {name} | {known[name]} |" for name in names]
-        self.writer.add_text("config", "\n".join(["| | |", "| --- | --- |", *rows]))
+        text = "\n".join(["| | |", "| --- | --- |", *rows])
+        self.writer.add_text("config", text.encode(errors="replace").decode())  # a path may hold any bytes
         write_grid(real, self.samples_dir / "real.png", self.writer, "real", 0)
 
     def log_samples(self, images):
@@ -155,7 +156,8 @@ def plot_losses(config, progress, path):
             axes.plot(*zip(*progress[f"{name}_curve"]), **style)
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="DDPM training")
     axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -195,8 +197,9 @@ def report(config, result, pairs, accuracy, info=None, **known):
     """
     from torch.utils.tensorboard import SummaryWriter
 
+    print(table(result, config.dataset, accuracy))  # first, in case that a file cannot be written
     pairs = pairs.float() / 127.5 - 1
-    save_dir, name = Path(config.save_dir), "" if info else f"_{Path(config.evaluate).resolve().name}"
+    save_dir, name = Path(config.save_dir), "" if info else f"_{Path(config.evaluate).resolve().name[:100]}"
     path = unused(save_dir / f"evaluation{name}.json")
     picture = unused(make_folder(save_dir / "samples") / f"nearest{name}.png")
     known |= {"dataset": config.dataset, "classifier_accuracy": accuracy}
@@ -210,18 +213,17 @@ def report(config, result, pairs, accuracy, info=None, **known):
     else:
         write_grid(pairs, picture)
     write_text(path, json.dumps(known | result, indent=2) + "\n")
-    print(table(result, config.dataset, accuracy))
     print(f"measures: {path}   nearest pairs: {picture}")
 
 
-def print_start(run):
+def print_start(run, least_samples):
     """What is trained on what, and how to watch it."""
     config = run.config
     print(f"{config.dataset}: {len(run.train_images):,} images to train, {len(run.test_images):,} to test; network: "
           f"{sum(p.numel() for p in run.ddpm.parameters()):,} parameters in {'bf16' if config.bf16 else 'fp32'} on "
           f"{config.device}; {run.total_steps:,} steps, {run.progress['step']:,} done\n"
           f"watch: {tensorboard_command(config.save_dir)}")
-    if config.eval_every and not run.few_samples:
+    if config.eval_every and run.few_samples <= least_samples:
         print("samples are not measured during training: there are too few training or test images")
 
 
@@ -253,14 +255,14 @@ def print_stopped(config, progress):
 
 def shell_command(*flags, save_dir):
     """`python train_eval.py FLAGS` for the folder of a run, ready to paste into a shell."""
-    folder = [] if save_dir == "checkpoints" else ["--save_dir", str(save_dir)]
+    folder = [] if save_dir == "checkpoints" else [f"--save_dir={save_dir}"]
     return shlex.join(["python", "train_eval.py", *flags, *folder])
 
 
 def tensorboard_command(save_dir):
     """The command that shows a run, ready to paste into a shell. Without the last flag it keeps ten grids of all."""
-    return shlex.join(["tensorboard", "--logdir", str(Path(save_dir) / "tensorboard_logs"), "--samples_per_plugin",
-                       "images=1000"])
+    folder = Path(save_dir) / "tensorboard_logs"
+    return shlex.join(["tensorboard", f"--logdir={folder}", "--samples_per_plugin", "images=1000"])
 
 
 @contextmanager

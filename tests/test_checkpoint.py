@@ -28,7 +28,7 @@ SMALL = ("--device cpu --base_channels 32 --channel_mult 1,2 --num_res_blocks 1 
 @pytest.mark.parametrize("value", [
     np.float64(0.1), np.int64(3), np.zeros(2), np.bool_(True), Path("x"), {1, 2}, object(), b"bytes", 1j, slice(1),
     torch.device("cpu"), torch.float32, torch.Size([1]), collections.namedtuple("Point", "x")(1),
-    collections.defaultdict(int), lambda: None, int])
+    collections.defaultdict(int), lambda: None, int, 10**700])
 def test_what_cannot_be_loaded_is_not_saved_and_the_old_file_stays(tmp_path, value):
     path = tmp_path / "last.pt"
     save_checkpoint(path, {"step": 1})
@@ -37,6 +37,38 @@ def test_what_cannot_be_loaded_is_not_saved_and_the_old_file_stays(tmp_path, val
             save_checkpoint(path, state)
         assert "\n" not in str(error.value) and "config" in str(error.value)
     assert load_checkpoint(path, ["step"]) == {"step": 1} and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_tensor_that_carries_an_object_is_not_saved(tmp_path):
+    tensor = torch.ones(1)
+    tensor.origin = object()
+    with pytest.raises(ValueError, match="weights.w .*expected tensors and plain"):
+        save_checkpoint(tmp_path / "x.pt", {"weights": {"w": tensor}})
+
+
+@pytest.mark.parametrize("change", [
+    lambda saved: saved["network"].popitem(), lambda saved: saved["ema"].pop("step"),
+    lambda saved: saved["rng"].clear(), lambda saved: saved["optimizer"].pop("state"), lambda saved: saved["config"].pop("epochs"),
+    lambda saved: saved.update(ema=None), lambda saved: saved.update(network={"x": torch.ones(1)})])
+def test_a_last_pt_that_does_not_fit_is_one_line(tmp_path, change):
+    config, ddpm, optimizer, state = trained(["--save_dir", str(tmp_path)])
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, total_iters=1)
+    state = {**state, "network": ddpm.network, "warmup": warmup}
+    checkpoint.save_last(config, state, {"step": 2})
+    saved = load_checkpoint(tmp_path / "last.pt", ["config"])
+    change(saved)
+    with pytest.raises(ValueError, match="last.pt: written by another version of this code") as error:
+        checkpoint.restore(config, state, {"step": 0}, saved, 10)
+    assert "\n" not in str(error.value)
+
+
+def test_what_can_fail_fails_before_an_earlier_run_is_moved(tmp_path):
+    a_run(tmp_path, "first")
+    (tmp_path / "tensorboard_logs").write_text("a file")
+    (tmp_path / "x.partial").mkdir()
+    with pytest.raises(ValueError, match="tensorboard_logs'.*expected a folder that can be written"):
+        RunFolder(tmp_path, new=True)
+    assert (tmp_path / "last.pt").read_text() == "first" and not list(tmp_path.glob("run_*"))
 
 
 def test_plain_values_of_every_kind_come_back(tmp_path):
@@ -84,7 +116,7 @@ def test_a_second_run_in_a_folder_is_told_who_holds_it_until_that_process_is_gon
             RunFolder(tmp_path, new=False)
     with RunFolder(tmp_path, new=False):
         pass
-    assert os.listdir(tmp_path) == ["samples"]  # the lock leaves no file
+    assert sorted(os.listdir(tmp_path)) == ["samples", "tensorboard_logs"]  # the lock leaves no file
 
 
 def a_run(folder, mark):

@@ -10,10 +10,9 @@ from support.monitor import shell_command, shown_at_both_ends, table, tensorboar
 @pytest.mark.parametrize("save_dir", ["runs/my first run", "a'b", 'c"d', "$(rm x)", "a;b", "ünï", "-x", "tab\there"])
 def test_printed_commands_can_be_pasted(save_dir):
     assert shlex.split(shell_command("--resume", save_dir=save_dir)) == [
-        "python", "train_eval.py", "--resume", "--save_dir", save_dir]
+        "python", "train_eval.py", "--resume", f"--save_dir={save_dir}"]
     words = shlex.split(tensorboard_command(save_dir))
-    assert words[:3] == ["tensorboard", "--logdir", f"{save_dir}/tensorboard_logs"]
-    assert words[3:] == ["--samples_per_plugin", "images=1000"]
+    assert words == ["tensorboard", f"--logdir={save_dir}/tensorboard_logs", "--samples_per_plugin", "images=1000"]
 
 
 def test_the_default_folder_is_left_out_of_a_command():

@@ -31,7 +31,7 @@ from diffusion import DDPM
 from ema import EMA
 from support import machine
 from support.checkpoint import RunFolder
-from support.monitor import FIELDS, RunningStats
+from support.monitor import FIELDS, Monitor, RunningStats
 from timesteps import ImportanceSampler, make_timesteps
 from unet import UNet
 
@@ -593,6 +593,8 @@ def test_a_folder_of_pngs_is_measured_as_a_model_is(data_flags, tmp_path, capsys
     line = refused(capsys, *data_flags, *sizes, "--evaluate", tmp_path / "else" / "mine")
     assert "60 PNGs; expected at most 59" in line
     assert "no such folder" in refused(capsys, *data_flags, *sizes, "--evaluate", tmp_path / "yours")
+    line = refused(capsys, *data_flags, *sizes, "--evaluate", tmp_path / "mine", "--sampler", "ddim", "--epochs", 3)
+    assert "epochs, sampler: not used with --evaluate FOLDER; leave it out" in line
 
 
 @pytest.mark.parametrize("size", [1, 64, 65])
@@ -667,6 +669,16 @@ def test_ctrl_c_in_an_evaluation_ends_it_at_once_and_the_run_goes_on_to_the_same
     assert same(state(tmp_path / "cut"), state(save_dir))
     assert same(*(torch.load(run / "best_model.pt", weights_only=True)["weights"]
                   for run in (tmp_path / "cut", save_dir)))
+
+
+def test_ctrl_c_before_the_first_step_leaves_a_run_that_goes_on(whole, tmp_path, monkeypatch):
+    save_dir, flags = whole
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "log_config", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+        assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path)]) == 130
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 0
+    assert train_eval.main(["--resume", "--save_dir", str(tmp_path), "--device", "cpu"]) == 0
+    assert same(state(tmp_path), state(save_dir))
 
 
 def test_ctrl_c_in_the_evaluation_that_resume_repeats_loses_it_neither(whole, tmp_path, monkeypatch):
