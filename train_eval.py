@@ -405,7 +405,7 @@ def evaluate_folder(config, given):
         samples, left_out = metrics.read_folder(config.evaluate)
         train_images, test_images = load_images(config)
         if len(samples) > (most := min(len(train_images), len(test_images))):
-            raise ValueError(f"evaluate {config.evaluate!r}: {len(samples)} PNGs; expected at most {most}, of real images")
+            raise ValueError(f"{config.evaluate}: {len(samples)} PNGs; expected at most {most}, as there are real images")
     monitor.print_left_out(left_out)
     with monitor.shown_at_both_ends(train_images.warning):
         monitor.report(config, *measure(config, samples, None, train_images, test_images),

@@ -48,7 +48,8 @@ def test_a_tensor_that_carries_an_object_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize("change", [
     lambda saved: saved["network"].popitem(), lambda saved: saved["ema"].pop("step"),
-    lambda saved: saved["rng"].clear(), lambda saved: saved["optimizer"].pop("state"), lambda saved: saved["config"].pop("epochs"),
+    lambda saved: saved["rng"].clear(), lambda saved: saved["optimizer"].pop("state"),
+    lambda saved: saved["config"].pop("epochs"),
     lambda saved: saved.update(ema=None), lambda saved: saved.update(network={"x": torch.ones(1)})])
 def test_a_last_pt_that_does_not_fit_is_one_line(tmp_path, change):
     config, ddpm, optimizer, state = trained(["--save_dir", str(tmp_path)])
