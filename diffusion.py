@@ -26,9 +26,9 @@ class DDPM(GaussianProcess):
     """A denoising diffusion probabilistic model: a network in a `GaussianProcess`.
 
     Args:
-        network: any module called `network(xt, t, y)` that predicts what `prediction` says; None builds `UNet()`. If
-            its attribute `num_classes` is not None, it is conditional, and the label `num_classes` means 'no label'.
-            With a learned variance it returns twice the channels.
+        network: any module that is called as `network(xt, t, y)`; None builds `UNet()`. If its attribute `num_classes`
+            is not None, it is conditional, and the label `num_classes` means 'no label'. With a learned variance it
+            returns twice the channels.
         image_size: height and width of the images, in pixels.
         channels: channels of the images.
         loss: 'mse' or 'l1' between prediction and truth, or 'vlb', the variational bound (see `forward`).
@@ -169,7 +169,7 @@ class DDPM(GaussianProcess):
         inputs = xt, t, no_label if y is None or guidance_scale == 0 else y
         if guidance_scale not in (0, 1):  # one doubled batch
             inputs = torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, no_label])
-        # In the same layout at every step of a sampler, since torch.compile makes a graph for each layout.
+        # float32 even under bf16, and always in the same layout: torch.compile makes a graph for each layout.
         output = self.network(*inputs).to(xt.dtype, memory_format=torch.contiguous_format)
         if guidance_scale not in (0, 1):
             cond, uncond = output.chunk(2)
@@ -195,7 +195,7 @@ class DDPM(GaussianProcess):
 
         Args:
             n: number of images.
-            y: labels: n integers, or one for all. With None, a conditional model draws them, all equally likely.
+            y: labels: n integers, or one for all. With None, a conditional model draws random labels.
             sampler: 'ddpm', 'ddim', 'dpm++' or 'sde-dpm++', which is DPM-Solver++ with DDPM's noise.
             steps: sampling steps, from 1 to `num_timesteps`. With guidance each takes two network inputs.
             eta: share of DDPM's noise in each step, from 0 to 1; None means 1 for 'ddpm' and 'sde-dpm++', else 0.
@@ -339,8 +339,8 @@ def _sampling_defaults(ddpm, n, y, sampler, eta, guidance_scale, xT, start, batc
     _check_guidance(y, 1 if guidance_scale is None else guidance_scale)
     guidance_scale = ddpm.guidance_scale if guidance_scale is None else guidance_scale
     process.check_number("guidance_scale", guidance_scale)
-    if start not in (None, last := ddpm.num_timesteps - 1) and xT is None:
-        process.check_whole("start", start, 0, last, ", a timestep")
+    process.check_whole("start", start or 0, 0, last := ddpm.num_timesteps - 1, ", a timestep")
+    if start not in (None, last) and xT is None:
         raise ValueError(f"start {start} without xT: pure noise belongs to timestep {last}; give xT")
     return eta, order, guidance_scale
 

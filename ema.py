@@ -83,7 +83,7 @@ class EMA:
                 _copy(self._module_buffers(), buffers)
 
     def state_dict(self):
-        """All that `load_state_dict` needs to go on exactly: the step, and shadow and buffers by name.
+        """All that `load_state_dict` needs to resume exactly: the step, and shadow and buffers by name.
 
         Raises:
             ValueError: if parameters or buffers of the module were added, removed, replaced or reshaped.

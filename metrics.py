@@ -95,15 +95,13 @@ def train_classifier(images, labels, *, seed=0, device="cpu", epochs=5, progress
 
 
 def load_classifier(images, labels, folder, *, device="cpu", progress=False):
-    """Load the classifier of these training images from `folder`, or train it and keep it there.
-
-    A hash of images and labels names the file, so all runs on the same data use the same classifier and compare.
-    """
+    """Load the classifier of these images from `folder`, where a hash of them names it, or train and keep it there."""
     digest = hashlib.sha256(f"{VERSION} {tuple(images.shape)}".encode())
     for part in (images, labels):
         digest.update(part.cpu().contiguous().numpy())
     path = Path(folder) / f"classifier-{digest.hexdigest()[:16]}.pt"
-    classifier = Classifier(int(labels.max()) + 1)
+    with torch.random.fork_rng([]):  # measuring takes no random numbers from training
+        classifier = Classifier(int(labels.max()) + 1)
     try:
         classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception:  # the file is missing or damaged; training takes a minute or two

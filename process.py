@@ -1,4 +1,4 @@
-"""The Gaussian process of diffusion, without a network: schedules, posteriors, variances, one step of any sampler.
+"""The Gaussian process of diffusion, without a network: schedules, posteriors, variances, the steps of the samplers.
 
 DDPM: arXiv 2006.11239. Improved DDPM: 2102.09672. DDIM: 2010.02502. DPM-Solver++: 2211.01095. v-prediction:
 2202.00512. Averaged targets: 2302.00670. Min-SNR weights: 2303.09556. Zero terminal SNR: 2305.08891.
@@ -314,6 +314,7 @@ def check_labels(y, n, num_classes, device, no_label=False):
         raise ValueError(f"y {y!r}: expected whole numbers") from None
     if y.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         raise ValueError(f"y of {y.dtype}: expected whole numbers")
+    # Contiguous, since torch.compile makes a graph of its own for a label that is repeated by stride 0.
     y = y.long().expand(n).contiguous() if y.ndim == 0 else y.long()
     if y.shape != (n,):
         found = f"{len(y)} labels" if y.ndim == 1 else f"shape {tuple(y.shape)}"

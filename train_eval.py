@@ -30,13 +30,13 @@ bf16 = has_bf16(device)  # compute in bfloat16; faster where the hardware has it
 use_compile = cuda  # torch.compile the network: minutes at the start, then faster steps; rarely pays on a CPU
 save_dir = "checkpoints"  # folder for everything that a run leaves
 resume = False  # continue the run in save_dir from its last.pt
-evaluate = False  # no training: measure best_model.pt of save_dir or, with --evaluate FOLDER, a folder of PNGs
+evaluate = False  # do not train. Alone: measure best_model.pt of save_dir. With FOLDER: measure its PNGs
 
 # data
 dataset = "auto"  # auto takes mnist, or glyphs if MNIST is neither in data_dir nor can be downloaded
 data_dir = "data"  # folder of the data; what is missing is downloaded
-train_size = 60_000  # number of training images: the first so many; fewer make a run short
-test_size = 10_000  # number of test images: the first so many
+train_size = 60_000  # use the first N training images; fewer make a run short
+test_size = 10_000  # use the first N test images
 image_size = 32  # height and width that images are resized to, in pixels
 channels = 3  # 3 repeats the grey image as RGB, 1 keeps it grey
 use_augmentation = cuda  # small random shifts, rotations and scales; they help in long runs
@@ -59,7 +59,7 @@ beta_schedule = "linear"  # how the noise grows: linear or cosine
 prediction = "eps" if cuda else "x0"  # what the network predicts: eps, v or x0; x0 learns clean digits soonest
 loss = "mse"  # mse or l1 between prediction and truth, or vlb, the variational bound
 target_references = 0 if cuda or loss != "mse" else 4096  # extra images that each target is averaged over; 0 is off
-variance = "fixed_small"  # of the reverse steps: fixed_small, fixed_large, or learned (adds 0.001 of the bound)
+variance = "fixed_small"  # variance of a reverse step: fixed_small, fixed_large, or learned (adds 0.001 of the bound)
 zero_terminal_snr = False  # end the schedule in pure noise; only for prediction v and x0
 min_snr_gamma = 0.0  # cap on the SNR that weights the mse loss; 5 is usual, 0 turns the weights off
 
@@ -83,19 +83,19 @@ ema_update_rate = 1  # steps between updates of the averaged weights
 sampler = "ddpm" if cuda or use_conditional_generation else "sde-dpm++"  # ddpm, ddim, dpm++ or sde-dpm++
 sample_steps = 1000 if cuda else 16 if use_conditional_generation else 25  # sampling steps; fewer are faster
 timestep_spacing = "trailing"  # which timesteps a short sampler visits: trailing, or linspace down to t = 0
-guidance_scale = 1.0 if cuda or not use_conditional_generation else 1.15  # 1 is off; more: clearer, less varied digits
+guidance_scale = 1.0 if cuda or not use_conditional_generation else 1.15  # 1 is none; above, digits are clearer
 num_samples = 100  # images in a grid
 preview_steps = 20 if cuda else 10  # sampling steps of the grids during training, by DDIM
 
 # evaluation
-eval_every = 1  # epochs between Fréchet distances of some samples; 0 is never, the test loss is always measured
+eval_every = 1  # epochs from one Fréchet distance of some samples to the next; 0 is never
 eval_samples = 10_000 if cuda else 2000  # number of images that --evaluate draws and measures
 bound_images = 1000  # number of test images whose bits per dimension --evaluate measures
 bound_terms = 50  # terms of the variational bound computed for each of them, at most num_timesteps
 
 # rhythm
 log_every = 100 if cuda else 50  # steps between TensorBoard entries
-sample_every = 5000 if cuda else 1000  # steps between grids; the first comes after 200
+sample_every = 5000 if cuda else 1000  # steps between grids; the first grid comes at step 200
 save_every = 5000 if cuda else 500  # steps between saves of last.pt; each epoch and Ctrl-C save it too
 # end of constants
 
@@ -240,7 +240,7 @@ def train(run):
                 draw_preview(run, watch, interrupt)
             if ending and not interrupt.requested:
                 evaluate_epoch(run, watch, interrupt, step // run.steps_per_epoch)
-            if interrupt.requested:
+            if interrupt.requested and (drawing or saving):  # else the next step saves and stops
                 if not saving:
                     save_last(config, run.state, progress)
                 break
@@ -316,7 +316,7 @@ def evaluate_epoch(run, watch, interrupt, epoch):
         with warning_if_it_fails("the test loss"):
             value = test_loss(config, run.ddpm, run.test_images)
             watch.writer.add_scalar("test/loss", value, step)
-        if value < progress["best_loss"] or progress["best_loss"] == math.inf:  # or no test loss is known
+        if value < progress["best_loss"] or progress["best_loss"] == math.inf:  # no test loss so far
             progress["best_loss"] = min(value, progress["best_loss"], key=lambda loss: (math.isnan(loss), loss))
             save_best(run, epoch)
         if config.eval_every and epoch % config.eval_every == 0 and run.few_samples > metrics.NUM_FEATURES:
@@ -331,7 +331,7 @@ def evaluate_epoch(run, watch, interrupt, epoch):
 
 
 def save_best(run, epoch):
-    """Save the network's present weights, to be called while EMA's are applied, with epoch, step and test loss."""
+    """Save the weights now in the network, with epoch, step and loss. Call this only inside `ema.applied()`."""
     config, progress = run.config, run.progress
     run.ddpm.save(Path(config.save_dir) / "best_model.pt", config=vars(config), epoch=epoch, step=progress["step"],
                   test_loss=progress["best_loss"], warning=progress["warning"], log=progress["log"])
@@ -405,7 +405,7 @@ def evaluate_folder(config, given):
         samples, left_out = metrics.read_folder(config.evaluate)
         train_images, test_images = load_images(config)
         if len(samples) > (most := min(len(train_images), len(test_images))):
-            raise ValueError(f"{config.evaluate}: {len(samples)} PNGs; expected at most {most}, as there are real images")
+            raise ValueError(f"{config.evaluate}: {len(samples)} PNGs; expected at most {most}, like the real images")
     monitor.print_left_out(left_out)
     with monitor.shown_at_both_ends(train_images.warning):
         monitor.report(config, *measure(config, samples, None, train_images, test_images),

@@ -1,4 +1,4 @@
-"""What survives: whole files, the folder of a run and its lock, and going on with a run."""
+"""Saving and loading: whole files, the folder of a run and its lock, and what a resumed run needs."""
 
 import errno
 import math
@@ -177,7 +177,7 @@ class RunFolder:
                 make_folder(self.path)
             if self.path.is_dir():
                 self._acquire()
-                for partial in self.path.glob("*.partial"):  # of a run that was killed while it wrote
+                for partial in self.path.glob("*.pt.partial"):  # of a run that was killed while it wrote
                     if partial.is_file():
                         partial.unlink()
                 if new:
@@ -243,7 +243,7 @@ class RunFolder:
             moving = aside.with_name(aside.name + ".moving")
             moving.mkdir()
         for path in earlier:
-            path.rename(moving / path.name)
+            path.rename(unused(moving / path.name))
         aside = unused(moving.with_suffix(""))
         moving.rename(aside)
         print(f"what an earlier run left in {self.path} is now in {aside}")
@@ -266,11 +266,11 @@ def _try_lock(file):
     return True
 
 
-# Going on with a run
+# Resuming
 
 
 def save_last(config, state, progress):
-    """Write last.pt: all that going on exactly needs.
+    """Write last.pt: everything that is needed to resume exactly.
 
     `state` maps names to parts with a `state_dict`: network (the weights in training), ema, optimizer, timesteps,
     warmup and scheduler. `progress` holds plain values: step, best_loss, the curves, the name of the log.
@@ -290,7 +290,7 @@ def load_last(save_dir):
 
 
 def restore(config, state, progress, saved, total_steps):
-    """Put what `save_last` wrote back in place. Learning rate and length of the run are the config's.
+    """Put what `save_last` wrote back in place. Learning rate and length of the run come from `config`.
 
     Raises:
         ValueError: it is of another version of the code, or damaged.

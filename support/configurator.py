@@ -29,7 +29,7 @@ TUPLES = {"channel_mult", "attention_resolutions"}
 SWITCHES = {"bf16", "use_compile", "resume", "use_augmentation", "use_conditional_generation", "adaptive_norm",
             "zero_terminal_snr", "use_scheduler"}
 TEXTS = {"device", "save_dir", "data_dir"}
-# NOT_SAVED are never taken from a saved run. FREE_TO_*: flags that may differ from what it began with.
+# NOT_SAVED: never read back from a saved run. FREE_TO_*: flags that may differ from the saved run.
 NOT_SAVED = {"save_dir", "resume", "evaluate"}
 FREE_TO_RESUME = NOT_SAVED | {"device", "bf16", "use_compile", "data_dir", "epochs", "learning_rate", "grad_clip",
                               "num_samples", "preview_steps", "eval_every", "eval_samples", "bound_images",
@@ -73,7 +73,8 @@ def read_constants(script, scope, flags):
             continue  # imports
         exec(compile(ast.Module([node], []), script, "exec"), scope)
         scope.update(flags)
-        group = next(line for line in reversed(lines[:node.lineno - 1]) if line.startswith("# "))
+        group = next(lines[i] for i in reversed(range(node.lineno - 1)) if lines[i].startswith("# ")
+                     and (i == 0 or not lines[i - 1].strip()))  # a comment under a blank line
         comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
         for part in ast.walk(node):
             if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store) and part.id != "cuda":
@@ -151,6 +152,8 @@ def check_kinds(values, choices):
             expected = f"one of {', '.join(choices[name])}"
         elif name == "evaluate" and not (type(value) is bool or type(value) is str and value):
             expected = "True, False or the name of a folder"
+        elif type(value) not in (int, float, str, bool, tuple):
+            expected = "a number, text, True, False or a tuple"
         if expected:
             raise ValueError(f"{name} {value!r}: expected {expected}")
 

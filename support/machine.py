@@ -45,7 +45,7 @@ def autocast(config):
 def compile_network(config, ddpm, training=True):
     """`torch.compile` the network and try it. If that fails, a line says so and the run goes on without it.
 
-    The graphs of inference are tried too, with as many images as a grid has, and those of training if it is wanted.
+    It tries inference with the number of images of a grid and, if `training`, the training batches.
     """
     if not config.use_compile:
         return
@@ -55,7 +55,7 @@ def compile_network(config, ddpm, training=True):
     try:
         with torch.random.fork_rng([x0.device] if x0.is_cuda else []), autocast(config):
             for n in (config.batch_size, config.train_size % config.batch_size) if training else ():
-                if n:  # a second size makes the graph for any number of images
+                if n:  # with a second size, torch makes one graph for all sizes
                     ddpm(x0[:n], None if y is None else y[:n]).backward()
             label = None if y is None else 0
             ddpm.sample(config.num_samples, label, steps=1)

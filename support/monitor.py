@@ -166,12 +166,13 @@ def table(result, dataset, accuracy):
     """The result of `metrics.measure` as text: each figure of the samples beside that of real images."""
     result = result | {f"{name}_digit{suffix}": pick(result[f"digits{suffix}"])
                        for name, pick in (("rarest", min), ("commonest", max)) for suffix in ("", "_real")}
-    lines = [f"{result['samples']:,} samples, as many real digits: {'':14}samples      real"]
+    head = f"{result['samples']:,} samples, as many real digits:"
+    lines = [f"{head:50}{'samples':>10}{'real':>10}"]
     for name, text in MEASURES.items():
         if name in result:
             real = result.get(f"{name}_real")
             lines.append(f"  {text:48}{result[name]:10.4f}" + (f"{real:10.4f}" if real is not None else ""))
-    lines.append(f"real: as many training images, from which the classifier learned; in the last rows, test images\n"
+    lines.append(f"real: as many training images, from which the classifier learned; in rows on nearness, test images\n"
                  f"classifier: trained on {dataset}, {accuracy:.2%} test accuracy")
     missing = [MEASURES[name] for name in ("frechet", "precision", "recall") if name not in result]
     if missing:
@@ -212,7 +213,8 @@ def report(config, result, pairs, accuracy, info=None, **known):
             write_grid(pairs, picture, writer, "samples/nearest", info["step"])
     else:
         write_grid(pairs, picture)
-    write_text(path, json.dumps(known | result, indent=2) + "\n")
+    plain = {name: None if value != value else value for name, value in (known | result).items()}  # JSON has no NaN
+    write_text(path, json.dumps(plain, indent=2) + "\n")
     print(f"measures: {path}   nearest pairs: {picture}")
 
 
@@ -228,9 +230,9 @@ def print_start(run, least_samples):
 
 
 def print_test_loss(config, loss, info):
-    """Print the test loss, and that it is the one by which the epoch was chosen."""
-    print(f"test loss {loss:.5f} ({config.test_size:,} images of {config.dataset}, EMA weights of epoch "
-          f"{info['epoch']}, the one with the lowest)")
+    """Print the test loss, and which weights it is of: the epoch was chosen by this very loss."""
+    best = f"epoch {info['epoch']}, which has the lowest" if info["epoch"] else f"step {info['step']}, in epoch 1"
+    print(f"test loss {loss:.5f} ({config.test_size:,} images of {config.dataset}; EMA weights of {best})")
 
 
 def print_bits(config, bits, images, terms):
@@ -260,7 +262,7 @@ def shell_command(*flags, save_dir):
 
 
 def tensorboard_command(save_dir):
-    """The command that shows a run, ready to paste into a shell. Without the last flag it keeps ten grids of all."""
+    """The command that shows a run, ready to paste. Without the last flag TensorBoard shows only ten grids."""
     folder = Path(save_dir) / "tensorboard_logs"
     return shlex.join(["tensorboard", f"--logdir={folder}", "--samples_per_plugin", "images=1000"])
 

@@ -185,6 +185,9 @@ def test_a_kill_between_the_renames_leaves_the_run_in_one_folder_after_the_next_
         with pytest.raises(Killed):
             RunFolder(tmp_path, new=True)
     (tmp_path / "last.pt.partial").write_text("half")  # and a save that was killed
+    (tmp_path / "samples").mkdir(exist_ok=True)
+    (tmp_path / "samples" / "nearest_mine.png").write_text("first")  # and an evaluation meanwhile
+    files += {"first": 1}
     checkpoint.RunFolder(tmp_path, new=renames % 2 == 0).close()
     (aside,) = tmp_path.glob("run_*")
     assert marks(aside) == marks(tmp_path) == files and not aside.name.endswith(".moving")

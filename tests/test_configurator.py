@@ -84,6 +84,19 @@ def test_what_depends_on_the_loss_follows_it(flags, expected):
     assert (config.timestep_sampling, config.target_references) == expected
 
 
+def test_comments_between_constants_are_no_headings_and_odd_kinds_are_refused(tmp_path):
+    (tmp_path / "script.py").write_text("# system\nepochs = 3  # passes\n# try 4 here\nmine = (1, 2)  # my own\n"
+                                        "\n# other\nflag = False  # another\n# end of constants\n")
+    constants = configurator.read_constants(tmp_path / "script.py", {}, {})
+    assert constants == {"epochs": ("system", 3, "passes"), "mine": ("system", (1, 2), "my own"),
+                         "flag": ("other", False, "another")}
+    parser = configurator.make_parser(constants, {})
+    assert vars(parser.parse_args(["--mine", "3,4", "--no-flag"])) == {"mine": (3, 4), "flag": False}
+    for value in ([1], None, 1j, {}):
+        with pytest.raises(ValueError, match="mine .*: expected a number, text, True, False or a tuple"):
+            check_kinds({"mine": value}, {})
+
+
 def test_an_error_of_the_code_is_not_reported_as_one_of_the_user(tmp_path, monkeypatch):
     def fault(*args, **options):
         raise ValueError("ours")
