@@ -210,7 +210,6 @@ def test_a_classifier_that_cannot_be_saved_is_used_all_the_same(kind, patch, why
     assert list(tmp_path.iterdir()) == [path] * path.is_dir()
 
 
-@pytest.mark.parametrize("num_classes", [1, 4, 10, 26])
 def test_measuring_takes_no_random_numbers_from_training(mnist, tmp_path):
     images, labels = mnist[0].images[:100], mnist[0].labels[:100]
     before = torch.get_rng_state()
@@ -219,6 +218,7 @@ def test_measuring_takes_no_random_numbers_from_training(mnist, tmp_path):
         assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("num_classes", [1, 4, 10, 26])
 def test_the_labels_decide_the_number_of_classes(num_classes, mnist, tmp_path):
     images, labels = mnist[0].images[:120], torch.arange(120) % num_classes
     metrics.load_classifier(images, labels, tmp_path)
