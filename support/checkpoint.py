@@ -6,6 +6,7 @@ import os
 import pickle
 import socket
 import time
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -72,7 +73,9 @@ def load_checkpoint(path, keys):
     try:
         with open(path, "rb") as file:
             start = file.read(2)
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an error below says it in one line
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; train_eval.py writes one") from None
     except IsADirectoryError:

@@ -498,7 +498,8 @@ def test_a_last_pt_of_an_older_version_still_goes_on(whole, tmp_path):
     assert saved.pop("timesteps") == {} and saved["ema"].pop("buffers") == {}
     del saved["config"]["timestep_spacing"]
     torch.save(saved, tmp_path / "last.pt")
-    shutil.copy(save_dir / "best_model.pt", tmp_path)
+    for path in (save_dir / "best_model.pt", next(save_dir.glob("classifier-*.pt"))):
+        shutil.copy(path, tmp_path)
     assert train_eval.main(["--resume", "--save_dir", str(tmp_path), "--device", "cpu", "--epochs", "3"]) == 0
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 60
 
@@ -625,6 +626,7 @@ def test_an_evaluation_that_fails_is_a_warning_and_loses_nothing(data_flags, tmp
     saved, (place, _, name) = [], what.rpartition(".")
     monkeypatch.setattr(metrics if place else train_eval, name, fail)
     monkeypatch.setattr(train_eval, "draw_final", lambda run: True)  # it draws too
+    monkeypatch.setattr(metrics, "train_classifier", lambda *args, **options: metrics.Classifier(10))
     flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--epochs", 1, "--sample_every", 20, "--save_every", 99]
     assert train_eval.main([*map(str, flags)]) == 0
     err = capsys.readouterr().err
@@ -648,6 +650,8 @@ def whole(tmp_path_factory, data_flags):
 def test_ctrl_c_in_an_evaluation_ends_it_at_once_and_the_run_goes_on_to_the_same_bits(whole, tmp_path, capsys,
                                                                                       monkeypatch, what, call, step):
     save_dir, flags = whole
+    (tmp_path / "cut").mkdir()
+    shutil.copy(next(save_dir.glob("classifier-*.pt")), tmp_path / "cut")  # its training is not the matter
     place, _, name = what.rpartition(".")
     place = metrics if place else train_eval
     function, calls = getattr(place, name), []
@@ -673,6 +677,7 @@ def test_ctrl_c_in_an_evaluation_ends_it_at_once_and_the_run_goes_on_to_the_same
 
 def test_ctrl_c_before_the_first_step_leaves_a_run_that_goes_on(whole, tmp_path, monkeypatch):
     save_dir, flags = whole
+    shutil.copy(next(save_dir.glob("classifier-*.pt")), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Monitor, "log_config", lambda *args: os.kill(os.getpid(), signal.SIGINT))
         assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path)]) == 130
@@ -683,6 +688,7 @@ def test_ctrl_c_before_the_first_step_leaves_a_run_that_goes_on(whole, tmp_path,
 
 def test_ctrl_c_in_the_evaluation_that_resume_repeats_loses_it_neither(whole, tmp_path, monkeypatch):
     save_dir, flags = whole
+    shutil.copy(next(save_dir.glob("classifier-*.pt")), tmp_path)
     measure = metrics.measure
 
     def pressed(*args, **options):
