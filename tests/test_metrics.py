@@ -353,7 +353,7 @@ def test_what_few_images_cannot_tell_is_left_out(classifier, mnist, real, n, tes
 @pytest.mark.parametrize("n, trains, tests, message", [
     (0, 99, 99, "^0 samples: expected at least 1$"), (0, 0, 0, "^0 samples"), (1, 0, 9, "at most 0.* training images"),
     (9, 99, 8, "9 samples: expected at most 8, the number of test"), (99, 98, 99, "at most 98.* training images")])
-def test_no_samples_and_more_than_real_images_are_refused(classifier, mnist, n, trains, tests, message, short):
+def test_more_samples_than_real_images_are_refused(classifier, mnist, n, trains, tests, message, short):
     images = mnist[0].images
     with pytest.raises(ValueError, match=message):
         metrics.measure(classifier, images[:n], images[:trains], images[:tests], frechet_only=short)
@@ -510,7 +510,7 @@ def test_a_damaged_png_is_refused_in_one_line(kind, tmp_path):
         metrics.read_folder(tmp_path)
 
 
-def test_every_png_is_read_and_every_other_file_told(tmp_path):
+def test_a_folder_of_pngs_comes_back_as_it_was_written(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "folder.png").mkdir()
     names = [".hidden.png", "A.PNG", "a.Png", "b.png", "deep/er/z.png", "deep/y.png", "folder.png/x.png", "link.png"]
