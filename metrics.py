@@ -339,7 +339,7 @@ def _read_png(path):
                 image.info.pop("transparency", None)  # no pixel uses it
                 picture = pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # Pillow raises many types for a damaged file
-        raise ValueError(f"{_printable(path)}: not a readable PNG ({_one_line(error)}); repair it, or move it elsewhere") from None
+        raise ValueError(f"{_printable(path)}: not a readable PNG ({_one_line(error)}); repair or move it") from None
     if refusal:
         raise ValueError(f"{_printable(path)}: PNG of mode {mode}: {refusal}")
     return picture

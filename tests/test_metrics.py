@@ -506,7 +506,7 @@ def test_a_damaged_png_is_refused_in_one_line(kind, tmp_path):
     (tmp_path / "a.png").write_bytes(GOOD)
     make = DAMAGED[kind] if callable(DAMAGED[kind]) else lambda path: path.write_bytes(DAMAGED[kind])
     make(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=r"^/[^\n]*b\.png: not a readable PNG \([^\n]+\); repair it, or move it elsewhere$"):
+    with pytest.raises(ValueError, match=r"^/[^\n]*b\.png: not a readable PNG \([^\n]+\); repair or move it$"):
         metrics.read_folder(tmp_path)
 
 
