@@ -169,7 +169,7 @@ def _check_files(raw):
     for images, labels in (FILES[:2], FILES[2:]):
         if images in counts and labels in counts and counts[images] != counts[labels]:
             raise ValueError(f"{raw / labels}: {counts[labels]} labels, expected {counts[images]}, one for each image "
-                             f"in {images}; delete both, and the next run downloads them")
+                             f"in {images}; move both away, and the next run downloads them")
     return [file for file in FILES if file not in counts]
 
 
@@ -178,7 +178,7 @@ def _check_file(path):
     kind = "images" if "images" in path.name else "labels"
     fixed = (2051, 28, 28) if kind == "images" else (2049,)  # magic number, height, width
     header = struct.Struct(f">{1 + len(fixed)}i")  # the count stands second
-    advice = "delete it, and the next run downloads it"
+    advice = "move it away, and the next run downloads it"
     try:
         with open(path, "rb") as file:
             start, length = file.read(header.size), os.fstat(file.fileno()).st_size

@@ -210,9 +210,9 @@ class GaussianProcess(nn.Module):
     def timesteps(self, steps, start=None, spacing=None):
         """The timesteps that a sampler with so many steps visits, falling evenly from `start` (None: the noisiest).
 
-        Its last step goes from the last of them to the image, s = -1.
-        'trailing' leaves out the clean end, where little happens (2305.08891 sec. 3.3). 'linspace' goes down to t = 0
-        (Improved DDPM sec. 4). With as many steps as timesteps both visit all.
+        The last step goes from the last of them to the image, s = -1. 'trailing' leaves out the clean end, where little
+        happens (2305.08891 sec. 3.3). 'linspace' goes down to t = 0 (Improved DDPM sec. 4). With as many steps as
+        timesteps both visit all.
         """
         start = self.num_timesteps - 1 if start is None else start
         check_whole("start", start, 0, self.num_timesteps - 1, ", a timestep")
@@ -277,7 +277,7 @@ def check_number(name, value, low=-math.inf, high=math.inf, note=""):
         raise ValueError(f"{name} {value!r}: expected a number")
     if not low <= value <= high or not math.isfinite(value):
         limits = "a finite number" if low == -math.inf else (
-            f"at least {low}" if high == math.inf else f"from {low} to {high}")
+            f"at least {low} and finite" if high == math.inf else f"from {low} to {high}")
         raise ValueError(f"{name} {value}: expected {limits}{note}")
 
 

@@ -229,7 +229,6 @@ def train(run):
         for x0, y in () if interrupt.requested else batches(config, run.train_images, epoch, start):
             watch.add(*train_step(config, run.ddpm, run.state, x0, y, draw_references(config, run.train_images)))
             progress["step"] = step = progress["step"] + 1
-
             ending, drawing = step % run.steps_per_epoch == 0, step == FIRST_SAMPLE or step % config.sample_every == 0
             saving = interrupt.requested or ending or step % config.save_every == 0
             if drawing or saving or step % config.log_every == 0:
@@ -248,10 +247,11 @@ def train(run):
                 watch.stats.start()  # so that images per second leave these out
 
     monitor.plot_losses(config, progress, Path(config.save_dir) / "loss_curve.png")
-    if not (Path(config.save_dir) / "best_model.pt").exists():  # stopped in the first epoch
-        save_last(config, run.state, progress)  # even before its first step
+    if not Path(config.save_dir, "last.pt").exists():  # stopped before the first step
+        save_last(config, run.state, progress)
+    if not Path(config.save_dir, "best_model.pt").exists():  # stopped in the first epoch
         with run.ema.applied():
-            save_best(run, epoch=0)
+            save_best(run, 0, progress["best_loss"])
     if interrupt.requested:
         monitor.print_stopped(config, progress)
     return not interrupt.requested
@@ -317,8 +317,8 @@ def evaluate_epoch(run, watch, interrupt, epoch):
             value = test_loss(config, run.ddpm, run.test_images)
             watch.writer.add_scalar("test/loss", value, step)
         if value < progress["best_loss"] or progress["best_loss"] == math.inf:  # no test loss so far
-            progress["best_loss"] = min(value, progress["best_loss"], key=lambda loss: (math.isnan(loss), loss))
-            save_best(run, epoch)
+            save_best(run, epoch, value)
+            progress["best_loss"] = min(progress["best_loss"], value)  # a NaN leaves it as it is
         if config.eval_every and epoch % config.eval_every == 0 and run.few_samples > metrics.NUM_FEATURES:
             with warning_if_it_fails("measuring samples"):
                 samples, _ = draw(config, run.ddpm, run.few_samples, sampler="ddim", steps=config.preview_steps)
@@ -330,11 +330,11 @@ def evaluate_epoch(run, watch, interrupt, epoch):
         save_last(config, run.state, progress)
 
 
-def save_best(run, epoch):
-    """Save the weights now in the network, with epoch, step and loss. Call this only inside `ema.applied()`."""
+def save_best(run, epoch, value):
+    """Save the weights now in the network, with epoch and test loss. Call this only inside `ema.applied()`."""
     config, progress = run.config, run.progress
     run.ddpm.save(Path(config.save_dir) / "best_model.pt", config=vars(config), epoch=epoch, step=progress["step"],
-                  test_loss=progress["best_loss"], warning=progress["warning"], log=progress["log"])
+                  test_loss=value, warning=progress["warning"], log=progress["log"])
 
 
 @torch.no_grad()

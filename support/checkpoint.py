@@ -189,6 +189,9 @@ class RunFolder:
                     self._move_earlier_run()
             if new:
                 (self.path / "samples").mkdir(exist_ok=True)
+        except ValueError:
+            self.close()
+            raise
         except OSError as error:
             self.close()
             raise ValueError(f"save_dir {str(save_dir)!r}: {error.strerror or error} ({error.filename}); expected a "

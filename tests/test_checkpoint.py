@@ -70,6 +70,7 @@ def test_what_can_fail_fails_before_an_earlier_run_is_moved(tmp_path):
     with pytest.raises(ValueError, match="tensorboard_logs'.*expected a folder that can be written"):
         RunFolder(tmp_path, new=True)
     assert (tmp_path / "last.pt").read_text() == "first" and not list(tmp_path.glob("run_*"))
+    assert not (tmp_path / ".lock").exists()  # a refusal holds nothing
 
 
 def test_plain_values_of_every_kind_come_back(tmp_path):
@@ -118,6 +119,21 @@ def test_a_second_run_in_a_folder_is_told_who_holds_it_until_that_process_is_gon
     with RunFolder(tmp_path, new=False):
         pass
     assert sorted(os.listdir(tmp_path)) == ["samples", "tensorboard_logs"]  # the lock leaves no file
+
+
+def test_a_lock_file_that_another_run_removes_between_open_and_lock_is_not_taken_for_a_lock(tmp_path, monkeypatch):
+    lock, removed = checkpoint._try_lock, []
+
+    def late(file):
+        if not removed:  # the run that held it ends just now
+            removed.append(os.remove(file.name))
+        return lock(file)
+
+    monkeypatch.setattr(checkpoint, "_try_lock", late)
+    with RunFolder(tmp_path, new=False):
+        assert removed and (tmp_path / ".lock").exists()
+        with pytest.raises(ValueError, match="in use by"):
+            RunFolder(tmp_path, new=False)
 
 
 def a_run(folder, mark):

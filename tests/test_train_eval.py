@@ -675,6 +675,22 @@ def test_ctrl_c_in_an_evaluation_ends_it_at_once_and_the_run_goes_on_to_the_same
                   for run in (tmp_path / "cut", save_dir)))
 
 
+def test_without_any_test_loss_the_newest_weights_are_kept(whole, tmp_path, monkeypatch):
+    """A run stopped in its first epoch left a best_model.pt; it must not stay because no test loss can be had."""
+    def fail(*args):
+        raise MemoryError
+
+    save_dir, flags = whole
+    shutil.copy(next(save_dir.glob("classifier-*.pt")), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_eval, "draw", lambda *args, **options: os.kill(os.getpid(), signal.SIGINT))
+        assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path)]) == 130
+    assert DDPM.load(tmp_path / "best_model.pt", "cpu").info["step"] == 10
+    monkeypatch.setattr(train_eval, "test_loss", fail)
+    assert train_eval.main(["--resume", "--save_dir", str(tmp_path), "--device", "cpu"]) == 0
+    assert DDPM.load(tmp_path / "best_model.pt", "cpu").info["step"] == 40
+
+
 def test_ctrl_c_before_the_first_step_leaves_a_run_that_goes_on(whole, tmp_path, monkeypatch):
     save_dir, flags = whole
     shutil.copy(next(save_dir.glob("classifier-*.pt")), tmp_path)
