@@ -13,7 +13,8 @@ from tqdm import tqdm
 import likelihood
 import process
 from process import GaussianProcess
-from support.checkpoint import load_checkpoint, load_state_dict, plain_state_dict, save_checkpoint, unwrapped
+from support.checkpoint import load_checkpoint, save_checkpoint
+from support.machine import load_state_dict, plain_state_dict, unwrapped
 from unet import UNet, is_plain_unet, num_classes_of
 
 LOSSES = ("mse", "l1", "vlb")
@@ -78,7 +79,7 @@ class DDPM(GaussianProcess):
 
     # Training
 
-    def forward(self, x0, y=None, *, t=None, eps=None, references=None, reduction="mean"):
+    def forward(self, x0, y=None, *, t=None, eps=None, drop=None, references=None, rows=None, reduction="mean"):
         """The training loss at random timesteps.
 
         'mse' and 'l1' are the simple loss (DDPM eq. 14). A learned variance adds 0.001 of the bound: the hybrid loss
@@ -87,12 +88,14 @@ class DDPM(GaussianProcess):
 
         Args:
             x0: images in [-1, 1], (N, C, H, W).
-            y: labels, int64, (N,). In training mode a tenth of them are replaced by 'no label' (2207.12598 alg. 1).
+            y: labels, int64, (N,).
             t: timesteps, int64, (N,); None draws them uniformly.
             eps: standard normal noise, of the shape of `x0`; None draws it.
+            drop: which labels to replace by 'no label', bool, (N,); None draws a tenth in training mode (2207.12598).
             references: images, (M, C, H, W), or (M, 1, H, W) if all channels are equal, and their labels, (M,) or None.
                 For 'mse' only: the target becomes the mean of all images that may be behind x_t, which has the same
                 minimum but less variance (2302.00670).
+            rows: slice of the batch to compute; the other images then serve as references alone. None means all.
             reduction: 'mean' for a scalar, 'none' for one loss per image, (N,).
 
         Raises:
@@ -111,9 +114,12 @@ class DDPM(GaussianProcess):
         eps = torch.randn_like(x0) if eps is None else eps
         process.check_timesteps(t, n)
         process.check_images("eps", eps, x0.shape)
-        y_seen = y  # by the network
-        if y is not None and self.training:
-            y_seen = torch.where(torch.rand(n, device=x0.device) < LABEL_DROPOUT, self.num_classes, y)
+        if y is not None and self.training and drop is None:
+            drop = draw_dropped(n, x0.device)
+        y_seen = y if y is None or drop is None else torch.where(drop, self.num_classes, y)  # by the network
+        batch = x0
+        if rows is not None:
+            x0, t, eps, y_seen = x0[rows], t[rows], eps[rows], None if y is None else y_seen[rows]
 
         xt = self.q_sample(x0, t, eps)
         output, variance_fraction = self._network(xt, t, y_seen)
@@ -124,7 +130,7 @@ class DDPM(GaussianProcess):
                 images, labels = references
                 same_label = None if y is None else (
                     (y_seen[:, None] == torch.cat([y, labels])) | (y_seen[:, None] == self.num_classes))
-                mean = self.posterior_mean(xt, t, x0[:, :images.shape[1]], images, allowed=same_label)
+                mean = self.posterior_mean(xt, t, batch[:, :images.shape[1]], images, allowed=same_label)
                 target = self.target(mean, self.eps_from_x0(mean, xt, t), t)
             difference = output - target
             losses = (difference.square() if self.loss == "mse" else difference.abs()).flatten(1).mean(dim=1)
@@ -190,7 +196,7 @@ class DDPM(GaussianProcess):
     # Sampling
 
     def sample(self, n, y=None, *, sampler=None, steps=None, eta=None, guidance_scale=None, seed=None, xT=None,
-               start=None, return_sequence=False, progress=False, batch_size=256):
+               start=None, rows=None, return_sequence=False, progress=False, batch_size=256):
         """Draw images. What is left out comes from the model's own settings.
 
         Args:
@@ -205,6 +211,7 @@ class DDPM(GaussianProcess):
             xT: what to start from, (n, C, H, W); None draws noise.
             start: timestep that `xT` belongs to; None means the noisiest. From a lower one, `steps` defaults to the
                 same share of the model's steps.
+            rows: slice of the n images to draw; the parts are those of the whole. None means all.
             return_sequence: return the prediction of x0 at every step (progressive generation, DDPM sec. 4.3).
             progress: show a progress bar.
             batch_size: images that the network sees at once. The noise of a step is drawn for all n images before they
@@ -228,10 +235,15 @@ class DDPM(GaussianProcess):
             xT = torch.randn(n, *self.image_shape, generator=generator, device=self.device)
         process.check_images("xT", xT, (n, *self.image_shape))
 
-        sequence, xT = [], xT.to(self.device, torch.float32)
+        rows = slice(None) if rows is None else rows
+        sequence, xT, y = [], xT[rows].to(self.device, torch.float32), None if y is None else y[rows]
+
+        def draw_noise():  # for all n images, so that neither batches nor rows change it
+            return torch.randn(n, *self.image_shape, generator=generator, device=self.device)[rows]
+
         with (torch.no_grad(), _evaluating(self),
-              tqdm(total=n * len(timesteps), unit="call", disable=not progress, leave=False) as progress_bar):
-            for x0, xt in walk(self, xT, [*timesteps, -1], y, guidance_scale, eta, order, generator, batch_size,  # noqa: B007
+              tqdm(total=len(xT) * len(timesteps), unit="call", disable=not progress, leave=False) as progress_bar):
+            for x0, xt in walk(self, xT, [*timesteps, -1], y, guidance_scale, eta, order, draw_noise, batch_size,  # noqa: B007
                                progress_bar):
                 if return_sequence:
                     sequence.append(x0)
@@ -328,6 +340,11 @@ SETTINGS = tuple(name for kind in (GaussianProcess, DDPM) for name in inspect.si
                  if name not in ("network", "settings"))
 
 
+def draw_dropped(n, device):
+    """Which of n labels training leaves out, bool, (n,) (2207.12598 alg. 1)."""
+    return torch.rand(n, device=device) < LABEL_DROPOUT
+
+
 def _sampling_defaults(ddpm, n, y, sampler, eta, guidance_scale, xT, start, batch_size):
     """Eta, order and guidance scale of `DDPM.sample`; ValueError for arguments that do not fit together."""
     process.check_whole("n", n, 1, note=" image")
@@ -361,7 +378,7 @@ def _mixing_weights(weights):
     return weights
 
 
-def walk(ddpm, xt, timesteps, y, guidance_scale, eta, order, generator=None, batch_size=256, progress_bar=None):
+def walk(ddpm, xt, timesteps, y, guidance_scale, eta, order, draw_noise, batch_size=256, progress_bar=None):
     """The sampling loop: yields the predicted x0 and the new x_t after every step. `order` 2 is DPM-Solver++."""
     x0_before = t_before = None
     for now, after in pairwise(timesteps):
@@ -373,8 +390,7 @@ def walk(ddpm, xt, timesteps, y, guidance_scale, eta, order, generator=None, bat
                 x0 = ddpm.extrapolate(x0, x0_before, t_before, t, s)
                 eps = ddpm.eps_from_x0(x0, xt, t)
             x0_before, t_before = predicted, t
-        noise = torch.randn(xt.shape, generator=generator, device=ddpm.device) if eta else None
-        xt = ddpm.step(x0, eps, t, s, eta, noise, variance_fraction)
+        xt = ddpm.step(x0, eps, t, s, eta, draw_noise() if eta else None, variance_fraction)
         yield predicted, xt
 
 

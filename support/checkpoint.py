@@ -1,50 +1,128 @@
 """Saving and loading: whole files, the folder of a run and its lock, and what a resumed run needs."""
 
-import errno
 import math
 import os
 import pickle
 import socket
+import sys
 import time
 import warnings
 import zipfile
 from collections import OrderedDict
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from support.machine import in_one_line
+from support.machine import in_one_line, on_main
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-RUN_FILES = ("last.pt", "best_model.pt", "loss_curve.png", "samples", "evaluation*.json")  # what a new run moves aside
+RUN_FILES = ("last.pt", "last.previous.pt", "best_model.pt", "loss_curve.png", "samples", "evaluation*.json")
+PATIENCE = 5  # seconds in which a rename that is refused is tried again
 
 
 # Files
 
 
-def save_checkpoint(path, state):
-    """Write a dict of tensors and plain values with `torch.save`: the old file stays, or the new one is whole.
+@contextmanager
+def whole_file(path, previous=None):
+    """The name to write a file under, so that `path` is at every moment the old file or the whole new one.
 
-    Raises:
-        ValueError: a value that `load_checkpoint` would refuse; nothing is written.
-        OSError: the file cannot be written, for example on a full disk.
+    At the end of the block the new file is flushed to the disk and gets its name; after an error it is removed.
+    `previous` is a name under which the old file is kept.
     """
-    path = os.fspath(path)
-    _check_plain(state, "")
-    partial = path + ".partial"
+    partial = f"{os.fspath(path)}.partial"
     try:
-        torch.save(state, partial)
-        os.replace(partial, path)
-    except RuntimeError as error:  # torch's own for a write that failed
-        raise OSError(f"{path}: cannot be written ({str(error).partition(chr(10))[0]})") from error
+        yield partial
+        _flush(partial)
+        if previous is not None and os.path.exists(path):
+            _keep(path, previous)
+        _rename(partial, path)
+        _flush(os.path.dirname(partial) or ".")
     finally:
         if os.path.exists(partial):
             os.remove(partial)
+
+
+def _flush(path):
+    """Have the system write a file, or the names in a folder, to the disk. Not every system can open a folder."""
+    folder = os.path.isdir(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        if not folder:
+            raise
+
+
+def _keep(path, previous):
+    """Give a file the name `previous`. It has both names until a new file takes the first."""
+    spare = f"{os.fspath(previous)}.partial"
+    try:
+        os.link(path, spare)
+    except OSError:  # a file system without hard links: for a moment there is `previous` alone
+        _rename(path, previous)
+    else:
+        _rename(spare, previous)
+
+
+def _rename(source, target):
+    """`os.replace`, tried again for some seconds: on Windows a virus scanner may hold a new file for a moment."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
+def save_checkpoint(path, state, previous=None):
+    """Write a dict of tensors and plain values with `torch.save`, as a `whole_file`.
+
+    Raises:
+        ValueError: a value that `load_checkpoint` would refuse; nothing is written.
+        OSError: the file cannot be written, for example on a full disk; it says how many bytes are missing.
+    """
+    path = os.fspath(path)
+    _check_plain(state, "")
+    written = None
+    try:
+        with whole_file(path, previous) as partial:
+            try:
+                torch.save(state, partial)
+                _flush(partial)
+            finally:
+                written = os.path.getsize(partial) if os.path.exists(partial) else None
+    except (OSError, RuntimeError) as error:  # RuntimeError is torch's own for a write that failed
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        size = _Size()
+        torch.save(state, size)
+        if written is not None and written < size.bytes:
+            reason = f"{size.bytes - written:,} of {size.bytes:,} bytes are missing: the disk is full, or a quota is"
+        raise OSError(f"{path}: cannot be written ({reason})") from error
+
+
+class _Size:
+    """A file that keeps nothing and counts the bytes."""
+
+    bytes = 0
+
+    def write(self, data):
+        self.bytes += len(data)
+        return len(data)
+
+    def flush(self):
+        pass
 
 
 def _check_plain(value, name):
@@ -64,36 +142,36 @@ def _check_plain(value, name):
 
 
 def load_checkpoint(path, keys):
-    """The dict at `path`, on the CPU. No code from the file is run.
+    """The dict at `path`, on the CPU. No code from the file is run, and its checksums are compared.
 
     Raises:
         ValueError: the file is missing, cannot be read, is damaged, or is something else: one line for each cause.
     """
-    start = b""
+    start, whole = b"", False
     try:
         with open(path, "rb") as file:
             start = file.read(2)
+        whole = _is_whole_zip(path)  # torch compares no checksums
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an error below says it in one line
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True) if whole else None
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; train_eval.py writes one") from None
     except IsADirectoryError:
         raise ValueError(f"{path}: a folder; expected a file, for example {Path(path, 'best_model.pt')}") from None
-    except Exception as error:  # foreign files fail in too many ways to list
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch raises EINVAL for a file cut short
-            raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
-        if _is_whole_zip(path):
-            reason = "not a readable checkpoint but another kind of file"
-            if isinstance(error, pickle.UnpicklingError):
-                reason = "holds Python objects, which could run code; expected tensors and plain values alone"
-        elif start[:1] == b"\x80":  # the first byte of a pickle
-            reason = "a pickle, which could run code; expected a checkpoint of train_eval.py or DDPM.save"
-        elif start == b"PK":
-            reason = "not a readable checkpoint: the file is damaged or cut short; another copy of it may be whole"
-        else:
-            reason = "not a readable checkpoint but another kind of file"
-        raise ValueError(f"{path}: {reason} ({type(error).__name__})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: holds Python objects, which could run code; expected tensors and plain values "
+                         "alone") from None
+    except Exception as error:  # foreign archives fail in too many ways to list
+        raise ValueError(f"{path}: not a readable checkpoint but another kind of file ({in_one_line(error)})") from None
+    if not whole:
+        raise ValueError(f"{path}: " + (
+            "a pickle, which could run code; expected a checkpoint of train_eval.py or DDPM.save"
+            if start[:1] == b"\x80" else  # the first byte of a pickle
+            "not a readable checkpoint: the file is damaged or cut short; another copy of it may be whole"
+            if start == b"PK" else "not a readable checkpoint but another kind of file"))
     if not isinstance(saved, dict) or not set(keys) <= set(saved):
         raise ValueError(f"{path}: a checkpoint of another kind; expected one with {', '.join(keys)}")
     return saved
@@ -104,6 +182,8 @@ def _is_whole_zip(path):
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
+    except OSError:
+        raise
     except Exception:  # damaged archives fail in many ways
         return False
 
@@ -118,9 +198,8 @@ def unused(path):
 
 def write_text(path, text):
     """Write a text file, whole or not at all."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        Path(partial).write_text(text, encoding="utf-8")
 
 
 def make_folder(path):
@@ -133,32 +212,6 @@ def make_folder(path):
         raise ValueError(f"save_dir {os.fspath(path)!r}: {error.strerror or error}; expected a folder that can be "
                          "written") from None
     return Path(path)
-
-
-# Networks
-
-
-def unwrapped(network):
-    """The module inside the wrappers of `torch.compile` and (Distributed)DataParallel."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(network, parallel) or "_orig_mod" in network._modules:
-        network = network.module if isinstance(network, parallel) else network._modules["_orig_mod"]
-    return network
-
-
-def plain_state_dict(network):
-    """The state dict of a network without the names that `torch.compile` inserts for compiled layers."""
-    return {name.replace("_orig_mod.", ""): value for name, value in network.state_dict().items()}
-
-
-def load_state_dict(network, weights, path):
-    """Load weights into a network, wrapped or not; ValueError, naming the file, if they do not fit."""
-    network = unwrapped(network)
-    own_names = {name.replace("_orig_mod.", ""): name for name in network.state_dict()}
-    try:
-        network.load_state_dict({own_names.get(name, name): value for name, value in weights.items()})
-    except RuntimeError:
-        raise ValueError(f"{path}: its weights do not fit this network; give load() the one saved") from None
 
 
 # The folder of a run
@@ -180,8 +233,8 @@ class RunFolder:
                 make_folder(self.path)
             if self.path.is_dir():
                 self._acquire()
-                for partial in self.path.glob("*.pt.partial"):  # of a run that was killed while it wrote
-                    if partial.is_file():
+                for partial in (*self.path.glob("*.partial"), *self.path.glob("samples/*.partial")):
+                    if partial.is_file():  # of a run that was killed while it wrote
                         partial.unlink()
                 if new:
                     make_folder(self.path / "tensorboard_logs")  # whatever can fail, fails before the move
@@ -275,24 +328,40 @@ def _try_lock(file):
 # Resuming
 
 
+@on_main
 def save_last(config, state, progress):
     """Write last.pt: everything that is needed to resume exactly.
 
     `state` maps names to parts with a `state_dict`: network (the weights in training), ema, optimizer, timesteps,
-    warmup and scheduler. `progress` holds plain values: step, best_loss, the curves, the name of the log.
+    warmup and scheduler. `progress` holds plain values: step, best_loss, the curves, the name of the log. The last.pt
+    of before becomes last.previous.pt.
     """
     rng = {"cpu": torch.get_rng_state()}
     if torch.device(config.device).type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(config.device)
     save_checkpoint(Path(config.save_dir) / "last.pt", {
-        "config": vars(config), **progress, "rng": rng, **{name: part.state_dict() for name, part in state.items()}})
+        "config": vars(config), **progress, "rng": rng, **{name: part.state_dict() for name, part in state.items()}},
+        Path(config.save_dir) / "last.previous.pt")
 
 
 def load_last(save_dir):
-    """What `save_last` wrote; ValueError, in one line, if it cannot be loaded."""
-    return load_checkpoint(Path(save_dir) / "last.pt", (
-        "config", "step", "best_loss", "train_curve", "test_curve", "warning", "log", "rng", "network", "ema",
-        "optimizer", "warmup"))
+    """What `save_last` wrote; if that is damaged, what it wrote before, and a line says so.
+
+    Raises:
+        ValueError: neither file can be loaded.
+    """
+    keys = ("config", "step", "best_loss", "train_curve", "test_curve", "warning", "log", "rng", "network", "ema",
+            "optimizer", "warmup")
+    previous = Path(save_dir) / "last.previous.pt"
+    try:
+        return load_checkpoint(Path(save_dir) / "last.pt", keys)
+    except ValueError as error:
+        if not previous.exists():
+            raise
+        print(error, file=sys.stderr)
+        saved = load_checkpoint(previous, keys)
+        print(f"going on from {previous}, saved at step {saved['step']:,}", file=sys.stderr)
+        return saved
 
 
 def restore(config, state, progress, saved, total_steps):

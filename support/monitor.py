@@ -4,13 +4,15 @@ import json
 import math
 import shlex
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from support.checkpoint import make_folder, unused, write_text
+from support.checkpoint import make_folder, unused, whole_file, write_text
+from support.machine import on_main, warning_if_it_fails, world
 
 FIELDS = (  # of the reference's log, in its order
     "device", "batch_size", "epochs", "save_dir", "optimizer_type", "learning_rate", "weight_decay", "use_scheduler",
@@ -37,14 +39,14 @@ class Monitor:
     """
 
     def __init__(self, config, progress, images, seen):
-        from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
         self.config, self.progress = config, progress
         self.samples_dir = Path(config.save_dir) / "samples"
-        self.writer = SummaryWriter(Path(config.save_dir) / "tensorboard_logs" / progress["log"], flush_secs=10,
-                                    purge_step=progress["step"] + 1 if progress["step"] else None)
-        self.bar = tqdm(total=images, initial=seen, unit="img", smoothing=0.05, mininterval=0.5)
+        self.events = EventLog(config.save_dir, progress["log"],
+                               purge_step=progress["step"] + 1 if progress["step"] else None)
+        self.bar = tqdm(total=images, initial=seen, unit="img", smoothing=0.05, mininterval=0.5,
+                        disable=world()[0] > 0)
         self.stats = RunningStats(config)
 
     def __enter__(self):
@@ -52,7 +54,7 @@ class Monitor:
 
     def __exit__(self, *exception):
         self.bar.close()
-        self.writer.close()
+        self.events.close()
 
     def add(self, losses, weights, t, norm):
         """Take in one training step, see `RunningStats.add`."""
@@ -61,9 +63,9 @@ class Monitor:
 
     def log(self, rate):
         """The statistics since the last call, and the learning rate: to TensorBoard, the bar and the loss curve."""
-        step, scalars = self.progress["step"], self.stats.read(self.progress["step"])
+        step, scalars = self.progress["step"], self.stats.read(self.progress["step"], rate)
         for tag, value in (scalars | {"train/learning_rate": rate}).items():
-            self.writer.add_scalar(tag, value, step)
+            self.events.add("scalar", tag, value, step)
         self.bar.set_postfix(loss=f"{scalars['train/loss']:.4f}")
         self.progress["train_curve"].append([step, scalars["train/loss"]])
 
@@ -76,13 +78,57 @@ class Monitor:
         names = [*FIELDS, *(name for name in known if name not in FIELDS)]
         rows = [f"| {name} | {known[name]} |" for name in names]
         text = "\n".join(["| | |", "| --- | --- |", *rows])
-        self.writer.add_text("config", text.encode(errors="replace").decode())  # a path may hold any bytes
-        write_grid(real, self.samples_dir / "real.png", self.writer, "real", 0)
+        self.events.add("text", "config", text.encode(errors="replace").decode())  # a path may hold any bytes
+        write_grid(real, self.samples_dir / "real.png", self.events, "real", 0)
 
     def log_samples(self, images):
         """A grid of samples of this step."""
         step = self.progress["step"]
-        write_grid(images, self.samples_dir / f"step_{step:07d}.png", self.writer, "samples", step)
+        write_grid(images, self.samples_dir / f"step_{step:07d}.png", self.events, "samples", step)
+
+
+class EventLog:
+    """TensorBoard's log of a run, as a context manager; only the main process writes it.
+
+    If it cannot be written, a warning says so once, and the run goes on without it.
+    """
+
+    def __init__(self, save_dir, name, purge_step=None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = None
+        if world()[0] == 0:
+            self.hook, threading.excepthook = threading.excepthook, self._quiet
+            with warning_if_it_fails("TensorBoard's log"):
+                self.writer = SummaryWriter(Path(save_dir) / "tensorboard_logs" / name, purge_step=purge_step,
+                                            flush_secs=10)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def add(self, kind, *what):
+        """SummaryWriter's `add_scalar`, `add_image` or `add_text`."""
+        if self.writer is not None:
+            writer, self.writer = self.writer, None
+            with warning_if_it_fails("TensorBoard's log"):
+                getattr(writer, f"add_{kind}")(*what)
+                self.writer = writer
+
+    def close(self):
+        """Write what is left, and close the file."""
+        if self.writer is not None:
+            with warning_if_it_fails("TensorBoard's log"):
+                self.writer.close()
+        if world()[0] == 0:
+            threading.excepthook = self.hook
+
+    def _quiet(self, failure):
+        """TensorBoard's thread ends with the error that the next `add` gets; it need not be shown twice."""
+        if not isinstance(failure.exc_value, OSError):
+            self.hook(failure)
 
 
 class RunningStats:
@@ -111,18 +157,22 @@ class RunningStats:
         self.count += 1
         self.images += len(losses)
 
-    def read(self, step):
+    def read(self, step, rate):
         """The TensorBoard scalars of these steps, of which `step` is the last. Begins anew.
 
         Raises:
-            SystemExit: a loss or a gradient was not finite.
+            SystemExit: a loss or a gradient was not finite; the exit status is 3.
         """
         losses, norms = self.steps[:, :self.count].tolist()
         for i, (loss, norm) in enumerate(zip(losses, norms)):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise SystemExit(f"\nstep {step - self.count + i + 1}: loss {loss}, gradient norm {norm}: training has "
-                                 "diverged and stops. If there is a last.pt, it is from before: continue with "
-                                 "--resume and a lower --learning_rate or --grad_clip")
+                before = ", ".join(f"{value:.4g}" for value in losses[max(0, i - 5):i]) or "none since the last entry"
+                if world()[0] == 0:
+                    print(f"\nstep {step - self.count + i + 1}: loss {loss}, gradient norm {norm}, learning rate "
+                          f"{rate:.3g}, losses before: {before}. Training has diverged and stops. If there is a "
+                          "last.pt, it is from before: continue with --resume and a lower --learning_rate or "
+                          "--grad_clip", file=sys.stderr)
+                raise SystemExit(3)
         scalars = {"train/loss": sum(losses) / self.count, "train/grad_norm": sum(norms) / self.count,
                    "train/images_per_second": self.images / (time.perf_counter() - self.clock)}
         for quartile, (total, weight) in enumerate(self.quartiles.T.tolist(), start=1):
@@ -132,16 +182,19 @@ class RunningStats:
         return scalars
 
 
-def write_grid(images, path, writer=None, tag=None, step=None):
-    """Images in [-1, 1], (N, C, H, W), as a PNG with ten columns and, given a writer, in TensorBoard."""
+@on_main
+def write_grid(images, path, events=None, tag=None, step=None):
+    """Images in [-1, 1], (N, C, H, W), as a PNG with ten columns and, given an `EventLog`, in TensorBoard."""
     from torchvision.utils import make_grid, save_image
 
     grid = make_grid((images.float().cpu() + 1) / 2, nrow=10)
-    save_image(grid, path)
-    if writer is not None:
-        writer.add_image(tag, grid.clamp(0, 1), step)
+    with warning_if_it_fails("writing a picture"), whole_file(path) as partial:
+        save_image(grid, partial, format="png")
+    if events is not None:
+        events.add("image", tag, grid.clamp(0, 1), step)
 
 
+@on_main
 def plot_losses(config, progress, path):
     """Training and test loss over the steps. Averaged targets make the training loss lower, so its label says so."""
     import matplotlib
@@ -158,7 +211,8 @@ def plot_losses(config, progress, path):
     axes.grid(True, which="both", alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(path, dpi=120)
+    with warning_if_it_fails("writing a picture"), whole_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
     plt.close(figure)
 
 
@@ -180,13 +234,12 @@ def table(result, dataset, accuracy):
     return "\n".join(lines)
 
 
+@on_main
 def write_final(config, images, info):
     """The final grid of a model with this `info`, in a new file final.png and in TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter
-
     path = unused(make_folder(Path(config.save_dir) / "samples") / "final.png")
-    with SummaryWriter(Path(config.save_dir) / "tensorboard_logs" / info["log"]) as writer:
-        write_grid(images, path, writer, "samples/final", info["step"])
+    with EventLog(config.save_dir, info["log"]) as events:
+        write_grid(images, path, events, "samples/final", info["step"])
     print(f"model: {Path(config.save_dir) / 'best_model.pt'}   samples: {path}")
 
 
@@ -196,8 +249,6 @@ def report(config, result, pairs, accuracy, info=None, **known):
     `info` is that of the model that drew the samples; the measures then go to TensorBoard too. `accuracy` is the
     classifier's. `known` goes into the JSON.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     print(table(result, config.dataset, accuracy))  # first, in case that a file cannot be written
     pairs = pairs.float() / 127.5 - 1
     save_dir, name = Path(config.save_dir), "" if info else f"_{Path(config.evaluate).resolve().name[:100]}"
@@ -206,11 +257,11 @@ def report(config, result, pairs, accuracy, info=None, **known):
     known |= {"dataset": config.dataset, "classifier_accuracy": accuracy}
     if info:
         known |= {"seed": config.seed, "epoch": info["epoch"], "step": info["step"]}
-        with SummaryWriter(save_dir / "tensorboard_logs" / info["log"]) as writer:
+        with EventLog(save_dir, info["log"]) as events:
             for tag, value in result.items():
                 if not isinstance(value, list):
-                    writer.add_scalar(f"evaluation/{tag}", value, info["step"])
-            write_grid(pairs, picture, writer, "samples/nearest", info["step"])
+                    events.add("scalar", f"evaluation/{tag}", value, info["step"])
+            write_grid(pairs, picture, events, "samples/nearest", info["step"])
     else:
         write_grid(pairs, picture)
     plain = {name: None if value != value else value for name, value in (known | result).items()}  # JSON has no NaN
@@ -270,6 +321,7 @@ def tensorboard_command(save_dir):
 @contextmanager
 def shown_at_both_ends(warning):
     """Print a warning before the block and, in case it scrolled away, after it; None prints nothing."""
+    warning = None if world()[0] else warning
     if warning:
         print(warning, file=sys.stderr)
     try:
