@@ -13,6 +13,7 @@ from tqdm import tqdm
 import likelihood
 import process
 from process import GaussianProcess
+from support import checks
 from support.checkpoint import load_checkpoint, load_state_dict, plain_state_dict, save_checkpoint, unwrapped
 from unet import UNet, is_plain_unet, num_classes_of
 
@@ -57,6 +58,7 @@ class DDPM(GaussianProcess):
         out_channels = 2 * channels if self.variance == "learned" else channels
         if network is None:
             network = UNet(image_size=image_size, channels=channels, out_channels=out_channels)
+        checks.check_module("network", network)
         if isinstance(inner := unwrapped(network), UNet):
             for name, value in (("image_size", image_size), ("channels", channels), ("out_channels", out_channels)):
                 if value != inner.config[name]:
@@ -67,9 +69,8 @@ class DDPM(GaussianProcess):
             raise ValueError(f"guidance_scale {guidance_scale}: the network is unconditional; expected 1")
         self.image_size, self.channels = int(image_size), int(channels)
         self.image_shape = (self.channels, self.image_size, self.image_size)
-        self.loss = loss
+        self.loss, self.sampler = loss, sampler
         self.min_snr_gamma = float(min_snr_gamma)
-        self.sampler = sampler
         sample_steps = self.num_timesteps if sample_steps is None else sample_steps
         self.guidance_scale = float(guidance_scale)
         self.info = {}  # what `save` was given beside the model
@@ -152,7 +153,7 @@ class DDPM(GaussianProcess):
             x0, clipped to [-1, 1], and the noise that makes `xt` from it, both (N, C, H, W).
         """
         process.check_images("xt", xt, (None, *self.image_shape))
-        process.check_timesteps(t, len(xt))
+        process.check_timesteps(t, len(xt), 0, self.num_timesteps - 1)
         y = process.check_labels(y, len(xt), self.num_classes, self.device, no_label=True)
         return self.denoise(xt, t, y, guidance_scale)[:2]
 
@@ -170,15 +171,13 @@ class DDPM(GaussianProcess):
         if guidance_scale not in (0, 1):  # one doubled batch
             inputs = torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, no_label])
         # float32 even under bf16, and always in the same layout: torch.compile makes a graph for each layout.
-        output = self.network(*inputs).to(xt.dtype, memory_format=torch.contiguous_format)
+        output, expected = self.network(*inputs), self.channels * (2 if self.variance == "learned" else 1)
+        process.check_images("network: its output", output, (len(inputs[0]), expected, *xt.shape[2:]), finite=False)
+        output = output.to(xt.dtype, memory_format=torch.contiguous_format)
         if guidance_scale not in (0, 1):
             cond, uncond = output.chunk(2)
             output = uncond + guidance_scale * (cond - uncond)  # 2207.12598 eq. 6, whose w is s - 1
             output[:, self.channels:] = cond[:, self.channels:]  # a variance is not guided
-        expected = self.channels * (2 if self.variance == "learned" else 1)
-        if output.shape[1] != expected:
-            raise ValueError(f"network: its output has {output.shape[1]} channels; expected {expected}, for images of "
-                             f"{self.channels} and variance {self.variance!r}")
         variance_fraction = (output[:, self.channels:] + 1) / 2 if self.variance == "learned" else None
         return output[:, :self.channels], variance_fraction
 
@@ -309,7 +308,7 @@ class DDPM(GaussianProcess):
         Raises:
             ValueError: the file is missing, damaged or something else, or the network does not fit it.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = checks.check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         saved = load_checkpoint(path, ("network", "diffusion", "weights", "info"))
         if network is None and saved["network"] is None:
             raise ValueError(f"{path}: its network is not a plain UNet; give load() the network")
@@ -317,9 +316,10 @@ class DDPM(GaussianProcess):
             ddpm = cls(UNet(**saved["network"]) if network is None else network, **saved["diffusion"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: written by another version or for another network ({error})") from None
-        weights = {name.removeprefix("network."): value for name, value in saved["weights"].items()}
-        load_state_dict(ddpm.network, weights, path)
-        ddpm.info = saved["info"]
+        weights, ddpm.info = saved["weights"], saved["info"]
+        if not (isinstance(ddpm.info, dict) and isinstance(weights, dict) and all(isinstance(k, str) for k in weights)):
+            raise ValueError(f"{path}: a checkpoint of another kind; expected named weights and named info")
+        load_state_dict(ddpm.network, {name.removeprefix("network."): w for name, w in weights.items()}, path)
         return ddpm.to(device).eval()
 
 
@@ -338,24 +338,23 @@ def _sampling_defaults(ddpm, n, y, sampler, eta, guidance_scale, xT, start, batc
     process.check_number("eta", eta, 0, 1, " (0 is DDIM, 1 is DDPM)")
     _check_guidance(y, 1 if guidance_scale is None else guidance_scale)
     guidance_scale = ddpm.guidance_scale if guidance_scale is None else guidance_scale
-    process.check_number("guidance_scale", guidance_scale)
-    process.check_whole("start", start or 0, 0, last := ddpm.num_timesteps - 1, ", a timestep")
+    process.check_whole("start", 0 if start is None else start, 0, last := ddpm.num_timesteps - 1, ", a timestep")
     if start not in (None, last) and xT is None:
         raise ValueError(f"start {start} without xT: pure noise belongs to timestep {last}; give xT")
     return eta, order, guidance_scale
 
 
 def _check_guidance(y, guidance_scale):
+    process.check_number("guidance_scale", guidance_scale)
     if y is None and guidance_scale not in (0, 1):
         raise ValueError(f"guidance_scale {guidance_scale}: guidance needs labels; give y")
 
 
 def _mixing_weights(weights):
     """The weights of `DDPM.interpolate` as a list; ValueError if they are not numbers from 0 to 1."""
-    try:
-        weights = [float(weight) for weight in weights]
-    except (TypeError, ValueError):
-        raise ValueError(f"weights {weights!r}: expected a list of numbers from 0 to 1") from None
+    weights = weights.tolist() if hasattr(weights, "tolist") else weights  # a tensor or an array
+    if not isinstance(weights, (list, tuple)) or not all(map(checks.is_number, weights)):
+        raise ValueError(f"weights {checks.shown(weights)}: expected a list of numbers from 0 to 1")
     if not weights or not all(0 <= weight <= 1 for weight in weights):
         raise ValueError(f"weights {weights}: expected one or more, from 0 to 1")
     return weights
