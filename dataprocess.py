@@ -68,6 +68,7 @@ def load_data(dataset="auto", data_dir="data", *, image_size=32, channels=3, tra
     """
     check_choice("dataset", dataset, DATASETS)
     check_path("data_dir", data_dir)
+    check_switch("augment", augment)
     sizes = dict(image_size=image_size, channels=channels, train_size=train_size, test_size=test_size)
     for name, value in sizes.items():
         check_whole(name, value, 1)
@@ -118,7 +119,7 @@ class Images:
             raise ValueError(f"name {shown(name)}: expected text")
         check_whole("channels", channels, 1)
         check_switch("augment", augment)
-        check_whole("seed", seed, 0)
+        check_whole("seed", seed, 0, math.inf)
         check_device(device)
         check_tensor("images", images, (torch.uint8,), ("N", "H", "W"))
         check_tensor("labels", labels, (torch.int64,), (len(images),), 0)
@@ -170,7 +171,7 @@ class Images:
         Every image comes once, and the last batch may be smaller. `start` skips so many batches.
         """
         check_whole("batch_size", batch_size, 1)
-        check_whole("epoch", epoch, 0)
+        check_whole("epoch", epoch, 0, math.inf)
         check_whole("start", start, 0)
         # numpy mixes the two numbers well; torch's CPU generator takes one number and keeps 32 bits of it.
         order = np.random.default_rng((epoch, self.seed)).permutation(len(self))

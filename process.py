@@ -272,8 +272,8 @@ def make_generator(seed, device):
 def check_images(name, x, shape, finite=True):
     """ValueError if x is not a tensor of finite floating-point images of this shape; None in it allows any number."""
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        kind = f"of {x.dtype}" if isinstance(x, torch.Tensor) else f"of type {type(x).__name__}"
-        raise ValueError(f"{name} {kind}: expected a tensor of floating-point images")
+        found = f"of {x.dtype}" if isinstance(x, torch.Tensor) else shown(x)
+        raise ValueError(f"{name} {found}: expected a tensor of floating-point images")
     if x.ndim != len(shape) or any(size not in (None, found) for size, found in zip(shape, x.shape)):
         expected = str(tuple("N" if size is None else size for size in shape)).replace("'", "")
         raise ValueError(f"{name} of shape {tuple(x.shape)}: expected {expected}")

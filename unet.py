@@ -300,7 +300,7 @@ def _check(config):
     if config["base_channels"] % NUM_GROUPS:
         raise ValueError(f"base_channels {config['base_channels']}: expected a multiple of {NUM_GROUPS}")
     if config["dropout"] == 1:
-        raise ValueError("dropout 1: expected a probability from 0 to below 1")
+        raise ValueError(f"dropout {config['dropout']}: expected a probability from 0 to below 1")
     levels, patch_size = len(config["channel_mult"]), config["patch_size"]
     if not 1 <= levels <= 30:
         raise ValueError(f"channel_mult {shown(config['channel_mult'])}: expected a whole number for each of 1 to 30 "

@@ -50,7 +50,7 @@ def check_whole(name, value, low, high=MOST, note=""):
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise ValueError(f"{name} {shown(value)}: expected a whole number")
     if not low <= value <= high:
-        limits = f"at least {low}" if high == MOST and value < low else f"from {low} to {high}"
+        limits = f"at least {low}" if high >= MOST and value < low else f"from {low} to {high}"
         raise ValueError(f"{name} {shown(value)}: expected {limits}{note}")
 
 
