@@ -69,6 +69,7 @@ def load_data(dataset="auto", data_dir="data", *, image_size=32, channels=3, tra
     check_choice("dataset", dataset, DATASETS)
     check_path("data_dir", data_dir)
     check_switch("augment", augment)
+    check_whole("seed", seed, 0, math.inf)
     sizes = dict(image_size=image_size, channels=channels, train_size=train_size, test_size=test_size)
     for name, value in sizes.items():
         check_whole(name, value, 1)
@@ -177,7 +178,7 @@ class Images:
         order = np.random.default_rng((epoch, self.seed)).permutation(len(self))
         # Moved once per epoch: if each step sent its own indices, it would wait for the device.
         order = torch.from_numpy(order).to(self.images.device)
-        for index in order.split(batch_size)[start:]:
+        for index in order.split(int(batch_size))[start:]:
             yield self.batch(index)
 
 

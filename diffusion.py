@@ -379,7 +379,7 @@ def walk(ddpm, xt, timesteps, y, guidance_scale, eta, order, generator=None, bat
 
 def _denoise_in_batches(ddpm, xt, t, y, guidance_scale, batch_size, progress_bar):
     """`DDPM.denoise` for any number of images."""
-    parts = []
+    parts, batch_size = [], int(batch_size)
     for part in zip(xt.split(batch_size), t.split(batch_size), repeat(None) if y is None else y.split(batch_size)):
         parts.append(ddpm.denoise(*part, guidance_scale))
         if progress_bar is not None:

@@ -70,7 +70,7 @@ class Classifier(nn.Module):
         _check_images("images", images)
         self.eval()
         device = self.head.weight.device
-        features = torch.cat([self.body(_grey(batch.to(device))) for batch in images.split(batch_size)])
+        features = torch.cat([self.body(_grey(batch.to(device))) for batch in images.split(int(batch_size))])
         return features.cpu().double(), self.head(features).cpu().double().softmax(dim=1)
 
     def accuracy(self, images, labels):
