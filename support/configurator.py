@@ -194,9 +194,8 @@ def adopt(config, given, saved, free, choices=None):
     Raises:
         ValueError: a flag differs and is not free, or the saved run has a constant that cannot be.
     """
-    if not isinstance(saved, dict) or not vars(config).keys() - NOT_SAVED <= saved.keys():
-        raise ValueError(f"the run saved in {config.save_dir}: its constants are missing; expected one for each of "
-                         "train_eval.py")
+    if not isinstance(saved, dict):
+        raise ValueError(f"the run saved in {config.save_dir}: its config is no dictionary; expected its constants")
     same = {"dataset"} if config.dataset == "auto" else set()  # the saved run says what auto found
     for name in sorted(given - free - same):
         if getattr(config, name) != saved.get(name):
