@@ -139,7 +139,7 @@ class UNet(nn.Module):
         weight = self.conv_in.weight
         mixed = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         dtypes = {weight.dtype, torch.float32, torch.bfloat16, torch.float16} if mixed else {weight.dtype}
-        check_tensor("xt", xt, dtypes, ("N", *self.image_shape))
+        check_tensor("xt", xt, dtypes, ("N", *self.image_shape), finite=False)
         check_tensor("t", t, (torch.int64,), (len(xt),))
         if y is not None and self.num_classes is None:
             raise ValueError("y: labels were given to an unconditional network; build it with num_classes")
