@@ -50,7 +50,7 @@ def check_whole(name, value, low, high=MOST, note=""):
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise ValueError(f"{name} {shown(value)}: expected a whole number")
     if not low <= value <= high:
-        limits = f"at least {low}" if high >= MOST and value < low else f"from {low} to {high}"
+        limits = f"at least {low}" if high in (MOST, math.inf) and value < low else f"from {low} to {high}"
         raise ValueError(f"{name} {shown(value)}: expected {limits}{note}")
 
 
@@ -63,7 +63,11 @@ def check_number(name, value, low=-math.inf, high=math.inf, note=""):
     """ValueError if the value is not a finite number from `low` to `high`."""
     if not is_number(value):
         raise ValueError(f"{name} {shown(value)}: expected a number")
-    if not low <= value <= high or abs(value) > 1e300 or not math.isfinite(value):  # 1e300: an int may be no float
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # a whole number that is too large for a float
+        finite = False
+    if not finite or not low <= value <= high:
         limits = "a finite number" if low == -math.inf else (
             f"at least {low} and finite" if high == math.inf else f"from {low} to {high}")
         raise ValueError(f"{name} {shown(value)}: expected {limits}{note}")
