@@ -300,6 +300,11 @@ def test_every_flag_refuses_what_it_cannot_be(name, value, capsys, empty):
     assert not snapshot(empty)
 
 
+@pytest.mark.parametrize("flag", ["a\nb", "--a\nb", "--epochs\n", "-\r\n-"])
+def test_a_flag_with_a_line_break_is_one_line_too(flag, capsys, empty):
+    assert "unknown" in refused(capsys, lambda: train_eval.main([flag])) and not snapshot(empty)
+
+
 def bad_edits():
     """(constant, value) of an edited script."""
     for name in CONSTANTS:
