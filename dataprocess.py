@@ -18,6 +18,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from support.checks import (
+    check_choice,
+    check_device,
+    check_path,
+    check_switch,
+    check_tensor,
+    check_whole,
+    one_line,
+    printable,
+    shown,
+)
+
 DATASETS = ("auto", "mnist", "fashion_mnist", "kmnist", "glyphs")
 
 # Names of classes in torchvision.datasets, and of the folders in `data_dir` where they keep their files.
@@ -54,19 +66,21 @@ def load_data(dataset="auto", data_dir="data", *, image_size=32, channels=3, tra
         ValueError: an unknown data set, a size below 1, a damaged file, a `data_dir` that a download cannot write to,
             or a data set, other than 'auto', that is neither found nor downloaded.
     """
-    if dataset not in DATASETS:
-        raise ValueError(f"dataset {dataset!r}: expected one of {', '.join(DATASETS)}")
+    check_choice("dataset", dataset, DATASETS)
+    check_path("data_dir", data_dir)
+    check_switch("augment", augment)
+    check_whole("seed", seed, 0, math.inf)
     sizes = dict(image_size=image_size, channels=channels, train_size=train_size, test_size=test_size)
     for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name} {value}: expected 1 or more")
+        check_whole(name, value, 1)
+    check_device(device)
 
     name, warning = "mnist" if dataset == "auto" else dataset, None
     if name != "glyphs":
         raw = Path(data_dir).expanduser() / TORCHVISION_NAMES[name] / "raw"
         missing = _check_files(raw)
         failure = _download(name, raw, missing) if missing else None
-        cure = f"put {', '.join(FILES)} into {raw}"
+        cure = f"put {', '.join(FILES)} into {printable(raw)}"
         if failure and dataset == name:
             raise ValueError(f"dataset {name}: neither found nor downloaded; {cure}, or go on without it: --dataset "
                              f"glyphs. The download says: {failure}")
@@ -102,6 +116,14 @@ class Images:
     num_classes = 10
 
     def __init__(self, name, images, labels, channels=3, augment=False, seed=0, device="cpu", warning=None):
+        if not isinstance(name, str):
+            raise ValueError(f"name {shown(name)}: expected text")
+        check_whole("channels", channels, 1)
+        check_switch("augment", augment)
+        check_whole("seed", seed, 0, math.inf)
+        check_device(device)
+        check_tensor("images", images, (torch.uint8,), ("N", "H", "W"))
+        check_tensor("labels", labels, (torch.int64,), (len(images),), 0)
         self.name = name
         self.channels = channels
         self.augment = augment
@@ -127,7 +149,7 @@ class Images:
         if isinstance(index, slice):
             x, y = self.images[index], self.labels[index]
         else:  # index_select copies whole rows: on a CPU it is 18 times as fast as brackets
-            index = torch.as_tensor(index, device=self.images.device)
+            index = self._index(index)
             x, y = self.images.index_select(0, index), self.labels.index_select(0, index)
         x = x.float()[:, None]
         if self.augment:
@@ -135,16 +157,28 @@ class Images:
         x0 = x.div_(127.5).sub_(1)  # in place, to save memory
         return x0.expand(-1, self.channels, -1, -1), y
 
+    def _index(self, index):
+        """The numbers of images as a tensor on the device; ValueError if they are others than those of the images."""
+        try:
+            index = torch.as_tensor(index, device=self.images.device)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise ValueError(f"index {shown(index)}: expected a slice or whole numbers") from None
+        check_tensor("index", index, (torch.int64, torch.int32), ("B",), 0, len(self) - 1)
+        return index
+
     def epoch(self, batch_size, epoch, start=0):
         """Iterate over the batches of an epoch, (x0, y). `seed` and `epoch` alone decide their order.
 
         Every image comes once, and the last batch may be smaller. `start` skips so many batches.
         """
+        check_whole("batch_size", batch_size, 1)
+        check_whole("epoch", epoch, 0, math.inf)
+        check_whole("start", start, 0)
         # numpy mixes the two numbers well; torch's CPU generator takes one number and keeps 32 bits of it.
         order = np.random.default_rng((epoch, self.seed)).permutation(len(self))
         # Moved once per epoch: if each step sent its own indices, it would wait for the device.
         order = torch.from_numpy(order).to(self.images.device)
-        for index in order.split(batch_size)[start:]:
+        for index in order.split(int(batch_size))[start:]:
             yield self.batch(index)
 
 
@@ -168,8 +202,8 @@ def _check_files(raw):
     counts = {file: _check_file(raw / file) for file in FILES if os.path.exists(raw / file)}
     for images, labels in (FILES[:2], FILES[2:]):
         if images in counts and labels in counts and counts[images] != counts[labels]:
-            raise ValueError(f"{raw / labels}: {counts[labels]} labels, expected {counts[images]}, one for each image "
-                             f"in {images}; move both away, and the next run downloads them")
+            raise ValueError(f"{printable(raw / labels)}: {counts[labels]} labels, expected {counts[images]}, one for "
+                             f"each image in {images}; move both away, and the next run downloads them")
     return [file for file in FILES if file not in counts]
 
 
@@ -183,15 +217,16 @@ def _check_file(path):
         with open(path, "rb") as file:
             start, length = file.read(header.size), os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; expected a file that can be read") from error
+        raise ValueError(f"{printable(path)}: {error.strerror}; expected a file that can be read") from error
     if len(start) < header.size:
-        raise ValueError(f"{path}: {length} bytes, expected a header of {header.size} and data; {advice}")
+        raise ValueError(f"{printable(path)}: {length} bytes, expected a header of {header.size} and data; {advice}")
     magic, count, *size = header.unpack(start)
     if (magic, *size) != fixed:
-        raise ValueError(f"{path}: header has {magic, *size}, expected {fixed} for {kind}; {advice}")
+        raise ValueError(f"{printable(path)}: header has {magic, *size}, expected {fixed} for {kind}; {advice}")
     expected = header.size + max(count, 1) * math.prod(size)
     if length != expected:
-        raise ValueError(f"{path}: {length} bytes for {count} {kind} by its header, expected {expected}; {advice}")
+        raise ValueError(f"{printable(path)}: {length} bytes for {count} {kind} by its header, expected {expected}; "
+                         f"{advice}")
     return count
 
 
@@ -203,8 +238,8 @@ def _download(name, raw, missing):
         # Files leave this folder when they are whole, so an interrupted download leaves no half of a file.
         staging = tempfile.TemporaryDirectory(dir=raw, prefix="download-")
     except OSError as error:
-        raise ValueError(f"data_dir: {raw} cannot be written ({error.strerror}), and {name} is to be downloaded there; "
-                         "name another, or go on without it: --dataset glyphs") from error
+        raise ValueError(f"data_dir: {printable(raw)} cannot be written ({error.strerror}), and {name} is to be "
+                         "downloaded there; name another, or go on without it: --dataset glyphs") from error
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
@@ -217,7 +252,7 @@ def _download(name, raw, missing):
             for file in missing:
                 os.replace(staged / file, raw / file)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error)
     finally:
         socket.setdefaulttimeout(timeout)
     _check_files(raw)
@@ -229,7 +264,7 @@ def _read(raw, images, labels):
     from torchvision.datasets.mnist import read_image_file, read_label_file
     y = read_label_file(raw / labels)
     if y.max() >= Images.num_classes:
-        raise ValueError(f"{raw / labels}: has the label {y.max()}, expected 0 to {Images.num_classes - 1}")
+        raise ValueError(f"{printable(raw / labels)}: has the label {y.max()}, expected 0 to {Images.num_classes - 1}")
     return read_image_file(raw / images), y
 
 

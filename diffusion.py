@@ -4,7 +4,6 @@ DDPM: arXiv 2006.11239. Improved DDPM: 2102.09672. Guidance: 2207.12598. The clo
 """
 
 import inspect
-from contextlib import contextmanager
 from itertools import pairwise, repeat
 
 import torch
@@ -13,8 +12,9 @@ from tqdm import tqdm
 import likelihood
 import process
 from process import GaussianProcess
+from support import checks
 from support.checkpoint import load_checkpoint, save_checkpoint
-from support.machine import load_state_dict, plain_state_dict, unwrapped
+from support.machine import evaluating, load_state_dict, plain_state_dict, unwrapped
 from unet import UNet, is_plain_unet, num_classes_of
 
 LOSSES = ("mse", "l1", "vlb")
@@ -51,26 +51,20 @@ class DDPM(GaussianProcess):
         process.check_choice("sampler", sampler, SAMPLERS)
         process.check_number("min_snr_gamma", min_snr_gamma, 0)
         process.check_number("guidance_scale", guidance_scale)
-        if min_snr_gamma and (loss != "mse" or self.zero_terminal_snr):
-            other = f"loss {loss!r}: the weights are for squared errors" if loss != "mse" else (
-                "zero_terminal_snr: the timestep at which sampling starts would never be trained")
-            raise ValueError(f"min_snr_gamma {min_snr_gamma} with {other}; expected 0")
+        _check_min_snr(min_snr_gamma, loss, self.zero_terminal_snr)
         out_channels = 2 * channels if self.variance == "learned" else channels
         if network is None:
             network = UNet(image_size=image_size, channels=channels, out_channels=out_channels)
-        if isinstance(inner := unwrapped(network), UNet):
-            for name, value in (("image_size", image_size), ("channels", channels), ("out_channels", out_channels)):
-                if value != inner.config[name]:
-                    raise ValueError(f"{name} {value}: expected {inner.config[name]}, as in the network")
+        checks.check_module("network", network)
+        _check_unet(inner := unwrapped(network), image_size=image_size, channels=channels, out_channels=out_channels)
         self.network = network
         self.num_classes = num_classes_of(inner)
         if guidance_scale != 1 and self.num_classes is None:
             raise ValueError(f"guidance_scale {guidance_scale}: the network is unconditional; expected 1")
         self.image_size, self.channels = int(image_size), int(channels)
         self.image_shape = (self.channels, self.image_size, self.image_size)
-        self.loss = loss
+        self.loss, self.sampler = loss, sampler
         self.min_snr_gamma = float(min_snr_gamma)
-        self.sampler = sampler
         sample_steps = self.num_timesteps if sample_steps is None else sample_steps
         self.guidance_scale = float(guidance_scale)
         self.info = {}  # what `save` was given beside the model
@@ -114,8 +108,7 @@ class DDPM(GaussianProcess):
         eps = torch.randn_like(x0) if eps is None else eps
         process.check_timesteps(t, n)
         process.check_images("eps", eps, x0.shape)
-        if y is not None and self.training and drop is None:
-            drop = draw_dropped(n, x0.device)
+        drop = draw_dropped(n, x0.device) if y is not None and self.training and drop is None else drop
         y_seen = y if y is None or drop is None else torch.where(drop, self.num_classes, y)  # by the network
         batch = x0
         if rows is not None:
@@ -158,7 +151,7 @@ class DDPM(GaussianProcess):
             x0, clipped to [-1, 1], and the noise that makes `xt` from it, both (N, C, H, W).
         """
         process.check_images("xt", xt, (None, *self.image_shape))
-        process.check_timesteps(t, len(xt))
+        process.check_timesteps(t, len(xt), 0, self.num_timesteps - 1)
         y = process.check_labels(y, len(xt), self.num_classes, self.device, no_label=True)
         return self.denoise(xt, t, y, guidance_scale)[:2]
 
@@ -176,15 +169,13 @@ class DDPM(GaussianProcess):
         if guidance_scale not in (0, 1):  # one doubled batch
             inputs = torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, no_label])
         # float32 even under bf16, and always in the same layout: torch.compile makes a graph for each layout.
-        output = self.network(*inputs).to(xt.dtype, memory_format=torch.contiguous_format)
+        output, expected = self.network(*inputs), self.channels * (2 if self.variance == "learned" else 1)
+        process.check_images("network: its output", output, (len(inputs[0]), expected, *xt.shape[2:]), finite=False)
+        output = output.to(xt.dtype, memory_format=torch.contiguous_format)
         if guidance_scale not in (0, 1):
             cond, uncond = output.chunk(2)
             output = uncond + guidance_scale * (cond - uncond)  # 2207.12598 eq. 6, whose w is s - 1
             output[:, self.channels:] = cond[:, self.channels:]  # a variance is not guided
-        expected = self.channels * (2 if self.variance == "learned" else 1)
-        if output.shape[1] != expected:
-            raise ValueError(f"network: its output has {output.shape[1]} channels; expected {expected}, for images of "
-                             f"{self.channels} and variance {self.variance!r}")
         variance_fraction = (output[:, self.channels:] + 1) / 2 if self.variance == "learned" else None
         return output[:, :self.channels], variance_fraction
 
@@ -237,14 +228,10 @@ class DDPM(GaussianProcess):
 
         rows = slice(None) if rows is None else rows
         sequence, xT, y = [], xT[rows].to(self.device, torch.float32), None if y is None else y[rows]
-
-        def draw_noise():  # for all n images, so that neither batches nor rows change it
-            return torch.randn(n, *self.image_shape, generator=generator, device=self.device)[rows]
-
-        with (torch.no_grad(), _evaluating(self),
+        with (torch.no_grad(), evaluating(self),
               tqdm(total=len(xT) * len(timesteps), unit="call", disable=not progress, leave=False) as progress_bar):
-            for x0, xt in walk(self, xT, [*timesteps, -1], y, guidance_scale, eta, order, draw_noise, batch_size,  # noqa: B007
-                               progress_bar):
+            for x0, xt in walk(self, xT, [*timesteps, -1], y, guidance_scale, eta, order, generator, batch_size,  # noqa: B007
+                               progress_bar, n, rows):
                 if return_sequence:
                     sequence.append(x0)
         return torch.stack(sequence) if return_sequence else xt
@@ -262,7 +249,7 @@ class DDPM(GaussianProcess):
         Raises:
             ValueError: an argument does not fit the model or the others.
         """
-        weights = _mixing_weights(weights)
+        weights = checks.check_weights(weights)
         process.check_whole("t", t, 0, self.num_timesteps - 1, ", a timestep")
         process.check_images("x0", x0, (None, *self.image_shape))
         process.check_images("other", other, x0.shape)
@@ -288,7 +275,7 @@ class DDPM(GaussianProcess):
         `likelihood.bits_per_dim`.
         """
         process.check_images("x0", x0, (None, *self.image_shape))
-        with _evaluating(self):
+        with evaluating(self):
             return likelihood.bits_per_dim(self, x0, y, generator=process.make_generator(seed, self.device), **options)
 
     # Save and load
@@ -321,7 +308,7 @@ class DDPM(GaussianProcess):
         Raises:
             ValueError: the file is missing, damaged or something else, or the network does not fit it.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = checks.check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         saved = load_checkpoint(path, ("network", "diffusion", "weights", "info"))
         if network is None and saved["network"] is None:
             raise ValueError(f"{path}: its network is not a plain UNet; give load() the network")
@@ -329,15 +316,29 @@ class DDPM(GaussianProcess):
             ddpm = cls(UNet(**saved["network"]) if network is None else network, **saved["diffusion"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: written by another version or for another network ({error})") from None
-        weights = {name.removeprefix("network."): value for name, value in saved["weights"].items()}
-        load_state_dict(ddpm.network, weights, path)
-        ddpm.info = saved["info"]
+        weights, ddpm.info = saved["weights"], saved["info"]
+        if not (isinstance(ddpm.info, dict) and isinstance(weights, dict) and all(isinstance(k, str) for k in weights)):
+            raise ValueError(f"{path}: a checkpoint of another kind; expected named weights and named info")
+        load_state_dict(ddpm.network, {name.removeprefix("network."): w for name, w in weights.items()}, path)
         return ddpm.to(device).eval()
 
 
 # The names of all settings, from the signatures: what `save` keeps. train_eval.py has a constant for each.
 SETTINGS = tuple(name for kind in (GaussianProcess, DDPM) for name in inspect.signature(kind).parameters
                  if name not in ("network", "settings"))
+
+
+def _check_min_snr(gamma, loss, zero_terminal_snr):
+    if gamma and (loss != "mse" or zero_terminal_snr):
+        other = f"loss {loss!r}: the weights are for squared errors" if loss != "mse" else (
+            "zero_terminal_snr: the timestep at which sampling starts would never be trained")
+        raise ValueError(f"min_snr_gamma {gamma} with {other}; expected 0")
+
+
+def _check_unet(network, **expected):
+    for name, value in expected.items() if isinstance(network, UNet) else ():
+        if value != network.config[name]:
+            raise ValueError(f"{name} {value}: expected {network.config[name]}, as in the network")
 
 
 def draw_dropped(n, device):
@@ -355,31 +356,24 @@ def _sampling_defaults(ddpm, n, y, sampler, eta, guidance_scale, xT, start, batc
     process.check_number("eta", eta, 0, 1, " (0 is DDIM, 1 is DDPM)")
     _check_guidance(y, 1 if guidance_scale is None else guidance_scale)
     guidance_scale = ddpm.guidance_scale if guidance_scale is None else guidance_scale
-    process.check_number("guidance_scale", guidance_scale)
-    process.check_whole("start", start or 0, 0, last := ddpm.num_timesteps - 1, ", a timestep")
+    process.check_whole("start", 0 if start is None else start, 0, last := ddpm.num_timesteps - 1, ", a timestep")
     if start not in (None, last) and xT is None:
         raise ValueError(f"start {start} without xT: pure noise belongs to timestep {last}; give xT")
     return eta, order, guidance_scale
 
 
 def _check_guidance(y, guidance_scale):
+    process.check_number("guidance_scale", guidance_scale)
     if y is None and guidance_scale not in (0, 1):
         raise ValueError(f"guidance_scale {guidance_scale}: guidance needs labels; give y")
 
 
-def _mixing_weights(weights):
-    """The weights of `DDPM.interpolate` as a list; ValueError if they are not numbers from 0 to 1."""
-    try:
-        weights = [float(weight) for weight in weights]
-    except (TypeError, ValueError):
-        raise ValueError(f"weights {weights!r}: expected a list of numbers from 0 to 1") from None
-    if not weights or not all(0 <= weight <= 1 for weight in weights):
-        raise ValueError(f"weights {weights}: expected one or more, from 0 to 1")
-    return weights
+def walk(ddpm, xt, timesteps, y, guidance_scale, eta, order, generator=None, batch_size=256, progress_bar=None, n=None,
+         rows=slice(None)):
+    """The sampling loop: yields the predicted x0 and the new x_t after every step. `order` 2 is DPM-Solver++.
 
-
-def walk(ddpm, xt, timesteps, y, guidance_scale, eta, order, draw_noise, batch_size=256, progress_bar=None):
-    """The sampling loop: yields the predicted x0 and the new x_t after every step. `order` 2 is DPM-Solver++."""
+    `xt` are the `rows` of n images. Noise is drawn for all of them, so that neither batches nor rows change it.
+    """
     x0_before = t_before = None
     for now, after in pairwise(timesteps):
         t, s = (torch.full((len(xt),), i, device=ddpm.device) for i in (now, after))
@@ -390,27 +384,17 @@ def walk(ddpm, xt, timesteps, y, guidance_scale, eta, order, draw_noise, batch_s
                 x0 = ddpm.extrapolate(x0, x0_before, t_before, t, s)
                 eps = ddpm.eps_from_x0(x0, xt, t)
             x0_before, t_before = predicted, t
-        xt = ddpm.step(x0, eps, t, s, eta, draw_noise() if eta else None, variance_fraction)
+        shape = len(xt) if n is None else n, *xt.shape[1:]
+        noise = torch.randn(shape, generator=generator, device=ddpm.device)[rows] if eta else None
+        xt = ddpm.step(x0, eps, t, s, eta, noise, variance_fraction)
         yield predicted, xt
 
 
 def _denoise_in_batches(ddpm, xt, t, y, guidance_scale, batch_size, progress_bar):
     """`DDPM.denoise` for any number of images."""
-    parts = []
+    parts, batch_size = [], int(batch_size)
     for part in zip(xt.split(batch_size), t.split(batch_size), repeat(None) if y is None else y.split(batch_size)):
         parts.append(ddpm.denoise(*part, guidance_scale))
         if progress_bar is not None:
             progress_bar.update(len(part[0]))
     return [None if found[0] is None else torch.cat(found) for found in zip(*parts)]
-
-
-@contextmanager
-def _evaluating(module):
-    """Evaluation mode (no dropout) inside; outside, every part is in its mode of before."""
-    training = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in training:
-            part.training = mode

@@ -6,6 +6,8 @@ from operator import attrgetter
 
 import torch
 
+from support.checks import check_module
+
 DTYPE, DEVICE = attrgetter("dtype"), attrgetter("device")  # with `map` twice as fast as a loop
 
 
@@ -29,6 +31,7 @@ class EMA:
     """
 
     def __init__(self, module, decay=0.999, start=5000, update_rate=1):
+        check_module("module", module)
         for name, value, kind, low, expected in (
                 ("ema_decay", decay, Real, 0, "a number from 0 to below 1"),
                 ("ema_start", start, Integral, 0, "a whole number of steps, 0 or more"),

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from process import check_labels, check_whole
+from process import check_images, check_labels, check_whole
+from support.checks import check_switch, check_values
 
 
 class BitsPerDim(NamedTuple):
@@ -51,6 +52,10 @@ def bits_per_dim(ddpm, x0, y=None, *, terms=None, generator=None, progress=False
         ValueError: no images, or another argument does not fit.
     """
     check_whole("batch_size", batch_size, 1, note=" image")
+    check_switch("progress", progress)
+    check_images("x0", x0, (None, None, None, None))
+    check_values("x0", x0, -1, 1)
+    x0 = x0.float()  # as `sample` does: the noise, and a network, are float32
     if not len(x0):
         raise ValueError("x0 of 0 images: expected at least 1")
     y = check_labels(y, len(x0), ddpm.num_classes, ddpm.device)

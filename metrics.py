@@ -12,11 +12,23 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
+
+from support.checks import (
+    FLOATS,
+    check_device,
+    check_path,
+    check_switch,
+    check_tensor,
+    check_whole,
+    one_line,
+    printable,
+    shown,
+)
+from support.png import read_png
 
 SIZE = 32  # height and width of the classifier's input, in pixels
 NUM_FEATURES = 64  # width of the classifier's last hidden layer
@@ -32,6 +44,7 @@ class Classifier(nn.Module):
 
     def __init__(self, num_classes):
         super().__init__()
+        check_whole("num_classes", num_classes, 1)
 
         def layer(width_in, width_out, stride=1):
             return [nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width_out),
@@ -53,13 +66,16 @@ class Classifier(nn.Module):
         Returns:
             Features before the last layer, float64, (N, 64), and class probabilities, float64, (N, num_classes).
         """
+        check_whole("batch_size", batch_size, 1)
+        _check_images("images", images)
         self.eval()
         device = self.head.weight.device
-        features = torch.cat([self.body(_grey(batch.to(device))) for batch in images.split(batch_size)])
+        features = torch.cat([self.body(_grey(batch.to(device))) for batch in images.split(int(batch_size))])
         return features.cpu().double(), self.head(features).cpu().double().softmax(dim=1)
 
     def accuracy(self, images, labels):
         """Share of the images, 0 to 1, that the classifier recognises as `labels`, int64, (N,)."""
+        _check_labels(images, labels)
         return (self.read(images)[1].argmax(dim=1) == labels.cpu()).double().mean().item()
 
 
@@ -71,6 +87,10 @@ def train_classifier(images, labels, *, seed=0, device="cpu", epochs=5, progress
     from torchvision.transforms import InterpolationMode, v2
 
     distort = v2.RandomAffine(10, (0.08, 0.08), (0.9, 1.1), 5, InterpolationMode.BILINEAR)
+    _check_labels(images, labels)
+    check_whole("seed", seed, 0, 2**32 - 1)
+    check_whole("epochs", epochs, 1)
+    check_device(device)
     images = _grey(images)
     batch_size, rate = 128, 5e-3
     steps = epochs * math.ceil(len(images) / batch_size)
@@ -96,6 +116,9 @@ def train_classifier(images, labels, *, seed=0, device="cpu", epochs=5, progress
 
 def load_classifier(images, labels, folder, *, device="cpu", progress=False):
     """Load the classifier of these images from `folder`, where a hash of them names it, or train and keep it there."""
+    _check_labels(images, labels)
+    check_path("folder", folder)
+    check_device(device)
     digest = hashlib.sha256(f"{VERSION} {tuple(images.shape)}".encode())
     for part in (images, labels):
         digest.update(part.cpu().contiguous().numpy())
@@ -125,8 +148,10 @@ def read_folder(folder):
             one, has transparent pixels, or is animated.
     """
 
+    check_path("evaluate", folder)
+
     def refuse(error):
-        raise ValueError(f"{_printable(error.filename)}: not a readable folder ({_one_line(error)})")
+        raise ValueError(f"{printable(error.filename)}: not a readable folder ({one_line(error)})")
 
     paths, left_out = [], []
     for here, folders, files in os.walk(folder, onerror=refuse) if os.path.isdir(folder) else ():
@@ -140,11 +165,11 @@ def read_folder(folder):
     paths.sort(key=lambda path: path.parts)
     images = []
     for path in paths:
-        images.append(_read_png(Path(folder, path)))
+        images.append(read_png(Path(folder, path)))
         if images[-1].shape != images[0].shape:
             size, expected = (f"{image.shape[2]}x{image.shape[1]}" for image in (images[-1], images[0]))
-            raise ValueError(f"{_printable(Path(folder, path))}: {size} pixels; expected {expected}, the size of "
-                             f"{_printable(paths[0])}")
+            raise ValueError(f"{printable(Path(folder, path))}: {size} pixels; expected {expected}, the size of "
+                             f"{printable(paths[0])}")
     return torch.stack(images), sorted(left_out)
 
 
@@ -160,6 +185,7 @@ def frechet_distance(a, b):
     Raises:
         ValueError: if a set has at most D rows, because its covariance would be singular.
     """
+    _check_features(a=a, b=b)
     a, b = a.cpu().double(), b.cpu().double()
     for features in (a, b):
         n, dim = features.shape
@@ -189,6 +215,8 @@ def precision_recall(samples, real, k=NEIGHBOURS):
     Raises:
         ValueError: if a set has fewer than k + 1 rows.
     """
+    check_whole("k", k, 1)
+    _check_features(samples=samples, real=real)
     samples = samples.to(real.device)
     for features in (samples, real):
         if len(features) <= k:
@@ -213,6 +241,8 @@ def nearest(images, others):
         Root mean square difference to the nearest, in grey levels from 0 to 255, float64, (N,), and the index of the
         nearest, int64, (N,). Both are on the CPU.
     """
+    _check_images("images", images)
+    _check_images("others", others)
     images, others = (_grey(x).flatten(1) for x in (images.to(others.device), others))
     squares = others.square().sum(dim=1)
     index = torch.cat([(squares - 2 * part @ others.T).argmin(dim=1) for part in images.split(500)])
@@ -254,9 +284,15 @@ def measure(classifier, samples, train, test, labels=None, seed=0, frechet_only=
     Raises:
         ValueError: if there are no samples, or more samples than training or test images.
     """
+    for name, images in (("samples", samples), ("train", train), ("test", test)):
+        _check_images(name, images, least=0)
     n = len(samples)
     if n == 0:
         raise ValueError("0 samples: expected at least 1")
+    if labels is not None:
+        check_tensor("labels", labels, (torch.int64,), (n,))
+    check_whole("seed", seed, 0, 2**32 - 1)
+    check_switch("frechet_only", frechet_only)
     for name, real in (("training", train), ("test", test)):
         if n > len(real):
             raise ValueError(f"{n} samples: expected at most {len(real)}, the number of {name} images to compare with")
@@ -301,7 +337,7 @@ def _keep(state, path):
         partial.write_bytes(memory.getbuffer())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        print(f"{_printable(path)}: the classifier could not be saved ({_one_line(error)}); this run uses it all the "
+        print(f"{printable(path)}: the classifier could not be saved ({one_line(error)}); this run uses it all the "
               "same, and the next run trains it again", file=sys.stderr)
         try:
             partial.unlink(missing_ok=True)
@@ -309,80 +345,30 @@ def _keep(state, path):
             pass  # the disk refuses this too
 
 
-def _read_png(path):
-    """One PNG as a person sees it: uint8, (3, H, W). `read_folder` lists what is refused."""
-    from PIL import Image
-    from torchvision.transforms.functional import pil_to_tensor
-
-    refusal = None
-    try:
-        if not path.is_file():  # opening a pipe would wait forever
-            raise OSError("a broken link, or not a regular file")
-        with Image.open(path, formats=["PNG"]) as image:
-            image.verify()  # the checksums, which reading pixels ignores
-        with Image.open(path, formats=["PNG"]) as image:
-            mode, frames, palette = image.mode, getattr(image, "n_frames", 1), image.palette
-            image.load()
-            if frames > 1:
-                refusal = f"an animation of {frames} frames; save it as a single picture"
-            elif mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
-                refusal = "this mode is unknown; save it as 8-bit RGB"
-            elif mode == "P" and palette is None:
-                raise OSError("the palette is missing")
-            elif _is_transparent(image, path):
-                refusal = "some pixels are transparent, and what you see depends on the background; save it without " \
-                          "transparency"
-            elif mode in ("I", "I;16"):  # 16-bit grey; "I" in older Pillow
-                grey = (np.asarray(image).astype(np.int64) + 128) // 257  # v / 257, rounded
-                picture = torch.from_numpy(grey).byte().expand(3, -1, -1)
-            else:
-                image.info.pop("transparency", None)  # no pixel uses it
-                picture = pil_to_tensor(image.convert("RGB"))
-    except Exception as error:  # Pillow raises many types for a damaged file
-        raise ValueError(f"{_printable(path)}: not a readable PNG ({_one_line(error)}); repair or move it") from None
-    if refusal:
-        raise ValueError(f"{_printable(path)}: PNG of mode {mode}: {refusal}")
-    return picture
+def _check_images(name, images, least=1):
+    """ValueError if these are not images, uint8, (N, H, W) or (N, C, H, W), at least so many."""
+    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.ndim not in (3, 4):
+        raise ValueError(f"{name} {shown(images)}: expected a tensor of uint8, (N, H, W) or (N, C, H, W)")
+    if len(images) < least or 0 in images.shape[1:]:
+        raise ValueError(f"{name} of shape {tuple(images.shape)}: expected at least {least} image, of pixels")
 
 
-def _is_transparent(image, path):
-    """Whether any pixel of a PNG, opened by Pillow, is less than opaque."""
-    if "A" in image.getbands():
-        return image.getchannel("A").getextrema()[0] < 255
-    if "transparency" not in image.info:
-        return False
-    if image.mode == "P":
-        return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
-    bits = path.read_bytes()[24]  # bit depth, from the header
-    key = np.asarray(image.info["transparency"])  # the transparent grey level or colour
-    levels = np.asarray(image).astype(np.int64) * (255 if image.mode == "1" else 1)
-    if bits < 8:  # Pillow scales the pixels to 255, but not always the colour
-        key = np.where(key < 2**bits, key * 255 // (2**bits - 1), key)
-    elif bits == 16 and image.mode == "RGB":
-        key = key >> 8  # as Pillow does with the pixels
-    same = levels == key
-    return bool((same.all(axis=-1) if image.mode == "RGB" else same).any())
+def _check_labels(images, labels):
+    """ValueError if these are not images and a label, from 0, for each."""
+    _check_images("images", images)
+    check_tensor("labels", labels, (torch.int64,), (len(images),), 0, 2**31 - 1)
 
 
-def _one_line(error):
-    """The message of an exception, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _printable(path):
-    """A path for a message, with line breaks and bytes that are not text escaped."""
-    return str(path) if str(path).isprintable() else repr(str(path))
+def _check_features(**sets):
+    """ValueError if these are not sets of features, (N, D), all of one width D."""
+    for name, features in sets.items():
+        check_tensor(name, features, FLOATS, ("N", "D"))
+        if features.shape[1] != (width := next(iter(sets.values())).shape[1]) or not width:
+            raise ValueError(f"{name} of {features.shape[1]} features: expected {max(width, 1)}")
 
 
 def _grey(images):
-    """uint8 (N, H, W) or (N, C, H, W) -> float32 (N, 1, 32, 32) in [-1, 1].
-
-    Raises:
-        ValueError: if the images have another dtype or shape.
-    """
-    if images.dtype != torch.uint8 or images.ndim not in (3, 4):
-        raise ValueError(f"images of {images.dtype} and shape {tuple(images.shape)}: expected uint8, (N, H, W) or "
-                         "(N, C, H, W)")
+    """uint8 (N, H, W) or (N, C, H, W) -> float32 (N, 1, 32, 32) in [-1, 1]."""
     x = images.float()
     x = x[:, None] if x.ndim == 3 else x.mean(dim=1, keepdim=True)
     if x.shape[2:] != (SIZE, SIZE):

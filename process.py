@@ -6,10 +6,11 @@ Timesteps are 0-based: t = 0 is the papers' t = 1, and t = -1 is the clean image
 """
 
 import math
-import numbers
 
 import torch
 from torch import nn
+
+from support.checks import check_choice, check_number, check_switch, check_values, check_whole, shown
 
 BETA_SCHEDULES = ("linear", "cosine")
 PREDICTIONS = ("eps", "v", "x0")
@@ -41,6 +42,7 @@ class GaussianProcess(nn.Module):
         super().__init__()
         check_choice("prediction", prediction, PREDICTIONS)
         check_choice("variance", variance, VARIANCES)
+        check_switch("zero_terminal_snr", zero_terminal_snr)
         check_choice("timestep_spacing", timestep_spacing, SPACINGS)
         if zero_terminal_snr and prediction == "eps":
             raise ValueError("zero_terminal_snr with prediction 'eps': pure noise says nothing of x0; expected 'v' or "
@@ -72,12 +74,16 @@ class GaussianProcess(nn.Module):
 
     def alpha_bar(self, t):
         """alphas_cumprod at timesteps from -1 (where it is 1), (N,) -> float64, (N, 1, 1, 1)."""
+        check_timesteps(t, len(t) if isinstance(t, torch.Tensor) and t.ndim else 1, -1, self.num_timesteps - 1)
         return torch.where(t < 0, 1.0, self.alphas_cumprod[t.clamp(min=0)])[:, None, None, None]
 
     # The forward process and its posteriors
 
     def q_sample(self, x0, t, eps):
         """Noisy images x_t ~ q(x_t | x_0) from images and standard normal noise, all (N, C, H, W) (DDPM eq. 4)."""
+        check_images("x0", x0, (None,) * 4)
+        check_images("eps", eps, x0.shape)
+        check_timesteps(t, len(x0), -1, self.num_timesteps - 1)
         alpha_bar = self.alpha_bar(t)
         return _times(alpha_bar.sqrt(), x0) + _times((1 - alpha_bar).sqrt(), eps)
 
@@ -106,6 +112,10 @@ class GaussianProcess(nn.Module):
             candidates: the images, (M, C, H, W), or (M, 1, H, W) if all channels are equal; one tensor or several.
             allowed: which of them each noisy image may come from, bool, (N, total M); None allows all.
         """
+        check_images("xt", xt, (None,) * 4, finite=False)
+        for images in candidates:
+            grey = isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 1
+            check_images("candidates", images, (None, 1 if grey else xt.shape[1], *xt.shape[2:]), finite=False)
         alpha_bar = self.alpha_bar(t)[:, :, 0, 0]
         product_factor = (alpha_bar.sqrt() / (1 - alpha_bar)).to(xt.dtype)  # computed in float64
         size_factor = (alpha_bar / (1 - alpha_bar) / 2).to(xt.dtype)
@@ -189,6 +199,7 @@ class GaussianProcess(nn.Module):
         `eta` 0 is DDIM and needs no noise. `eta` 1 with standard normal `noise` is DDPM restricted to the chosen
         timesteps: the mean of `q_posterior` and the model's variance. The image itself, s = -1, gets no noise.
         """
+        check_number("eta", eta, 0, 1)
         alpha_bar_t, alpha_bar_s = self.alpha_bar(t), self.alpha_bar(s)
         sigma2 = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
         xs = _times(alpha_bar_s.sqrt(), x0) + _times((1 - alpha_bar_s - sigma2).clamp(min=0).sqrt(), eps)
@@ -250,52 +261,40 @@ def make_betas(schedule, num_timesteps, zero_terminal_snr=False):
 
 def make_generator(seed, device):
     """A generator of this seed; a torch.Generator itself and None, torch's global state, are returned as they are."""
+    if isinstance(seed, torch.Generator) and seed.device.type != torch.device(device).type:
+        raise ValueError(f"seed: a generator on {seed.device}; expected one on {device}")
     if seed is None or isinstance(seed, torch.Generator):
         return seed
     check_whole("seed", seed, 0, 2**32 - 1)  # torch's generator on a CPU takes no more bits
     return torch.Generator(device).manual_seed(int(seed))
 
 
-def check_choice(name, value, choices):
-    """ValueError if the value is none of the choices."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} {value!r}: expected {' or '.join(map(repr, choices))}")
-
-
-def check_whole(name, value, low, high=math.inf, note=""):
-    """ValueError if the value is not a whole number from `low` to `high`."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise ValueError(f"{name} {value!r}: expected a whole number")
-    if not low <= value <= high:
-        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise ValueError(f"{name} {value}: expected {limits}{note}")
-
-
-def check_number(name, value, low=-math.inf, high=math.inf, note=""):
-    """ValueError if the value is not a finite number from `low` to `high`."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise ValueError(f"{name} {value!r}: expected a number")
-    if not low <= value <= high or not math.isfinite(value):
-        limits = "a finite number" if low == -math.inf else (
-            f"at least {low} and finite" if high == math.inf else f"from {low} to {high}")
-        raise ValueError(f"{name} {value}: expected {limits}{note}")
-
-
-def check_images(name, x, shape):
-    """ValueError if x is not a tensor of floating-point images of this shape; None in it allows any number."""
+def check_images(name, x, shape, finite=True):
+    """ValueError if x is not a tensor of finite floating-point images of this shape; None in it allows any number."""
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        kind = f"of {x.dtype}" if isinstance(x, torch.Tensor) else f"of type {type(x).__name__}"
-        raise ValueError(f"{name} {kind}: expected a tensor of floating-point images")
+        found = f"of {x.dtype}" if isinstance(x, torch.Tensor) else shown(x)
+        raise ValueError(f"{name} {found}: expected a tensor of floating-point images")
     if x.ndim != len(shape) or any(size not in (None, found) for size, found in zip(shape, x.shape)):
         expected = str(tuple("N" if size is None else size for size in shape)).replace("'", "")
         raise ValueError(f"{name} of shape {tuple(x.shape)}: expected {expected}")
+    if finite:
+        check_values(name, x)
 
 
-def check_timesteps(t, n):
-    """ValueError if t is not n timesteps, int64, (n,)."""
+def check_timesteps(t, n, low=0, high=None, name="t"):
+    """ValueError if t is not n timesteps, int64, (n,), or if it is on the CPU and not from `low` to `high`.
+
+    Timesteps on a GPU are not compared with their limits: that would wait for it.
+    """
     if not isinstance(t, torch.Tensor) or t.dtype != torch.int64 or t.shape != (n,):
-        found = f"of {t.dtype} and shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else repr(t)
-        raise ValueError(f"t {found}: expected int64 of shape ({n},)")
+        found = f"of {t.dtype} and shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else shown(t)
+        raise ValueError(f"{name} {found}: expected int64 of shape ({n},)")
+    if n and t.device.type == "cpu":
+        values = t.tolist()  # for a batch faster than torch's own minimum
+        least, most = min(values), max(values)
+        if least < low or high is not None and most > high:
+            limits = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise ValueError(f"{name} from {least} to {most}: expected timesteps {limits}")
 
 
 def check_labels(y, n, num_classes, device, no_label=False):
@@ -310,8 +309,8 @@ def check_labels(y, n, num_classes, device, no_label=False):
         raise ValueError("y: this model is unconditional; it knows no labels")
     try:
         y = torch.as_tensor(list(y) if isinstance(y, range) else y)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"y {y!r}: expected whole numbers") from None
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"y {shown(y)}: expected whole numbers") from None
     if y.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         raise ValueError(f"y of {y.dtype}: expected whole numbers")
     # Contiguous, since torch.compile makes a graph of its own for a label that is repeated by stride 0.

@@ -7,6 +7,8 @@ All three have one interface: `sample(n)` draws timesteps, int64, (n,), and the 
 import torch
 from torch import nn
 
+from support.checks import FLOATS, check_choice, check_device, check_number, check_tensor, check_whole
+
 TIMESTEP_SAMPLINGS = ("uniform", "logit-normal", "importance")
 
 
@@ -14,10 +16,13 @@ def make_timesteps(sampling, num_timesteps, std=1.0, device="cpu"):
     """The timestep sampler of this name. `std` is for 'logit-normal'.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: an unknown name, or another value that does not fit.
     """
-    if sampling not in TIMESTEP_SAMPLINGS:
-        raise ValueError(f"timestep_sampling {sampling!r}: expected one of {', '.join(TIMESTEP_SAMPLINGS)}")
+    check_choice("timestep_sampling", sampling, TIMESTEP_SAMPLINGS)
+    check_whole("num_timesteps", num_timesteps, 1)
+    check_device(device)
+    if sampling == "logit-normal":
+        check_number("timestep_std", std, 0)
     if sampling == "importance":
         return ImportanceSampler(num_timesteps).to(device)
     return UniformSampler(num_timesteps, device) if sampling == "uniform" else LogitNormalSampler(
@@ -34,6 +39,7 @@ class UniformSampler(nn.Module):
 
     def sample(self, n):
         """n timesteps and weights of 1."""
+        check_whole("n", n, 0)
         return torch.randint(self.num_timesteps, (n,), device=self.device), torch.ones(n, device=self.device)
 
     def update(self, t, losses):
@@ -52,6 +58,7 @@ class LogitNormalSampler(UniformSampler):
 
     def sample(self, n):
         """n timesteps and weights of 1."""
+        check_whole("n", n, 0)
         t = (self.std * torch.randn(n, device=self.device)).sigmoid()
         t = (self.num_timesteps * t).long().clamp(max=self.num_timesteps - 1)  # a sigmoid may round to 1
         return t, torch.ones(n, device=self.device)
@@ -81,6 +88,7 @@ class ImportanceSampler(nn.Module):
 
     def sample(self, n):
         """n timesteps and the weights that keep the mean of the loss."""
+        check_whole("n", n, 1)
         p = self.probabilities()
         t = torch.multinomial(p, n, replacement=True)
         return t, (1 / (len(p) * p[t])).float()
@@ -91,6 +99,8 @@ class ImportanceSampler(nn.Module):
 
         Nothing here waits for the GPU.
         """
+        check_tensor("t", t, (torch.int64,), (None,), 0, len(self.counts) - 1)
+        check_tensor("losses", losses, FLOATS, t.shape, finite=False)
         finite = losses.isfinite()
         same = (t[:, None] == t) & finite
         earlier, later = same.tril(-1).sum(dim=1), same.triu(1).sum(dim=1)  # how often t comes in this batch

@@ -6,11 +6,12 @@ resolutions, and skip connections from the way down to the way up.
 
 import inspect
 import math
-import numbers
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from support.checks import check_number, check_switch, check_tensor, check_whole, shown
 
 NUM_GROUPS = 32  # groups in every GroupNorm, as in DDPM
 
@@ -45,6 +46,9 @@ class UNet(nn.Module):
                  num_heads=1, adaptive_norm=False, out_channels=None):
         super().__init__()
         out_channels = channels if out_channels is None else out_channels
+        for name, value in (("channel_mult", channel_mult), ("attention_resolutions", attention_resolutions)):
+            if not isinstance(value, (tuple, list)):
+                raise ValueError(f"{name} {shown(value)}: expected a tuple of whole numbers")
         # What rebuilds this network: saved beside the weights.
         self.config = dict(image_size=image_size, channels=channels, base_channels=base_channels,
                            channel_mult=tuple(channel_mult), num_res_blocks=num_res_blocks,
@@ -107,15 +111,13 @@ class UNet(nn.Module):
         Raises:
             ValueError: labels for an unconditional network, or images of another shape.
         """
+        if not torch.compiler.is_compiling():  # a graph would be cut at each look at a value
+            self._check_inputs(xt, t, y)
         embedding = self.time_embedding(t)
         if self.label_embedding is not None:
             if y is None:
                 y = torch.full_like(t, self.num_classes)
             embedding = embedding + self.label_embedding(y)
-        elif y is not None:
-            raise ValueError("y: labels were given to an unconditional network; build it with num_classes")
-        if xt.shape[1:] != self.image_shape:
-            raise ValueError(f"xt of shape {tuple(xt.shape)}: expected (N, {', '.join(map(str, self.image_shape))})")
         embedding = F.silu(embedding)
 
         h = self.conv_in(F.pixel_unshuffle(xt, self.patch_size))
@@ -131,6 +133,18 @@ class UNet(nn.Module):
             h = layer(h, embedding)
         h = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, self.patch_size)
+
+    def _check_inputs(self, xt, t, y):
+        """ValueError if the inputs of `forward` do not fit. Autocast converts images; without it they have one type."""
+        weight = self.conv_in.weight
+        mixed = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+        dtypes = {weight.dtype, torch.float32, torch.bfloat16, torch.float16} if mixed else {weight.dtype}
+        check_tensor("xt", xt, dtypes, ("N", *self.image_shape), finite=False)
+        check_tensor("t", t, (torch.int64,), (len(xt),))
+        if y is not None and self.num_classes is None:
+            raise ValueError("y: labels were given to an unconditional network; build it with num_classes")
+        if y is not None:
+            check_tensor("y", y, (torch.int64,), (len(xt),), 0, self.num_classes)
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -244,7 +258,10 @@ def num_classes_of(network):
             if getattr(module, "num_classes", None) is not None:
                 raise ValueError(f"network: {type(network).__name__} has no num_classes, but its part {name} knows "
                                  f"{module.num_classes} labels; give it num_classes, None for an unconditional model")
-    return getattr(network, "num_classes", None)
+    num_classes = getattr(network, "num_classes", None)
+    if num_classes is not None:
+        check_whole("num_classes", num_classes, 1, note=", or None")
+    return num_classes
 
 
 def is_plain_unet(network, weights):
@@ -272,17 +289,22 @@ def _check(config):
     """Check the settings. Returns the height of the feature maps of each level."""
     for name in ("image_size", "channels", "base_channels", "num_res_blocks", "time_emb_dim", "patch_size",
                  "num_heads", "out_channels"):
-        if not isinstance(config[name], numbers.Integral) or isinstance(config[name], bool):
-            raise ValueError(f"{name} {config[name]!r}: expected a whole number")
-        if config[name] < 1:
-            raise ValueError(f"{name} {config[name]}: expected at least 1")
+        check_whole(name, config[name], 1)
+    for name in ("channel_mult", "attention_resolutions"):
+        for value in config[name]:
+            check_whole(name, value, 1)
+    if config["num_classes"] is not None:
+        check_whole("num_classes", config["num_classes"], 1, note=", or None")
+    check_switch("adaptive_norm", config["adaptive_norm"])
+    check_number("dropout", config["dropout"], 0, 1, note=", without 1")
     if config["base_channels"] % NUM_GROUPS:
         raise ValueError(f"base_channels {config['base_channels']}: expected a multiple of {NUM_GROUPS}")
-    if not isinstance(config["dropout"], numbers.Real) or not 0 <= config["dropout"] < 1:
+    if config["dropout"] == 1:
         raise ValueError(f"dropout {config['dropout']}: expected a probability from 0 to below 1")
     levels, patch_size = len(config["channel_mult"]), config["patch_size"]
-    if not levels or min(config["channel_mult"]) < 1:
-        raise ValueError(f"channel_mult {config['channel_mult']}: expected a whole number above 0 for each level")
+    if not 1 <= levels <= 30:
+        raise ValueError(f"channel_mult {shown(config['channel_mult'])}: expected a whole number for each of 1 to 30 "
+                         "levels")
     factor = patch_size * 2 ** (levels - 1)
     if config["image_size"] % factor:
         raise ValueError(f"image_size {config['image_size']}: expected a multiple of {factor}, for patch_size "

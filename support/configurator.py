@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """One line, without the usage, and exit status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {_on_one_line(message)}\n")
 
     def parse_args(self, argv=None):
         """As argparse's; an unknown flag is answered with the nearest one."""
@@ -188,12 +188,14 @@ def refuse_unused(given, flag, used):
         raise ValueError(f"{', '.join(sorted(given - used))}: not used with {flag}; leave it out")
 
 
-def adopt(config, given, saved, free):
+def adopt(config, given, saved, free, choices=None):
     """The config of a saved run, a dict, with the flags of this command that are free to differ from it.
 
     Raises:
-        ValueError: a flag differs and is not free.
+        ValueError: a flag differs and is not free, or the saved run has a constant that cannot be.
     """
+    if not isinstance(saved, dict):
+        raise ValueError(f"the run saved in {config.save_dir}: its config is no dictionary; expected its constants")
     same = {"dataset"} if config.dataset == "auto" else set()  # the saved run says what auto found
     for name in sorted(given - free - same):
         if getattr(config, name) != saved.get(name):
@@ -202,11 +204,16 @@ def adopt(config, given, saved, free):
     if "device" in given and config.device != saved.get("device"):
         given = given | {"bf16", "use_compile"}  # the device decides these
     ours = {name: getattr(config, name) for name in NOT_SAVED | given & free}
+    adopted = {**vars(config), **saved, **ours}
+    try:
+        check_kinds({name: adopted[name] for name in vars(config)}, choices or {})
+    except ValueError as error:
+        raise ValueError(f"the run saved in {config.save_dir}: {error}") from None
     ignored = [f"{name} {value}" for name, value in vars(config).items()
                if name not in NOT_SAVED | given | same and value != saved.get(name, value)]
     if ignored:
         print(f"the saved run keeps its own constants; not used from train_eval.py: {', '.join(ignored)}")
-    return argparse.Namespace(**{**vars(config), **saved, **ours})
+    return argparse.Namespace(**adopted)
 
 
 @contextmanager
@@ -215,5 +222,10 @@ def input_errors():
     try:
         yield
     except ValueError as error:
-        print(f"train_eval.py: error: {error}", file=sys.stderr)
+        print(f"train_eval.py: error: {_on_one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _on_one_line(message):
+    """A message with its line breaks, for example those in the name of a file, written as \\n."""
+    return "\\n".join(str(message).splitlines())

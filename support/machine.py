@@ -80,6 +80,18 @@ def unwrapped(network):
     return network
 
 
+@contextmanager
+def evaluating(module):
+    """Evaluation mode (no dropout) inside; outside, every part is in its mode of before."""
+    training = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in training:
+            part.training = mode
+
+
 def plain_state_dict(network):
     """The state dict of a network without the names that `torch.compile` inserts for compiled layers."""
     return {name.replace("_orig_mod.", ""): value for name, value in network.state_dict().items()}

@@ -911,7 +911,7 @@ IMAGES, T = torch.zeros(2, 1, 8, 8), torch.tensor([5, 5])
     (lambda m: m.sample(2, seed=-1), "seed -1: expected from 0 to 4294967295"),
     (lambda m: m.sample(2, sampler=["ddpm"]), "sampler .'ddpm'.: expected 'ddpm' or"),
     (lambda m: m.sample(2, xT=torch.zeros(2, 8, 8)), r"xT of shape \(2, 8, 8\): expected \(2, 1, 8, 8\)"),
-    (lambda m: m.sample(2, xT=[[0.0]]), "xT of type list: expected a tensor of floating-point images"),
+    (lambda m: m.sample(2, xT=[[0.0]]), r"xT \[\[0.0\]\]: expected a tensor of floating-point images"),
     (lambda m: m.sample(2, xT=IMAGES.long()), "xT of torch.int64: expected a tensor of floating-point images"),
     (lambda m: m(torch.zeros(2, 1, 28, 28)), r"x0 of shape \(2, 1, 28, 28\): expected \(N, 1, 8, 8\)"),
     (lambda m: m(torch.zeros(2, 3, 8, 8)), r"x0 of shape \(2, 3, 8, 8\): expected \(N, 1, 8, 8\)"),

@@ -479,7 +479,7 @@ def test_an_unconditional_model_samples_on_the_device():
         sent = pretend.sent
         assert on_cuda(ddpm.sample(3, seed=0), ddpm.interpolate(cuda_images(2), cuda_images(2), [0.5], 4))
         assert pretend.sent == sent
-        with pytest.raises(RuntimeError, match="on different devices"):
+        with pytest.raises(ValueError, match="seed: a generator on cpu; expected one on cuda"):
             ddpm.sample(3, seed=torch.Generator("cpu"))
 
 
@@ -788,7 +788,9 @@ def test_a_device_that_cannot_be_used_is_refused_in_one_line(monkeypatch):
 
 def test_generators():
     generator = torch.Generator("cpu")
-    assert make_generator(None, "cpu") is None and make_generator(generator, "cuda") is generator
+    assert make_generator(None, "cpu") is None and make_generator(generator, "cpu") is generator
+    with pytest.raises(ValueError, match="^seed: a generator on cpu; expected one on cuda:1$"):
+        make_generator(generator, "cuda:1")
     numbers = [torch.rand(3, generator=make_generator(seed, "cpu")) for seed in (7, 7, 8, 2**32 - 1)]
     assert torch.equal(numbers[0], numbers[1]) and not torch.equal(numbers[0], numbers[2])
     assert make_generator(0, "cuda:1").device == torch.device("cuda:1")

@@ -240,7 +240,7 @@ def test_what_the_classifier_sees_does_not_depend_on_batches_colours_or_size(cla
     assert torch.allclose(classifier.read(red)[0], classifier.read(images // 3)[0], atol=1e-4)
     small = load_data(mnist[1].name, DATA_DIR, image_size=28, test_size=50)[1]
     assert (classifier.read(small.images)[1].argmax(1) == probabilities.argmax(1)).double().mean() > 0.9
-    with pytest.raises(ValueError, match="float32.*expected uint8"):
+    with pytest.raises(ValueError, match="float32.*expected a tensor of uint8"):
         classifier.read(images.float())
 
 

@@ -28,7 +28,7 @@ def test_draws_follow_their_law(sampling, std):
 
 
 def test_an_unknown_sampling_is_one_line():
-    with pytest.raises(ValueError, match="timestep_sampling 'normal': expected one of uniform, logit-normal, imp"):
+    with pytest.raises(ValueError, match="timestep_sampling 'normal': expected 'uniform' or 'logit-normal' or 'imp"):
         make_timesteps("normal", 10)
 
 
