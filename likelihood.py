@@ -31,7 +31,8 @@ class BitsPerDim(NamedTuple):
     rmse: torch.Tensor
 
 
-def bits_per_dim(ddpm, x0, y=None, *, terms=None, generator=None, progress=False, batch_size=256):
+def bits_per_dim(ddpm, x0, y=None, *, terms=None, generator=None, rows=None, gather=None, progress=False,
+                 batch_size=256):
     """The variational bound on -log2 p(x0) of 8-bit images, per dimension (DDPM sec. 3.3 and 4.1).
 
     Args:
@@ -42,6 +43,8 @@ def bits_per_dim(ddpm, x0, y=None, *, terms=None, generator=None, progress=False
             from each of terms - 1 intervals of the others. The intervals are short where the terms are large; the
             estimate is unbiased. None computes all terms.
         generator: decides noise and timesteps; None draws from torch's global state.
+        rows, gather: a slice of the images to compute, and what makes the whole, (N,), of these and of those that other
+            processes compute. Noise is drawn for all.
         progress: show a progress bar.
         batch_size: images that the network sees at once. It does not change the noise.
 
@@ -66,15 +69,16 @@ def bits_per_dim(ddpm, x0, y=None, *, terms=None, generator=None, progress=False
     edges = [0, *torch.maximum(1 + cube.round(), 1.0 + torch.arange(terms)).long().tolist()]
     intervals = list(zip(edges, edges[1:]))[::-1]  # from noise to the decoder, which is the interval (0, 1)
     bits, errors = [prior_term(ddpm, x0.to(ddpm.device))], []
+    start, stop, _ = slice(rows.start, rows.stop).indices(len(x0)) if rows else (0, len(x0), 1)
     with (torch.no_grad(),
-          tqdm(total=len(x0) * terms, unit="call", disable=not progress, leave=False) as progress_bar):
+          tqdm(total=(stop - start) * terms, unit="call", disable=not progress, leave=False) as progress_bar):
         for low, high in intervals:
             # For all images at once, so that batches do not change the noise.
             t = torch.randint(low, high, (len(x0),), generator=generator, device=ddpm.device)
             noise = torch.randn(x0.shape, generator=generator, device=ddpm.device)
             parts = []
-            for first in range(0, len(x0), batch_size):
-                part = slice(first, first + batch_size)
+            for first in range(start, stop, batch_size):
+                part = slice(first, min(first + batch_size, stop))
                 x = x0[part].to(ddpm.device)
                 xt = ddpm.q_sample(x, t[part], noise[part])
                 predicted, _, variance_fraction = ddpm.denoise(xt, t[part], None if y is None else y[part])
@@ -82,7 +86,7 @@ def bits_per_dim(ddpm, x0, y=None, *, terms=None, generator=None, progress=False
                               (x - predicted).square().flatten(1).mean(dim=1).double()))
                 progress_bar.update(len(x))
             for found, values in zip((bits, errors), zip(*parts)):
-                found.append(torch.cat(values))
+                found.append(torch.cat(values) if gather is None else gather(torch.cat(values)))
     bits, errors = torch.stack(bits), torch.stack(errors)  # (1 + terms, N), (terms, N)
     mean, total = bits.mean(dim=1), bits.sum(dim=0)
     error = (total.std() / math.sqrt(len(x0))).item() if len(x0) > 1 else math.nan

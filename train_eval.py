@@ -13,12 +13,12 @@ import torch
 
 import metrics
 from dataprocess import DATASETS, Images, load_data
-from diffusion import DDPM, LOSSES, SAMPLERS, SETTINGS
+from diffusion import DDPM, LOSSES, SAMPLERS, SETTINGS, draw_dropped
 from ema import EMA
 from process import BETA_SCHEDULES, PREDICTIONS, SPACINGS, VARIANCES
 from support import configurator, machine, monitor
 from support.checkpoint import RunFolder, load_last, make_folder, restore, save_last
-from support.machine import autocast, has_bf16, warning_if_it_fails
+from support.machine import autocast, gather, has_bf16, on_main, share, warning_if_it_fails
 from timesteps import TIMESTEP_SAMPLINGS, make_timesteps
 from unet import UNET_SETTINGS, UNet
 
@@ -64,7 +64,8 @@ zero_terminal_snr = False  # end the schedule in pure noise; only for prediction
 min_snr_gamma = 0.0  # cap on the SNR that weights the mse loss; 5 is usual, 0 turns the weights off
 
 # training
-batch_size = 16  # images per step
+batch_size = 16  # images per step, of all processes together
+grad_accumulation = 1  # parts that a batch is computed in, one after the other; more take less memory
 timestep_sampling = (
     "uniform" if cuda or loss == "vlb" or variance == "learned" else "logit-normal"
 )  # timesteps in training: uniform, logit-normal (more from the middle), importance (more where the loss is high)
@@ -107,26 +108,25 @@ CHOICES = {"dataset": DATASETS, "beta_schedule": BETA_SCHEDULES, "prediction": P
 
 
 def main(argv=None):
-    """Train, continue a run, or measure samples. Returns the exit status: 0 if all is done, 130 after Ctrl-C."""
+    """Train, continue a run, or measure samples. Returns the exit status: 0, or 130 after Ctrl-C, 143 after SIGTERM."""
     started = time.perf_counter()
     machine.prepare_process()
+    interrupt, finished = machine.Interrupt(), False
     try:
-        with machine.errors_in_one_line():
+        with interrupt, machine.errors_in_one_line():
             config, given = configure(argv)
-            if isinstance(config.evaluate, str):
-                finished = evaluate_folder(config, given)
-            elif config.evaluate:
-                finished = evaluate_model(config, given)
-            elif config.resume:
-                finished = resume_training(config, given)
-            else:
-                finished = start_training(config)
+            with machine.processes(config):
+                if isinstance(config.evaluate, str):
+                    finished = evaluate_folder(config, given)
+                elif config.evaluate:
+                    finished = evaluate_model(config, given)
+                else:
+                    finished = (resume_training if config.resume else start_training)(config, given, interrupt)
     except KeyboardInterrupt:
         print("\nstopped at once; what was saved before is whole", file=sys.stderr)
-        finished = False
     if finished:
         print(f"{(time.perf_counter() - started) / 60:.1f} minutes, everything included")
-    return 0 if finished else 130
+    return 0 if finished else interrupt.status
 
 
 def configure(argv):
@@ -137,29 +137,29 @@ def configure(argv):
 # Prepare
 
 
-def start_training(config):
+def start_training(config, given, interrupt):
     """A new run. Returns whether it came to its end."""
-    run = prepare(config)
+    run = prepare(config, interrupt)
     with configurator.input_errors():
         folder = RunFolder(config.save_dir, new=True)
     with folder, monitor.shown_at_both_ends(run.warning):
         return train(run) and draw_final(run)
 
 
-def resume_training(config, given):
+def resume_training(config, given, interrupt):
     """Continue the run in save_dir from its last.pt. Returns whether it came to its end."""
     with configurator.input_errors():
         folder = RunFolder(config.save_dir, new=False)
     with folder:
         with configurator.input_errors():
             saved = load_last(config.save_dir)
-            config = configurator.adopt(config, given, saved["config"], configurator.FREE_TO_RESUME)
-        run = prepare(config, saved)
+            config = configurator.adopt(config, given, saved["config"], configurator.FREE_TO_RESUME, CHOICES)
+        run = prepare(config, interrupt, saved)
         with monitor.shown_at_both_ends(run.warning):
             return train(run) and draw_final(run)
 
 
-def prepare(config, saved=None):
+def prepare(config, interrupt, saved=None):
     """Everything that training needs, from the constants, as one namespace; `saved` is the last.pt to continue."""
     with configurator.input_errors():
         configurator.check_together(config)
@@ -184,10 +184,10 @@ def prepare(config, saved=None):
         with configurator.input_errors():
             restore(config, state, progress, saved, total_steps)
         saved.clear()  # gigabytes, for the reference
-    return SimpleNamespace(config=config, ddpm=ddpm, ema=ema, state=state, progress=progress, train_images=train_images,
-                           test_images=test_images, steps_per_epoch=steps_per_epoch, total_steps=total_steps,
-                           few_samples=min(FEW_SAMPLES, len(train_images), len(test_images)),
-                           warning=train_images.warning or progress["warning"])
+    return SimpleNamespace(config=config, interrupt=interrupt, ddpm=ddpm, ema=ema, state=state, progress=progress,
+                           train_images=train_images, test_images=test_images, steps_per_epoch=steps_per_epoch,
+                           total_steps=total_steps, warning=train_images.warning or progress["warning"],
+                           few_samples=min(FEW_SAMPLES, len(train_images), len(test_images)))
 
 
 def build(config):
@@ -201,11 +201,13 @@ def build(config):
 
 def load_images(config):
     """Load both splits. Also writes the name and the sizes of what was loaded into the config."""
-    train_images, test_images = load_data(
-        config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels,
-        train_size=config.train_size, test_size=config.test_size, augment=config.use_augmentation, seed=config.seed,
-        device=config.device)
+    with machine.main_first():
+        train_images, test_images = load_data(
+            config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels,
+            train_size=config.train_size, test_size=config.test_size, augment=config.use_augmentation, seed=config.seed,
+            device=config.device)
     config.dataset, config.train_size, config.test_size = train_images.name, len(train_images), len(test_images)
+    machine.check_same(vars(config) | {"torch": torch.__version__})
     return train_images, test_images
 
 
@@ -214,47 +216,46 @@ def load_images(config):
 
 def train(run):
     """Train to the end of the run, or until Ctrl-C. Returns whether the end was reached; everything is saved."""
-    config, progress = run.config, run.progress
+    config, progress, interrupt, stopped = run.config, run.progress, run.interrupt, False
     epoch, start = divmod(progress["step"], run.steps_per_epoch)
     monitor.print_start(run, metrics.NUM_FEATURES)
     machine.compile_network(config, run.ddpm)
-    with (machine.Interrupt() as interrupt,
+    model = machine.parallel(config, run.ddpm)
+    with (interrupt.after_the_step(),
           monitor.Monitor(config, progress, config.epochs * len(run.train_images),
                           epoch * len(run.train_images) + start * config.batch_size) as watch):
         if not progress["step"]:
             watch.log_config(run.ddpm, run.test_images.batch(slice(config.num_samples))[0])
         elif start == 0 and [step for step, _ in progress["test_curve"]][-1:] != [progress["step"]]:
-            evaluate_epoch(run, watch, interrupt, epoch)  # the run was stopped before this evaluation was finished
+            stopped = not evaluate_epoch(run, watch, epoch)  # the run was stopped before it was finished
             watch.stats.start()
-        for x0, y in () if interrupt.requested else batches(config, run.train_images, epoch, start):
-            watch.add(*train_step(config, run.ddpm, run.state, x0, y, draw_references(config, run.train_images)))
+        for x0, y in () if stopped else batches(config, run.train_images, epoch, start):
+            watch.add(*train_step(config, model, run.state, x0, y, draw_references(config, run.train_images)))
             progress["step"] = step = progress["step"] + 1
-            ending, drawing = step % run.steps_per_epoch == 0, step == FIRST_SAMPLE or step % config.sample_every == 0
-            saving = interrupt.requested or ending or step % config.save_every == 0
+            asked, ending = interrupt.asked(), step % run.steps_per_epoch == 0
+            drawing = step == FIRST_SAMPLE or step % config.sample_every == 0
+            saving = asked or ending or step % config.save_every == 0
             if drawing or saving or step % config.log_every == 0:
                 watch.log(run.state["optimizer"].param_groups[0]["lr"])
+            if drawing:  # before the save: a run that is killed in between draws it again
+                draw_preview(run, watch)
             if saving:
                 save_last(config, run.state, progress)
-            if drawing and not interrupt.requested:
-                draw_preview(run, watch, interrupt)
-            if ending and not interrupt.requested:
-                evaluate_epoch(run, watch, interrupt, step // run.steps_per_epoch)
-            if interrupt.requested and (drawing or saving):  # else the next step saves and stops
-                if not saving:
-                    save_last(config, run.state, progress)
+            if asked == "save":
+                monitor.print_saved(progress)
+            stopped = asked == "stop" or ending and not evaluate_epoch(run, watch, step // run.steps_per_epoch)
+            if stopped:
                 break
             if drawing or saving:
                 watch.stats.start()  # so that images per second leave these out
 
     monitor.plot_losses(config, progress, Path(config.save_dir) / "loss_curve.png")
-    if not Path(config.save_dir, "last.pt").exists():  # stopped before the first step
-        save_last(config, run.state, progress)
     if not Path(config.save_dir, "best_model.pt").exists():  # stopped in the first epoch
         with run.ema.applied():
             save_best(run, 0, progress["best_loss"])
-    if interrupt.requested:
+    if stopped:
         monitor.print_stopped(config, progress)
-    return not interrupt.requested
+    return not stopped
 
 
 def batches(config, train_images, first, start):
@@ -273,31 +274,36 @@ def draw_references(config, train_images):
     return x0[:, :1], y  # all channels are equal
 
 
-def train_step(config, ddpm, state, x0, y, references=None):
-    """One step of AdamW.
+def train_step(config, model, state, x0, y, references=None):
+    """One step of AdamW; `model` is the DDPM, or DistributedDataParallel around it.
 
     Returns what happened, left on the device: losses, their weights and timesteps, (N,), and the gradient's norm, ().
     """
-    ddpm.train()
-    t, weights = state["timesteps"].sample(len(x0))
-    with autocast(config):
-        losses = ddpm(x0, y if config.use_conditional_generation else None, t=t, references=references,
-                      reduction="none")
-    (weights * losses).mean().backward()
-    norm = torch.nn.utils.clip_grad_norm_(ddpm.parameters(), config.grad_clip or math.inf)
+    model.train()
+    n, y = len(x0), y if config.use_conditional_generation else None
+    t, weights = state["timesteps"].sample(n)
+    eps = torch.randn_like(x0)
+    drop, losses = None if y is None else draw_dropped(n, x0.device), []
+    for rows, scale in machine.micro_batches(model, n, config.grad_accumulation):
+        with autocast(config):
+            part = model(x0, y, t=t, eps=eps, drop=drop, references=references, rows=rows, reduction="none")
+        (scale * (weights[rows] * part).sum()).backward()
+        losses.append(part.detach())
+    losses = gather(torch.cat(losses), n)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     state["optimizer"].step()
     state["optimizer"].zero_grad()
     for name in ("warmup", "scheduler"):
         if name in state:
             state[name].step()
     state["ema"].update()
-    state["timesteps"].update(t, losses.detach())
-    return losses.detach(), weights, t, norm
+    state["timesteps"].update(t, losses)
+    return losses, weights, t, norm
 
 
-def draw_preview(run, watch, interrupt):
+def draw_preview(run, watch):
     """A grid of samples by the EMA weights, in few steps."""
-    with warning_if_it_fails("a grid of samples"), run.ema.applied(), interrupt.at_once():
+    with warning_if_it_fails("a grid of samples"), run.ema.applied():
         images, _ = draw(run.config, run.ddpm, run.config.num_samples, sampler="ddim", steps=run.config.preview_steps)
         watch.log_samples(images)
 
@@ -305,31 +311,32 @@ def draw_preview(run, watch, interrupt):
 # Evaluate
 
 
-def evaluate_epoch(run, watch, interrupt, epoch):
+def evaluate_epoch(run, watch, epoch):
     """Measure the EMA weights: test loss, then Fréchet distance. The lowest loss so far makes them best_model.pt.
 
-    last.pt was saved before, so a measurement that fails is only a warning. Ctrl-C ends it at once.
+    last.pt was saved before, so a measurement that fails is only a warning. Returns False if Ctrl-C ended it at once.
     """
-    config, progress, step = run.config, run.progress, run.progress["step"]
-    value = math.nan
-    with run.ema.applied(), interrupt.at_once():
-        with warning_if_it_fails("the test loss"):
-            value = test_loss(config, run.ddpm, run.test_images)
-            watch.writer.add_scalar("test/loss", value, step)
-        if value < progress["best_loss"] or progress["best_loss"] == math.inf:  # no test loss so far
-            save_best(run, epoch, value)
-            progress["best_loss"] = min(progress["best_loss"], value)  # a NaN leaves it as it is
-        if config.eval_every and epoch % config.eval_every == 0 and run.few_samples > metrics.NUM_FEATURES:
-            with warning_if_it_fails("measuring samples"):
-                samples, _ = draw(config, run.ddpm, run.few_samples, sampler="ddim", steps=config.preview_steps)
-                result, _, _ = measure(config, samples, None, run.train_images, run.test_images, frechet_only=True)
-                for name in ("frechet", "frechet_real"):
-                    watch.writer.add_scalar(f"samples/{name}", result[name], step)
-    if not interrupt.requested:
+    config, progress, step, finished, value = run.config, run.progress, run.progress["step"], False, math.nan
+    with run.interrupt.at_once():
+        with run.ema.applied():
+            with warning_if_it_fails("the test loss"):
+                value = test_loss(config, run.ddpm, run.test_images)
+                watch.events.add("scalar", "test/loss", value, step)
+            if value < progress["best_loss"] or progress["best_loss"] == math.inf:  # no test loss so far
+                save_best(run, epoch, value)
+                progress["best_loss"] = min(progress["best_loss"], value)  # a NaN leaves it as it is
+            if config.eval_every and epoch % config.eval_every == 0 and run.few_samples > metrics.NUM_FEATURES:
+                with warning_if_it_fails("measuring samples"):
+                    samples, _ = draw(config, run.ddpm, run.few_samples, sampler="ddim", steps=config.preview_steps)
+                    watch.log_frechet(measure(config, samples, None, run.train_images, run.test_images, True))
+        finished = True
+    if finished:
         progress["test_curve"].append([step, value])  # a resumed run reads here that the evaluation is done
         save_last(config, run.state, progress)
+    return finished
 
 
+@on_main
 def save_best(run, epoch, value):
     """Save the weights now in the network, with epoch and test loss. Call this only inside `ema.applied()`."""
     config, progress = run.config, run.progress
@@ -350,8 +357,8 @@ def test_loss(config, ddpm, test_images):
         eps = torch.randn(x0.shape, generator=generator).to(x0.device)
         with autocast(config):
             losses = ddpm(x0, y if config.use_conditional_generation else None, t=timesteps[index].to(x0.device),
-                          eps=eps, reduction="none")
-        total += losses.double().sum().item()
+                          eps=eps, rows=share(len(index)), reduction="none")
+        total += gather(losses, len(index)).double().sum().item()
     return total / n
 
 
@@ -359,11 +366,13 @@ def draw(config, ddpm, n, **options):
     """n images from the same noise each time, and their labels: the digits in turn, None for an unconditional model."""
     y = torch.arange(n) % ddpm.num_classes if config.use_conditional_generation else None
     with autocast(config):
-        return ddpm.sample(n, y, seed=config.seed, **options), y
+        images = ddpm.sample(n, y, seed=config.seed, rows=share(n), **options)
+    return gather(images, n), y
 
 
 def draw_final(run):
     """After training: a grid of samples of best_model.pt by its own sampler. Returns True."""
+    machine.barrier()  # until it is written
     ddpm = machine.place(DDPM.load(Path(run.config.save_dir) / "best_model.pt", run.config.device), run.config)
     machine.compile_network(run.config, ddpm, training=False)
     monitor.print_test_loss(run.config, ddpm.info["test_loss"], ddpm.info)
@@ -379,7 +388,7 @@ def evaluate_model(config, given):
         info = ddpm.info
         if not {"config", "epoch", "step", "log", "warning"} <= info.keys():
             raise ValueError(f"{path}: not written by train_eval.py; load it with DDPM.load")
-        config = configurator.adopt(config, given, info["config"], configurator.FREE_TO_EVALUATE)
+        config = configurator.adopt(config, given, info["config"], configurator.FREE_TO_EVALUATE, CHOICES)
         configurator.check_together(config)
         train_images, test_images = load_images(config)
     ddpm = machine.place(ddpm, config)
@@ -392,7 +401,7 @@ def evaluate_model(config, given):
         bits = bits_per_dim(config, ddpm, test_images)
         n = min(config.eval_samples, len(train_images), len(test_images))
         samples, y = draw(config, ddpm, n, progress=True, **sampling(config))
-        monitor.report(config, *measure(config, samples, y, train_images, test_images), info, **sampling(config),
+        monitor.report(config, measure(config, samples, y, train_images, test_images), info, **sampling(config),
                        test_loss=loss, bits_per_dim=bits.total, bits_per_dim_error=bits.standard_error)
     return True
 
@@ -408,7 +417,7 @@ def evaluate_folder(config, given):
             raise ValueError(f"{config.evaluate}: {len(samples)} PNGs; expected at most {most}, like the real images")
     monitor.print_left_out(left_out)
     with monitor.shown_at_both_ends(train_images.warning):
-        monitor.report(config, *measure(config, samples, None, train_images, test_images),
+        monitor.report(config, measure(config, samples, None, train_images, test_images),
                        samples_from=str(Path(config.evaluate).resolve()))
     return True
 
@@ -430,11 +439,12 @@ def bits_per_dim(config, ddpm, test_images):
     terms = min(config.bound_terms, config.num_timesteps)
     with autocast(config):
         bits = ddpm.bits_per_dim(x0, y if config.use_conditional_generation else None, seed=config.seed, terms=terms,
-                                 progress=True)
+                                 progress=True, rows=share(len(x0)), gather=lambda part: gather(part, len(x0)))
     monitor.print_bits(config, bits, len(x0), terms)
     return bits
 
 
+@on_main
 def measure(config, samples, y, train_images, test_images, frechet_only=False):
     """`metrics.measure` of samples in [-1, 1] or uint8, (N, C, H, W), and the test accuracy of the classifier."""
     if samples.is_floating_point():

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from support.machine import in_one_line, on_main
+from support.checks import check_path
+from support.machine import barrier, in_one_line, on_main, world
 
 try:
     import fcntl
@@ -147,7 +148,8 @@ def load_checkpoint(path, keys):
     Raises:
         ValueError: the file is missing, cannot be read, is damaged, or is something else: one line for each cause.
     """
-    start, whole = b"", False
+    check_path("path", path)
+    start, whole, path = b"", False, Path(path)
     try:
         with open(path, "rb") as file:
             start = file.read(2)
@@ -228,6 +230,11 @@ class RunFolder:
 
     def __init__(self, save_dir, new):
         self.path, self.lock = Path(save_dir), None
+        if world()[0] == 0:
+            self._open(save_dir, new)
+        barrier()
+
+    def _open(self, save_dir, new):
         try:
             if new:
                 make_folder(self.path)
@@ -240,7 +247,7 @@ class RunFolder:
                     make_folder(self.path / "tensorboard_logs")  # whatever can fail, fails before the move
                 if new or any(self.path.glob("run_*.moving")):
                     self._move_earlier_run()
-            if new:
+            if self.path.is_dir():
                 (self.path / "samples").mkdir(exist_ok=True)
         except ValueError:
             self.close()

@@ -18,7 +18,8 @@ WHOLE = {  # smallest and largest
     "seed": (0, 2**32 - 1), "train_size": (1, MOST), "test_size": (1, MOST), "image_size": (1, MOST),
     "channels": (1, 3), "base_channels": (1, MOST), "num_res_blocks": (1, MOST), "time_emb_dim": (1, MOST),
     "num_heads": (1, MOST), "patch_size": (1, MOST), "num_timesteps": (1, MOST), "target_references": (0, MOST),
-    "batch_size": (1, MOST), "epochs": (1, MOST), "warmup_steps": (0, MOST), "ema_start": (0, MOST),
+    "batch_size": (1, MOST), "grad_accumulation": (1, MOST), "epochs": (1, MOST), "warmup_steps": (0, MOST),
+    "ema_start": (0, MOST),
     "ema_update_rate": (1, MOST), "sample_steps": (1, MOST), "num_samples": (1, 10_000), "preview_steps": (1, MOST),
     "eval_every": (0, MOST), "eval_samples": (1, MOST), "bound_images": (2, MOST), "bound_terms": (2, MOST),
     "log_every": (1, 100_000), "sample_every": (1, MOST), "save_every": (1, MOST)}
@@ -31,9 +32,9 @@ SWITCHES = {"bf16", "use_compile", "resume", "use_augmentation", "use_conditiona
 TEXTS = {"device", "save_dir", "data_dir"}
 # NOT_SAVED: never read back from a saved run. FREE_TO_*: flags that may differ from the saved run.
 NOT_SAVED = {"save_dir", "resume", "evaluate"}
-FREE_TO_RESUME = NOT_SAVED | {"device", "bf16", "use_compile", "data_dir", "epochs", "learning_rate", "grad_clip",
-                              "num_samples", "preview_steps", "eval_every", "eval_samples", "bound_images",
-                              "bound_terms", "log_every", "sample_every", "save_every"}
+FREE_TO_RESUME = NOT_SAVED | {"device", "bf16", "use_compile", "data_dir", "epochs", "grad_accumulation",
+                              "learning_rate", "grad_clip", "num_samples", "preview_steps", "eval_every",
+                              "eval_samples", "bound_images", "bound_terms", "log_every", "sample_every", "save_every"}
 FREE_TO_EVALUATE = NOT_SAVED | {"device", "data_dir", "bf16", "use_compile", "seed", "train_size", "test_size",
                                 "num_samples", "sampler", "sample_steps", "timestep_spacing", "guidance_scale",
                                 "eval_samples", "bound_images", "bound_terms"}
@@ -165,6 +166,9 @@ def check_together(config):
             raise ValueError(f"{name} {getattr(config, name)}: expected at most num_timesteps {config.num_timesteps}")
     if config.channels == 2:
         raise ValueError("channels 2: expected 1 (grey) or 3 (RGB)")
+    if config.grad_accumulation > config.batch_size:
+        raise ValueError(f"grad_accumulation {config.grad_accumulation}: expected at most batch_size "
+                         f"{config.batch_size}, the images that there are")
     if config.guidance_scale != 1 and not config.use_conditional_generation:
         raise ValueError(f"guidance_scale {config.guidance_scale}: guidance needs labels; expected 1, or "
                          "--use_conditional_generation")

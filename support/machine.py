@@ -29,7 +29,11 @@ def has_bf16(device):
 
 
 def check_device(device):
-    """ValueError, in one line, for a device that cannot be used here."""
+    """ValueError, in one line, for a device that cannot be used here, or that the processes of a run cannot share."""
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if world()[1] > 1 and device != "cpu" and (device != "cuda" or local_rank >= gpus):
+        raise ValueError(f"device {device!r} for process {local_rank + 1} of this machine, which has {gpus} GPUs: "
+                         "expected cuda, and at most one process a GPU, or cpu")
     try:
         torch.zeros(1, dtype=torch.float64, device=device).cpu()
     except Exception as error:  # each backend has its own
@@ -127,20 +131,13 @@ def on_main(function):
 
 @contextmanager
 def processes(config):
-    """Inside, the processes that torchrun started are one run: gloo joins them on a CPU, nccl on GPUs.
-
-    Raises:
-        ValueError: a device that they cannot share.
-    """
+    """Inside, the processes that torchrun started are one run: gloo joins them on a CPU, nccl on GPUs."""
     number, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if number == 1:
         yield
         return
-    cuda = torch.device(config.device).type == "cuda"
-    if cuda:
-        if config.device != "cuda" or local_rank >= torch.cuda.device_count():
-            raise ValueError(f"device {config.device!r} for process {local_rank} of this machine, with "
-                             f"{torch.cuda.device_count()} GPUs: expected 'cuda' and at most one process a GPU")
+    cuda = config.device == "cuda"
+    if cuda and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     stdout = sys.stdout

@@ -86,6 +86,12 @@ class Monitor:
         step = self.progress["step"]
         write_grid(images, self.samples_dir / f"step_{step:07d}.png", self.events, "samples", step)
 
+    @on_main
+    def log_frechet(self, measured):
+        """The Fréchet distances of some samples and of as many real images."""
+        for name in ("frechet", "frechet_real"):
+            self.events.add("scalar", f"samples/{name}", measured[0][name], self.progress["step"])
+
 
 class EventLog:
     """TensorBoard's log of a run, as a context manager; only the main process writes it.
@@ -243,12 +249,14 @@ def write_final(config, images, info):
     print(f"model: {Path(config.save_dir) / 'best_model.pt'}   samples: {path}")
 
 
-def report(config, result, pairs, accuracy, info=None, **known):
-    """A result of `metrics.measure` as a table, as JSON and as a picture of the nearest pairs, all in new files.
+@on_main
+def report(config, measured, info=None, **known):
+    """What train_eval.measure gave as a table, as JSON and as a picture of the nearest pairs, all in new files.
 
-    `info` is that of the model that drew the samples; the measures then go to TensorBoard too. `accuracy` is the
-    classifier's. `known` goes into the JSON.
+    `info` is that of the model that drew the samples; the measures then go to TensorBoard too. `known` goes into the
+    JSON.
     """
+    result, pairs, accuracy = measured
     print(table(result, config.dataset, accuracy))  # first, in case that a file cannot be written
     pairs = pairs.float() / 127.5 - 1
     save_dir, name = Path(config.save_dir), "" if info else f"_{Path(config.evaluate).resolve().name[:100]}"
@@ -298,6 +306,12 @@ def print_left_out(names):
     if names:
         print(f"not read, since they are no PNGs: {', '.join(names[:10])}"
               + (f" and {len(names) - 10} more" if len(names) > 10 else ""))
+
+
+@on_main
+def print_saved(progress):
+    """Print that a run was saved when it was asked to."""
+    print(f"\nsaved at step {progress['step']:,}", file=sys.stderr)
 
 
 def print_stopped(config, progress):
