@@ -122,10 +122,10 @@ def main(argv=None):
                     finished = evaluate_model(config, given)
                 else:
                     finished = (resume_training if config.resume else start_training)(config, given, interrupt)
+                if finished:
+                    print(f"{(time.perf_counter() - started) / 60:.1f} minutes, everything included")
     except KeyboardInterrupt:
         print("\nstopped at once; what was saved before is whole", file=sys.stderr)
-    if finished:
-        print(f"{(time.perf_counter() - started) / 60:.1f} minutes, everything included")
     return 0 if finished else interrupt.status
 
 
@@ -400,7 +400,7 @@ def evaluate_model(config, given):
         draw_grid(config, ddpm)
         bits = bits_per_dim(config, ddpm, test_images)
         n = min(config.eval_samples, len(train_images), len(test_images))
-        samples, y = draw(config, ddpm, n, progress=True, **sampling(config))
+        samples, y = draw(config, ddpm, n, progress=machine.is_main(), **sampling(config))
         monitor.report(config, measure(config, samples, y, train_images, test_images), info, **sampling(config),
                        test_loss=loss, bits_per_dim=bits.total, bits_per_dim_error=bits.standard_error)
     return True
@@ -429,7 +429,7 @@ def sampling(config):
 
 def draw_grid(config, ddpm):
     """A grid of samples by the config's sampler, in a new file final.png and in TensorBoard."""
-    images, _ = draw(config, ddpm, config.num_samples, progress=True, **sampling(config))
+    images, _ = draw(config, ddpm, config.num_samples, progress=machine.is_main(), **sampling(config))
     monitor.write_final(config, images, ddpm.info)
 
 
@@ -439,7 +439,7 @@ def bits_per_dim(config, ddpm, test_images):
     terms = min(config.bound_terms, config.num_timesteps)
     with autocast(config):
         bits = ddpm.bits_per_dim(x0, y if config.use_conditional_generation else None, seed=config.seed, terms=terms,
-                                 progress=True, rows=share(len(x0)), gather=lambda part: gather(part, len(x0)))
+                                 progress=machine.is_main(), rows=share(len(x0)), gather=lambda part: gather(part, len(x0)))
     monitor.print_bits(config, bits, len(x0), terms)
     return bits
 
@@ -450,7 +450,7 @@ def measure(config, samples, y, train_images, test_images, frechet_only=False):
     if samples.is_floating_point():
         samples = ((samples + 1) * 127.5).round().clamp(0, 255).byte()  # as a PNG keeps them
     classifier = metrics.load_classifier(train_images.images, train_images.labels, make_folder(config.save_dir),
-                                         device=config.device, progress=True)
+                                         device=config.device, progress=machine.is_main())
     result, pairs = metrics.measure(classifier, samples, train_images.images, test_images.images, y,
                                     frechet_only=frechet_only)
     return result, pairs, None if frechet_only else classifier.accuracy(test_images.images, test_images.labels)

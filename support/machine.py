@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
@@ -121,11 +122,16 @@ def world():
     return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
 
+def is_main():
+    """Whether this is the process that writes and prints."""
+    return world()[0] == 0
+
+
 def on_main(function):
     """Decorator of what one process does for all, such as writing a file: in the others it does nothing."""
     @functools.wraps(function)
     def guarded(*args, **options):
-        return function(*args, **options) if world()[0] == 0 else None
+        return function(*args, **options) if is_main() else None
     return guarded
 
 
@@ -203,7 +209,10 @@ def parallel(config, ddpm):
     if world()[1] == 1:
         return ddpm
     device_ids = [torch.cuda.current_device()] if torch.device(config.device).type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(ddpm, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch have another word for the third argument
+        return nn.parallel.DistributedDataParallel(ddpm, device_ids, broadcast_buffers=False,
+                                                   gradient_as_bucket_view=True)
 
 
 def micro_batches(model, n, parts):

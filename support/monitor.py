@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from support.checkpoint import make_folder, unused, whole_file, write_text
-from support.machine import on_main, warning_if_it_fails, world
+from support.machine import is_main, on_main, warning_if_it_fails
 
 FIELDS = (  # of the reference's log, in its order
     "device", "batch_size", "epochs", "save_dir", "optimizer_type", "learning_rate", "weight_decay", "use_scheduler",
@@ -46,7 +46,7 @@ class Monitor:
         self.events = EventLog(config.save_dir, progress["log"],
                                purge_step=progress["step"] + 1 if progress["step"] else None)
         self.bar = tqdm(total=images, initial=seen, unit="img", smoothing=0.05, mininterval=0.5,
-                        disable=world()[0] > 0)
+                        disable=not is_main())
         self.stats = RunningStats(config)
 
     def __enter__(self):
@@ -103,7 +103,7 @@ class EventLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = None
-        if world()[0] == 0:
+        if is_main():
             self.hook, threading.excepthook = threading.excepthook, self._quiet
             with warning_if_it_fails("TensorBoard's log"):
                 self.writer = SummaryWriter(Path(save_dir) / "tensorboard_logs" / name, purge_step=purge_step,
@@ -128,7 +128,7 @@ class EventLog:
         if self.writer is not None:
             with warning_if_it_fails("TensorBoard's log"):
                 self.writer.close()
-        if world()[0] == 0:
+        if is_main():
             threading.excepthook = self.hook
 
     def _quiet(self, failure):
@@ -173,7 +173,7 @@ class RunningStats:
         for i, (loss, norm) in enumerate(zip(losses, norms)):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 before = ", ".join(f"{value:.4g}" for value in losses[max(0, i - 5):i]) or "none since the last entry"
-                if world()[0] == 0:
+                if is_main():
                     print(f"\nstep {step - self.count + i + 1}: loss {loss}, gradient norm {norm}, learning rate "
                           f"{rate:.3g}, losses before: {before}. Training has diverged and stops. If there is a "
                           "last.pt, it is from before: continue with --resume and a lower --learning_rate or "
@@ -335,7 +335,7 @@ def tensorboard_command(save_dir):
 @contextmanager
 def shown_at_both_ends(warning):
     """Print a warning before the block and, in case it scrolled away, after it; None prints nothing."""
-    warning = None if world()[0] else warning
+    warning = warning if is_main() else None
     if warning:
         print(warning, file=sys.stderr)
     try:
