@@ -166,6 +166,12 @@ class Images:
         check_tensor("index", index, (torch.int64, torch.int32), ("B",), 0, len(self) - 1)
         return index
 
+    def epochs(self, batch_size, number, first=0, start=0):
+        """The batches of all epochs up to `number`, from batch `start` of epoch `first` on."""
+        for epoch in range(first, number):
+            yield from self.epoch(batch_size, epoch, start)
+            start = 0
+
     def epoch(self, batch_size, epoch, start=0):
         """Iterate over the batches of an epoch, (x0, y). `seed` and `epoch` alone decide their order.
 

@@ -17,8 +17,9 @@ from diffusion import DDPM, LOSSES, SAMPLERS, SETTINGS, draw_dropped
 from ema import EMA
 from process import BETA_SCHEDULES, PREDICTIONS, SPACINGS, VARIANCES
 from support import configurator, machine, monitor
-from support.checkpoint import RunFolder, load_last, make_folder, restore, save_last
-from support.machine import autocast, gather, has_bf16, on_main, share, warning_if_it_fails
+from support.checkpoint import RunFolder, load_last, restore, save_last
+from support.files import make_folder
+from support.machine import autocast, gather, has_bf16, is_main, on_main, share, warning_if_it_fails
 from timesteps import TIMESTEP_SAMPLINGS, make_timesteps
 from unet import UNET_SETTINGS, UNet
 
@@ -134,16 +135,13 @@ def configure(argv):
     return configurator.configure(__file__, globals(), CHOICES, argv)
 
 
-# Prepare
-
-
 def start_training(config, given, interrupt):
     """A new run. Returns whether it came to its end."""
-    run = prepare(config, interrupt)
+    run = prepare(config)
     with configurator.input_errors():
         folder = RunFolder(config.save_dir, new=True)
     with folder, monitor.shown_at_both_ends(run.warning):
-        return train(run) and draw_final(run)
+        return train(run, interrupt) and draw_final(run)
 
 
 def resume_training(config, given, interrupt):
@@ -154,12 +152,12 @@ def resume_training(config, given, interrupt):
         with configurator.input_errors():
             saved = load_last(config.save_dir)
             config = configurator.adopt(config, given, saved["config"], configurator.FREE_TO_RESUME, CHOICES)
-        run = prepare(config, interrupt, saved)
+        run = prepare(config, saved)
         with monitor.shown_at_both_ends(run.warning):
-            return train(run) and draw_final(run)
+            return train(run, interrupt) and draw_final(run)
 
 
-def prepare(config, interrupt, saved=None):
+def prepare(config, saved=None):
     """Everything that training needs, from the constants, as one namespace; `saved` is the last.pt to continue."""
     with configurator.input_errors():
         configurator.check_together(config)
@@ -184,10 +182,10 @@ def prepare(config, interrupt, saved=None):
         with configurator.input_errors():
             restore(config, state, progress, saved, total_steps)
         saved.clear()  # gigabytes, for the reference
-    return SimpleNamespace(config=config, interrupt=interrupt, ddpm=ddpm, ema=ema, state=state, progress=progress,
-                           train_images=train_images, test_images=test_images, steps_per_epoch=steps_per_epoch,
-                           total_steps=total_steps, warning=train_images.warning or progress["warning"],
-                           few_samples=min(FEW_SAMPLES, len(train_images), len(test_images)))
+    return SimpleNamespace(config=config, ddpm=ddpm, ema=ema, state=state, progress=progress, train_images=train_images,
+                           test_images=test_images, steps_per_epoch=steps_per_epoch, total_steps=total_steps,
+                           few_samples=min(FEW_SAMPLES, len(train_images), len(test_images)),
+                           warning=train_images.warning or progress["warning"])
 
 
 def build(config):
@@ -214,9 +212,9 @@ def load_images(config):
 # Train
 
 
-def train(run):
+def train(run, interrupt):
     """Train to the end of the run, or until Ctrl-C. Returns whether the end was reached; everything is saved."""
-    config, progress, interrupt, stopped = run.config, run.progress, run.interrupt, False
+    config, progress, stopped = run.config, run.progress, False
     epoch, start = divmod(progress["step"], run.steps_per_epoch)
     monitor.print_start(run, metrics.NUM_FEATURES)
     machine.compile_network(config, run.ddpm)
@@ -227,14 +225,14 @@ def train(run):
         if not progress["step"]:
             watch.log_config(run.ddpm, run.test_images.batch(slice(config.num_samples))[0])
         elif start == 0 and [step for step, _ in progress["test_curve"]][-1:] != [progress["step"]]:
-            stopped = not evaluate_epoch(run, watch, epoch)  # the run was stopped before it was finished
+            stopped = not evaluate_epoch(run, watch, interrupt, epoch)  # the run was stopped before it was finished
             watch.stats.start()
-        for x0, y in () if stopped else batches(config, run.train_images, epoch, start):
+        for x0, y in () if stopped else run.train_images.epochs(config.batch_size, config.epochs, epoch, start):
             watch.add(*train_step(config, model, run.state, x0, y, draw_references(config, run.train_images)))
             progress["step"] = step = progress["step"] + 1
-            asked, ending = interrupt.asked(), step % run.steps_per_epoch == 0
-            drawing = step == FIRST_SAMPLE or step % config.sample_every == 0
-            saving = asked or ending or step % config.save_every == 0
+            asked, drawing = interrupt.asked(), step == FIRST_SAMPLE or step % config.sample_every == 0
+            epochs, inside = divmod(step, run.steps_per_epoch)
+            saving = asked or not inside or step % config.save_every == 0
             if drawing or saving or step % config.log_every == 0:
                 watch.log(run.state["optimizer"].param_groups[0]["lr"])
             if drawing:  # before the save: a run that is killed in between draws it again
@@ -243,7 +241,7 @@ def train(run):
                 save_last(config, run.state, progress)
             if asked == "save":
                 monitor.print_saved(progress)
-            stopped = asked == "stop" or ending and not evaluate_epoch(run, watch, step // run.steps_per_epoch)
+            stopped = asked == "stop" or not inside and not evaluate_epoch(run, watch, interrupt, epochs)
             if stopped:
                 break
             if drawing or saving:
@@ -256,13 +254,6 @@ def train(run):
     if stopped:
         monitor.print_stopped(config, progress)
     return not stopped
-
-
-def batches(config, train_images, first, start):
-    """The batches (x0, y) of all epochs, from batch `start` of epoch `first` on."""
-    for epoch in range(first, config.epochs):
-        yield from train_images.epoch(config.batch_size, epoch, start)
-        start = 0
 
 
 def draw_references(config, train_images):
@@ -311,13 +302,13 @@ def draw_preview(run, watch):
 # Evaluate
 
 
-def evaluate_epoch(run, watch, epoch):
+def evaluate_epoch(run, watch, interrupt, epoch):
     """Measure the EMA weights: test loss, then Fréchet distance. The lowest loss so far makes them best_model.pt.
 
     last.pt was saved before, so a measurement that fails is only a warning. Returns False if Ctrl-C ended it at once.
     """
     config, progress, step, finished, value = run.config, run.progress, run.progress["step"], False, math.nan
-    with run.interrupt.at_once():
+    with interrupt.at_once():
         with run.ema.applied():
             with warning_if_it_fails("the test loss"):
                 value = test_loss(config, run.ddpm, run.test_images)
@@ -366,8 +357,7 @@ def draw(config, ddpm, n, **options):
     """n images from the same noise each time, and their labels: the digits in turn, None for an unconditional model."""
     y = torch.arange(n) % ddpm.num_classes if config.use_conditional_generation else None
     with autocast(config):
-        images = ddpm.sample(n, y, seed=config.seed, rows=share(n), **options)
-    return gather(images, n), y
+        return gather(ddpm.sample(n, y, seed=config.seed, rows=share(n), **options), n), y
 
 
 def draw_final(run):
@@ -400,7 +390,7 @@ def evaluate_model(config, given):
         draw_grid(config, ddpm)
         bits = bits_per_dim(config, ddpm, test_images)
         n = min(config.eval_samples, len(train_images), len(test_images))
-        samples, y = draw(config, ddpm, n, progress=machine.is_main(), **sampling(config))
+        samples, y = draw(config, ddpm, n, progress=is_main(), **sampling(config))
         monitor.report(config, measure(config, samples, y, train_images, test_images), info, **sampling(config),
                        test_loss=loss, bits_per_dim=bits.total, bits_per_dim_error=bits.standard_error)
     return True
@@ -429,7 +419,7 @@ def sampling(config):
 
 def draw_grid(config, ddpm):
     """A grid of samples by the config's sampler, in a new file final.png and in TensorBoard."""
-    images, _ = draw(config, ddpm, config.num_samples, progress=machine.is_main(), **sampling(config))
+    images, _ = draw(config, ddpm, config.num_samples, progress=is_main(), **sampling(config))
     monitor.write_final(config, images, ddpm.info)
 
 
@@ -439,7 +429,7 @@ def bits_per_dim(config, ddpm, test_images):
     terms = min(config.bound_terms, config.num_timesteps)
     with autocast(config):
         bits = ddpm.bits_per_dim(x0, y if config.use_conditional_generation else None, seed=config.seed, terms=terms,
-                                 progress=machine.is_main(), rows=share(len(x0)), gather=lambda part: gather(part, len(x0)))
+                                 rows=share(len(x0)), gather=lambda part: gather(part, len(x0)), progress=is_main())
     monitor.print_bits(config, bits, len(x0), terms)
     return bits
 
@@ -450,7 +440,7 @@ def measure(config, samples, y, train_images, test_images, frechet_only=False):
     if samples.is_floating_point():
         samples = ((samples + 1) * 127.5).round().clamp(0, 255).byte()  # as a PNG keeps them
     classifier = metrics.load_classifier(train_images.images, train_images.labels, make_folder(config.save_dir),
-                                         device=config.device, progress=machine.is_main())
+                                         device=config.device, progress=is_main())
     result, pairs = metrics.measure(classifier, samples, train_images.images, test_images.images, y,
                                     frechet_only=frechet_only)
     return result, pairs, None if frechet_only else classifier.accuracy(test_images.images, test_images.labels)

@@ -1,4 +1,4 @@
-"""Saving and loading: whole files, the folder of a run and its lock, and what a resumed run needs."""
+"""Saving and loading: checkpoints, the folder of a run and its lock, and what a resumed run needs."""
 
 import math
 import os
@@ -9,13 +9,13 @@ import time
 import warnings
 import zipfile
 from collections import OrderedDict
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from support.checks import check_path
+from support.files import flush, make_folder, unused, whole_file
 from support.machine import barrier, in_one_line, on_main, world
 
 try:
@@ -24,67 +24,9 @@ except ImportError:  # Windows
     fcntl = None
 
 RUN_FILES = ("last.pt", "last.previous.pt", "best_model.pt", "loss_curve.png", "samples", "evaluation*.json")
-PATIENCE = 5  # seconds in which a rename that is refused is tried again
 
 
 # Files
-
-
-@contextmanager
-def whole_file(path, previous=None):
-    """The name to write a file under, so that `path` is at every moment the old file or the whole new one.
-
-    At the end of the block the new file is flushed to the disk and gets its name; after an error it is removed.
-    `previous` is a name under which the old file is kept.
-    """
-    partial = f"{os.fspath(path)}.partial"
-    try:
-        yield partial
-        _flush(partial)
-        if previous is not None and os.path.exists(path):
-            _keep(path, previous)
-        _rename(partial, path)
-        _flush(os.path.dirname(partial) or ".")
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
-
-
-def _flush(path):
-    """Have the system write a file, or the names in a folder, to the disk. Not every system can open a folder."""
-    folder = os.path.isdir(path)
-    try:
-        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError:
-        if not folder:
-            raise
-
-
-def _keep(path, previous):
-    """Give a file the name `previous`. It has both names until a new file takes the first."""
-    spare = f"{os.fspath(previous)}.partial"
-    try:
-        os.link(path, spare)
-    except OSError:  # a file system without hard links: for a moment there is `previous` alone
-        _rename(path, previous)
-    else:
-        _rename(spare, previous)
-
-
-def _rename(source, target):
-    """`os.replace`, tried again for some seconds: on Windows a virus scanner may hold a new file for a moment."""
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return os.replace(source, target)
-        except PermissionError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.1)
 
 
 def save_checkpoint(path, state, previous=None):
@@ -101,7 +43,7 @@ def save_checkpoint(path, state, previous=None):
         with whole_file(path, previous) as partial:
             try:
                 torch.save(state, partial)
-                _flush(partial)
+                flush(partial)
             finally:
                 written = os.path.getsize(partial) if os.path.exists(partial) else None
     except (OSError, RuntimeError) as error:  # RuntimeError is torch's own for a write that failed
@@ -190,32 +132,6 @@ def _is_whole_zip(path):
         return False
 
 
-def unused(path):
-    """`path` if nothing is there, or else the first free one of NAME-2, NAME-3, ..."""
-    path, number = Path(path), 1
-    while (free := path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
-        number += 1
-    return free
-
-
-def write_text(path, text):
-    """Write a text file, whole or not at all."""
-    with whole_file(path) as partial:
-        Path(partial).write_text(text, encoding="utf-8")
-
-
-def make_folder(path):
-    """Make a folder, with those above it, unless it is there. Returns its Path; ValueError if it cannot be written."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(13, "not writable", os.fspath(path))
-    except OSError as error:
-        raise ValueError(f"save_dir {os.fspath(path)!r}: {error.strerror or error}; expected a folder that can be "
-                         "written") from None
-    return Path(path)
-
-
 # The folder of a run
 
 
@@ -247,7 +163,7 @@ class RunFolder:
                     make_folder(self.path / "tensorboard_logs")  # whatever can fail, fails before the move
                 if new or any(self.path.glob("run_*.moving")):
                     self._move_earlier_run()
-            if self.path.is_dir():
+            if new or any(self.path.glob("last*.pt")):
                 (self.path / "samples").mkdir(exist_ok=True)
         except ValueError:
             self.close()
@@ -357,18 +273,28 @@ def load_last(save_dir):
     Raises:
         ValueError: neither file can be loaded.
     """
-    keys = ("config", "step", "best_loss", "train_curve", "test_curve", "warning", "log", "rng", "network", "ema",
-            "optimizer", "warmup")
-    previous = Path(save_dir) / "last.previous.pt"
+    path, previous = Path(save_dir) / "last.pt", Path(save_dir) / "last.previous.pt"
     try:
-        return load_checkpoint(Path(save_dir) / "last.pt", keys)
+        return _load_progress(path)
     except ValueError as error:
         if not previous.exists():
             raise
         print(error, file=sys.stderr)
-        saved = load_checkpoint(previous, keys)
+        saved = _load_progress(previous)
         print(f"going on from {previous}, saved at step {saved['step']:,}", file=sys.stderr)
         return saved
+
+
+def _load_progress(path):
+    saved = load_checkpoint(path, ("config", "step", "best_loss", "train_curve", "test_curve", "warning", "log", "rng",
+                                   "network", "ema", "optimizer", "warmup"))
+    step, curves = saved["step"], (saved["train_curve"], saved["test_curve"])
+    points = [point for curve in curves for point in (curve if isinstance(curve, list) else [None])]
+    if not (type(step) is int and step >= 0 and type(saved["best_loss"]) is float and isinstance(saved["log"], str)
+            and isinstance(saved["warning"], (str, type(None)))
+            and all(type(point) is list and list(map(type, point)) == [int, float] for point in points)):
+        raise ValueError(f"{path}: its step, best_loss, curves, warning or log is not what a run writes")
+    return saved
 
 
 def restore(config, state, progress, saved, total_steps):

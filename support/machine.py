@@ -210,7 +210,7 @@ def parallel(config, ddpm):
         return ddpm
     device_ids = [torch.cuda.current_device()] if torch.device(config.device).type == "cuda" else None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch have another word for the third argument
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 has another word for the third
         return nn.parallel.DistributedDataParallel(ddpm, device_ids, broadcast_buffers=False,
                                                    gradient_as_bucket_view=True)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from support.checkpoint import make_folder, unused, whole_file, write_text
+from support.files import make_folder, unused, whole_file, write_text
 from support.machine import is_main, on_main, warning_if_it_fails
 
 FIELDS = (  # of the reference's log, in its order

@@ -15,7 +15,8 @@ import torch
 import train_eval
 from ema import EMA
 from support import checkpoint
-from support.checkpoint import RunFolder, load_checkpoint, match_layouts, save_checkpoint, unused, write_text
+from support.checkpoint import RunFolder, load_checkpoint, match_layouts, save_checkpoint
+from support.files import unused, write_text
 from timesteps import UniformSampler
 
 ROOT = Path(__file__).parent.parent

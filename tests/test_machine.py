@@ -387,7 +387,7 @@ def test_training_steps_never_wait_for_the_device(sampling, conditional, monkeyp
                 stats.add(*result)
             assert pretend.sent == sent and run.ema.step == 2
         pretend.may_read = True
-        assert stats.read(2)["train/loss"] == 0
+        assert stats.read(2, 0.1)["train/loss"] == 0
 
 
 def test_the_ema_stays_on_the_device():
@@ -817,25 +817,28 @@ def test_a_module_is_placed_in_its_fast_layout(device, bf16, channels_last):
 @pytest.mark.parametrize("signum", (signal.SIGINT, signal.SIGTERM))
 def test_the_first_signal_is_a_request_and_the_second_ends_the_run(signum, capfd):
     before = signal.getsignal(signum)
-    with machine.Interrupt() as interrupt:
-        assert not interrupt.requested
+    with machine.Interrupt() as interrupt, interrupt.after_the_step():
+        assert interrupt.asked() is None
         signal.raise_signal(signum)
-        assert interrupt.requested
+        assert interrupt.asked() == interrupt.asked() == "stop" and interrupt.status == 128 + signum
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signum)
     assert signal.getsignal(signum) is before
     assert capfd.readouterr().err.count("stopping after this step") == 1
+    with machine.Interrupt() as interrupt, pytest.raises(KeyboardInterrupt):  # while nothing is trained
+        signal.raise_signal(signum)
+    assert interrupt.status == 128 + signum
 
 
 def test_a_block_that_may_end_at_once():
-    with machine.Interrupt() as interrupt:
+    with machine.Interrupt() as interrupt, interrupt.after_the_step():
         with interrupt.at_once():
             pass
-        assert not interrupt.requested and not interrupt.immediate
+        assert interrupt.asked() is None and not interrupt.immediate
         with interrupt.at_once():
             signal.raise_signal(signal.SIGINT)
             raise AssertionError("the block has to end")
-        assert interrupt.requested and not interrupt.immediate
+        assert interrupt.asked() == "stop" and not interrupt.immediate
         with pytest.raises(KeyboardInterrupt), interrupt.at_once():  # this is the second one
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(ZeroDivisionError), interrupt.at_once():
@@ -844,6 +847,16 @@ def test_a_block_that_may_end_at_once():
     with pytest.raises(ZeroDivisionError), machine.Interrupt():
         1 / 0  # noqa: B018
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the system has no such signal")
+def test_a_save_is_asked_for_once_and_a_stop_comes_first():
+    with machine.Interrupt() as interrupt, interrupt.after_the_step():
+        signal.raise_signal(signal.SIGUSR1)
+        assert interrupt.asked() == "save" and interrupt.asked() is None
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.asked() == "stop" and interrupt.status == 143
 
 
 def test_what_may_fail_costs_a_line(capsys):
@@ -856,6 +869,8 @@ def test_what_may_fail_costs_a_line(capsys):
     for error in (KeyboardInterrupt, SystemExit):  # these are for the run itself
         with pytest.raises(error), machine.warning_if_it_fails("a grid of samples"):
             raise error
+    with machine.warning_if_it_fails("a grid of samples"):  # the same again is not said again
+        raise RuntimeError("out of paint")
     assert capsys.readouterr().err == ""
     assert machine.in_one_line(ValueError()) == "ValueError: "
 
@@ -886,13 +901,13 @@ def test_interrupts_outside_the_main_thread_are_left_to_the_main_one():
 
     def elsewhere():
         with machine.Interrupt() as interrupt:
-            found.append((interrupt.requested, signal.getsignal(signal.SIGINT)))
+            found.append((interrupt.asked(), signal.getsignal(signal.SIGINT)))
 
     before = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
-    assert found == [(False, before)] and signal.getsignal(signal.SIGINT) is before
+    assert found == [(None, before)] and signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_process_is_prepared_on_any_console(monkeypatch):

@@ -371,18 +371,18 @@ def test_a_window_tells_what_its_steps_did(monkeypatch):
     one = torch.ones(1)
     window.add(torch.tensor([1.0, 2.0, 3.0]), torch.ones(3), torch.tensor([0, 249, 250]), torch.tensor(4.0))
     window.add(torch.tensor([5.0]), one, torch.tensor([999]), torch.tensor(6.0))
-    assert window.read(2) == {
+    assert window.read(2, 0.1) == {
         "train/loss": 3.5, "train/grad_norm": 5.0, "train/images_per_second": 2.0,
         "train_loss_by_t/quartile_1": 1.5, "train_loss_by_t/quartile_2": 3.0, "train_loss_by_t/quartile_4": 5.0}
     window.add(torch.tensor([7.0]), one, torch.tensor([600]), torch.tensor(1.0))
-    assert window.read(3)["train_loss_by_t/quartile_3"] == 7.0  # it began anew
+    assert window.read(3, 0.1)["train_loss_by_t/quartile_3"] == 7.0  # it began anew
     window.add(torch.tensor([1.0]), one, torch.tensor([0]), torch.tensor(1.0))
     window.add(torch.tensor([1.0]), one, torch.tensor([0]), torch.tensor(float("inf")))
     with pytest.raises(SystemExit, match="step 5: loss 1.0, gradient norm inf"):
-        window.read(5)
+        window.read(5, 0.1)
     window.start()
     window.add(torch.tensor([4.0, 1.0]), torch.tensor([0.5, 1.5]), torch.tensor([0, 1]), torch.tensor(1.0))
-    scalars = window.read(6)  # timesteps drawn by importance weigh less
+    scalars = window.read(6, 0.1)  # timesteps drawn by importance weigh less
     assert scalars["train/loss"] == 1.75 and scalars["train_loss_by_t/quartile_1"] == 1.75
 
 
