@@ -101,8 +101,7 @@ sample_every = 5000 if cuda else 1000  # steps between grids; the first grid com
 save_every = 5000 if cuda else 500  # steps between saves of last.pt; each epoch and Ctrl-C save it too
 # end of constants
 
-FIRST_SAMPLE = 200  # step of the first grid
-FEW_SAMPLES = 500  # number of images in the measurements during training
+FIRST_SAMPLE, FEW_SAMPLES = 200, 500  # step of the first grid; number of images measured during training
 CHOICES = {"dataset": DATASETS, "beta_schedule": BETA_SCHEDULES, "prediction": PREDICTIONS, "loss": LOSSES,
            "variance": VARIANCES, "timestep_sampling": TIMESTEP_SAMPLINGS, "sampler": tuple(SAMPLERS),
            "timestep_spacing": SPACINGS}
@@ -170,7 +169,7 @@ def prepare(config, saved=None):
     steps_per_epoch = math.ceil(len(train_images) / config.batch_size)
     total_steps = steps_per_epoch * config.epochs
     warmup = max(1, min(config.warmup_steps, total_steps // 10))
-    state = {"network": ddpm.network, "ema": ema, "optimizer": optimizer,
+    state = {"network": ddpm.network, "ema": ema, "optimizer": optimizer, "stats": monitor.RunningStats(config),
              "timesteps": make_timesteps(config.timestep_sampling, config.num_timesteps, config.timestep_std,
                                          config.device),
              "warmup": torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup)}
@@ -220,7 +219,7 @@ def train(run, interrupt):
     machine.compile_network(config, run.ddpm)
     model = machine.parallel(config, run.ddpm)
     with (interrupt.after_the_step(),
-          monitor.Monitor(config, progress, config.epochs * len(run.train_images),
+          monitor.Monitor(config, progress, run.state["stats"], config.epochs * len(run.train_images),
                           epoch * len(run.train_images) + start * config.batch_size) as watch):
         if not progress["step"]:
             watch.log_config(run.ddpm, run.test_images.batch(slice(config.num_samples))[0])
@@ -232,15 +231,16 @@ def train(run, interrupt):
             progress["step"] = step = progress["step"] + 1
             asked, drawing = interrupt.asked(), step == FIRST_SAMPLE or step % config.sample_every == 0
             epochs, inside = divmod(step, run.steps_per_epoch)
-            saving = asked or not inside or step % config.save_every == 0
+            rate, saving = run.state["optimizer"].param_groups[0]["lr"], not inside or step % config.save_every == 0
             if drawing or saving or step % config.log_every == 0:
-                watch.log(run.state["optimizer"].param_groups[0]["lr"])
+                watch.log(rate)
+            elif asked:
+                watch.stats.check(step, rate)
             if drawing:  # before the save: a run that is killed in between draws it again
                 draw_preview(run, watch)
-            if saving:
+            if saving or asked:
                 save_last(config, run.state, progress)
-            if asked == "save":
-                monitor.print_saved(progress)
+                monitor.print_saved(progress, asked)
             stopped = asked == "stop" or not inside and not evaluate_epoch(run, watch, interrupt, epochs)
             if stopped:
                 break

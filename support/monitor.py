@@ -34,11 +34,12 @@ class Monitor:
     Args:
         config: the constants of the run.
         progress: its step, curves and the name of its log, as last.pt keeps them.
+        stats: its `RunningStats`.
         images: number of training images of the run, all epochs together.
         seen: how many of them were seen before.
     """
 
-    def __init__(self, config, progress, images, seen):
+    def __init__(self, config, progress, stats, images, seen):
         from tqdm import tqdm
 
         self.config, self.progress = config, progress
@@ -47,7 +48,8 @@ class Monitor:
                                purge_step=progress["step"] + 1 if progress["step"] else None)
         self.bar = tqdm(total=images, initial=seen, unit="img", smoothing=0.05, mininterval=0.5,
                         disable=not is_main())
-        self.stats = RunningStats(config)
+        self.stats = stats
+        stats.clock = time.perf_counter()
 
     def __enter__(self):
         return self
@@ -167,18 +169,9 @@ class RunningStats:
         """The TensorBoard scalars of these steps, of which `step` is the last. Begins anew.
 
         Raises:
-            SystemExit: a loss or a gradient was not finite; the exit status is 3.
+            SystemExit: see `check`.
         """
-        losses, norms = self.steps[:, :self.count].tolist()
-        for i, (loss, norm) in enumerate(zip(losses, norms)):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                before = ", ".join(f"{value:.4g}" for value in losses[max(0, i - 5):i]) or "none since the last entry"
-                if is_main():
-                    print(f"\nstep {step - self.count + i + 1}: loss {loss}, gradient norm {norm}, learning rate "
-                          f"{rate:.3g}, losses before: {before}. Training has diverged and stops. If there is a "
-                          "last.pt, it is from before: continue with --resume and a lower --learning_rate or "
-                          "--grad_clip", file=sys.stderr)
-                raise SystemExit(3)
+        losses, norms = self.check(step, rate)
         scalars = {"train/loss": sum(losses) / self.count, "train/grad_norm": sum(norms) / self.count,
                    "train/images_per_second": self.images / (time.perf_counter() - self.clock)}
         for quartile, (total, weight) in enumerate(self.quartiles.T.tolist(), start=1):
@@ -186,6 +179,37 @@ class RunningStats:
                 scalars[f"train_loss_by_t/quartile_{quartile}"] = total / weight
         self.start()
         return scalars
+
+    def check(self, step, rate):
+        """Losses and gradient norms of these steps, of which `step` is the last; `rate` is the learning rate now.
+
+        Raises:
+            SystemExit: one of them is not finite; the exit status is 3.
+        """
+        losses, norms = self.steps[:, :self.count].tolist()
+        for i, (loss, norm) in enumerate(zip(losses, norms)):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                if is_main():
+                    before = ", ".join(f"{value:.4g}" for value in losses[max(0, i - 5):i]) or "in the last entry"
+                    print(f"\nstep {step - self.count + i + 1}: loss {loss}, gradient norm {norm}, learning rate "
+                          f"{rate:.3g}, losses before: {before}. Training has diverged and stops. If there is a "
+                          "last.pt, it is from before: continue with --resume and a lower --learning_rate or "
+                          "--grad_clip", file=sys.stderr)
+                raise SystemExit(3)
+        return losses, norms
+
+    def state_dict(self):
+        """The steps since the last entry, so that a run that is stopped between two goes on to the same curve."""
+        return {"steps": self.steps[:, :self.count].clone(), "quartiles": self.quartiles.clone()}
+
+    def load_state_dict(self, state):
+        """Go on from a `state_dict`; if the entries are now closer together than that, begin anew."""
+        self.start()
+        count = state["steps"].shape[1]
+        if count < self.steps.shape[1]:
+            self.steps[:, :count] = state["steps"]
+            self.quartiles.copy_(state["quartiles"])
+            self.count = count
 
 
 @on_main
@@ -309,9 +333,10 @@ def print_left_out(names):
 
 
 @on_main
-def print_saved(progress):
-    """Print that a run was saved when it was asked to."""
-    print(f"\nsaved at step {progress['step']:,}", file=sys.stderr)
+def print_saved(progress, asked):
+    """Print that a run was saved, if it was asked to and goes on."""
+    if asked == "save":
+        print(f"\nsaved at step {progress['step']:,}", file=sys.stderr)
 
 
 def print_stopped(config, progress):
