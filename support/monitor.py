@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 import sys
 import threading
@@ -306,7 +307,7 @@ def print_start(run, least_samples):
     config = run.config
     print(f"{config.dataset}: {len(run.train_images):,} images to train, {len(run.test_images):,} to test; network: "
           f"{sum(p.numel() for p in run.ddpm.parameters()):,} parameters in {'bf16' if config.bf16 else 'fp32'} on "
-          f"{config.device}; {run.total_steps:,} steps, {run.progress['step']:,} done\n"
+          f"{config.device}; {run.total_steps:,} steps, {run.progress['step']:,} done; process {os.getpid()}\n"
           f"watch: {tensorboard_command(config.save_dir)}")
     if config.eval_every and run.few_samples <= least_samples:
         print("samples are not measured during training: there are too few training or test images")

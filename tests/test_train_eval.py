@@ -103,7 +103,8 @@ def test_a_run_leaves_everything_that_it_promises(trained):
     save_dir, _, done = trained
     (classifier,) = save_dir.glob("classifier-*.pt")
     assert sorted(path.name for path in save_dir.iterdir()) == [
-        "best_model.pt", classifier.name, "last.previous.pt", "last.pt", "loss_curve.png", "samples", "tensorboard_logs"]
+        "best_model.pt", classifier.name, "last.previous.pt", "last.pt", "loss_curve.png", "samples",
+        "tensorboard_logs"]
     assert sorted(path.name for path in (save_dir / "samples").iterdir()) == [
         "final.png", "real.png", *(f"step_{step:07d}.png" for step in range(10, STEPS + 1, 10))]
     for path in (save_dir / "samples").iterdir():
