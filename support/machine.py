@@ -304,11 +304,13 @@ class Interrupt:
 
     def asked(self):
         """What this process, or another one of the run, was asked for: 'stop', 'save' or None."""
-        asked = torch.tensor(2 if self.signum else 1 if self.save else 0)
+        asked = torch.tensor(self.signum or int(self.save))
         if world()[1] > 1:
             dist.all_reduce(asked, dist.ReduceOp.MAX)
         self.save = False
-        return (None, "save", "stop")[asked]
+        if asked > 1:  # SIGINT is 2 and SIGTERM 15
+            self.signum = int(asked)
+        return "stop" if asked > 1 else "save" if asked else None
 
     @contextmanager
     def after_the_step(self):
