@@ -163,8 +163,8 @@ class RunFolder:
                     make_folder(self.path / "tensorboard_logs")  # whatever can fail, fails before the move
                 if new or any(self.path.glob("run_*.moving")):
                     self._move_earlier_run()
-            if new or any(self.path.glob("last*.pt")):
-                (self.path / "samples").mkdir(exist_ok=True)
+                if new:
+                    (self.path / "samples").mkdir(exist_ok=True)
         except ValueError:
             self.close()
             raise

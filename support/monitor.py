@@ -44,7 +44,7 @@ class Monitor:
         from tqdm import tqdm
 
         self.config, self.progress = config, progress
-        self.samples_dir = Path(config.save_dir) / "samples"
+        self.samples_dir = make_folder(Path(config.save_dir) / "samples")
         self.events = EventLog(config.save_dir, progress["log"],
                                purge_step=progress["step"] + 1 if progress["step"] else None)
         self.bar = tqdm(total=images, initial=seen, unit="img", smoothing=0.05, mininterval=0.5,
