@@ -413,48 +413,13 @@ def test_importance_sampling_draws_the_timesteps_weighs_the_losses_and_learns_fr
 
 def test_a_seed_decides_the_run_to_the_bit_and_another_seed_another_run(trained, tmp_path):
     save_dir, flags, _ = trained
-    assert run(*flags, "--save_dir", tmp_path / "same").returncode == 0
+    assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path / "same")]) == 0
     assert same(state(tmp_path / "same"), state(save_dir))
-    assert run(*flags, "--save_dir", tmp_path / "other", "--seed", 1, "--epochs", 1).returncode == 0
+    other = ["--save_dir", str(tmp_path / "other"), "--seed", "1", "--epochs", "1", "--eval_every", "0"]
+    assert train_eval.main([*map(str, flags), *other]) == 0
     assert not same(state(tmp_path / "other")["train_curve"][0], state(save_dir)["train_curve"][0])
     final = [(folder / "samples" / "final.png").read_bytes() for folder in (save_dir, tmp_path / "same")]
     assert final[0] == final[1]
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_goes_on_to_the_same_bits(trained, tmp_path, signum):
-    save_dir, flags, _ = trained
-    process = subprocess.Popen(command(*flags, "--save_dir", tmp_path), stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-                               text=True)
-    while not (tmp_path / "samples" / "step_0000010.png").exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signum)
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 128 + signum and "Traceback" not in err and "--resume" in out, err
-    step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
-    assert 10 <= step < STEPS and (tmp_path / "best_model.pt").exists() and (tmp_path / "loss_curve.png").exists()
-
-    done = run("--save_dir", tmp_path, "--resume", "--device", "cpu")  # the run's own constants come back with it
-    assert done.returncode == 0, done.stderr
-    assert "not used from train_eval.py" in done.stdout and "train_size 60000" in done.stdout
-    assert same(state(tmp_path), state(save_dir))  # the curves too
-    assert same(*(torch.load(folder / "best_model.pt", weights_only=True)["weights"]
-                  for folder in (save_dir, tmp_path)))
-    _, curves = scalars(tmp_path)
-    assert list(curves["test/loss"]) == [20, 40]  # one curve, without a gap
-
-
-def test_a_run_killed_without_warning_goes_on_from_its_last_save(trained, tmp_path):
-    save_dir, flags, _ = trained
-    process = subprocess.Popen(command(*flags, "--save_dir", tmp_path), stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)
-    while not (tmp_path / "last.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    assert run("--save_dir", tmp_path, "--resume", "--device", "cpu").returncode == 0
-    assert same(state(tmp_path)["network"], state(save_dir)["network"])
 
 
 def test_a_finished_run_can_be_made_longer(trained, tmp_path, data_flags):
@@ -738,10 +703,11 @@ def test_two_runs_in_one_folder(trained, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in save_dir.rglob("*")} | before == before
 
 
-def test_divergence_stops_the_run_names_the_step_and_keeps_the_checkpoint(tmp_path, data_flags):
-    done = run(*SMALL, *data_flags, "--save_dir", tmp_path, "--learning_rate", 1e30, "--grad_clip", 0)
-    assert done.returncode == 3 and "Traceback" not in done.stderr
-    assert "Training has diverged" in done.stderr and "\nstep " in done.stderr
+def test_divergence_stops_the_run_names_the_step_and_keeps_the_checkpoint(tmp_path, data_flags, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train_eval.main([*SMALL, *data_flags, "--save_dir", str(tmp_path), "--learning_rate", "1e30", "--grad_clip=0"])
+    err = capsys.readouterr().err
+    assert exit_.value.code == 3 and "Training has diverged" in err and "\nstep " in err
     if (tmp_path / "last.pt").exists():
         assert all(torch.isfinite(w).all() for w in state(tmp_path)["network"].values())
 
@@ -899,15 +865,17 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(capsys, tmp_path):
     assert "save_dir" in refused(capsys, *SMALL, "--dataset", "glyphs", "--save_dir", tmp_path / "file")
 
 
-def test_glyphs_stand_in_for_missing_mnist_with_a_warning_at_both_ends(tmp_path):
-    environment = os.environ | {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    done = run(*SMALL, "--dataset", "auto", "--data_dir", tmp_path / "none", "--save_dir", tmp_path / "run",
-               "--epochs", 1, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("glyphs") >= 2 and done.stderr.rstrip().count("MNIST") >= 2
+def test_glyphs_stand_in_for_missing_mnist_with_a_warning_at_both_ends(tmp_path, monkeypatch, capsys):
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert train_eval.main([*SMALL, "--dataset", "auto", "--data_dir", str(tmp_path / "none"), "--save_dir",
+                            str(tmp_path / "run"), "--epochs", "1", "--eval_every", "0"]) == 0
+    assert capsys.readouterr().err.count("THIS IS NOT MNIST") == 2
     assert DDPM.load(tmp_path / "run" / "best_model.pt", "cpu").info["config"]["dataset"] == "glyphs"
-    again = run("--evaluate", "--save_dir", tmp_path / "run", "--device", "cpu")
-    assert again.stderr.count("THIS IS NOT MNIST") == 2 and "images of glyphs" in again.stdout
+    monkeypatch.setattr(metrics, "train_classifier", lambda *args, **options: metrics.Classifier(10))
+    assert train_eval.main(["--evaluate", "--save_dir", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    again = capsys.readouterr()
+    assert again.err.count("THIS IS NOT MNIST") == 2 and "images of glyphs" in again.out
 
 
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
