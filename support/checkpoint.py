@@ -38,21 +38,21 @@ def save_checkpoint(path, state, previous=None):
     """
     path = os.fspath(path)
     _check_plain(state, "")
-    written = None
+    missing = ""
     try:
         with whole_file(path, previous) as partial:
             try:
                 torch.save(state, partial)
                 flush(partial)
-            finally:
-                written = os.path.getsize(partial) if os.path.exists(partial) else None
+            except (OSError, RuntimeError):
+                if os.path.exists(partial):
+                    size = _Size()
+                    torch.save(state, size)
+                    missing = f"; about {size.bytes - os.path.getsize(partial):,} of {size.bytes:,} bytes are missing"
+                raise
     except (OSError, RuntimeError) as error:  # RuntimeError is torch's own for a write that failed
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        size = _Size()
-        torch.save(state, size)
-        if written is not None and written < size.bytes:
-            reason = f"{size.bytes - written:,} of {size.bytes:,} bytes are missing: the disk is full, or a quota is"
-        raise OSError(f"{path}: cannot be written ({reason})") from error
+        reason = getattr(error, "strerror", None) or "the disk is full, or a quota is" if missing else error
+        raise OSError(f"{path}: cannot be written ({str(reason).partition(chr(10))[0]}{missing})") from error
 
 
 class _Size:

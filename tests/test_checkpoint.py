@@ -1,8 +1,10 @@
 """What survives: whole files of plain values, the folder of a run and its lock, other memory layouts."""
 
 import collections
+import contextlib
 import copy
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +16,8 @@ import torch
 
 import train_eval
 from ema import EMA
-from support import checkpoint
-from support.checkpoint import RunFolder, load_checkpoint, match_layouts, save_checkpoint
+from support import checkpoint, files
+from support.checkpoint import RunFolder, load_checkpoint, load_last, match_layouts, save_checkpoint
 from support.files import unused, write_text
 from timesteps import UniformSampler
 
@@ -270,3 +272,106 @@ def test_restore_matches_the_layouts(tmp_path):
     for parameter, moments in optimizer.state.items():
         assert moments["exp_avg"].stride() == parameter.stride()
     assert all(torch.equal(a, b) for a, b in zip(ddpm.parameters(), other.parameters()))
+
+
+# Written whole or not at all
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """The system refuses to write more into a file, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_gets_its_name_when_it_is_on_the_disk(tmp_path, monkeypatch):
+    """Else a power cut could leave the name with nothing in it."""
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        calls.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *names: calls.append("rename") or replace(*names))
+    save_checkpoint(tmp_path / "a.pt", {"step": 1})
+    assert calls[-3:] == ["file", "rename", "folder"] and calls.count("rename") == 1
+
+
+@pytest.mark.parametrize("links", (True, False))
+def test_the_save_before_is_kept(tmp_path, monkeypatch, links):
+    def refuse(*names):
+        raise OSError(95, "not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    for step in range(4):
+        save_checkpoint(tmp_path / "last.pt", {"step": step}, tmp_path / "before.pt")
+        assert load_checkpoint(tmp_path / "last.pt", ["step"]) == {"step": step}
+        if step:
+            assert load_checkpoint(tmp_path / "before.pt", ["step"]) == {"step": step - 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before.pt", "last.pt"]
+
+
+@pytest.mark.parametrize("times", (2, 1000))
+def test_a_rename_that_is_refused_is_tried_again_for_a_while(tmp_path, monkeypatch, times):
+    replace, refused = os.replace, []
+
+    def scanner(*names):
+        refused.append(names)
+        if len(refused) <= times:
+            raise PermissionError(13, "held by another program")
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", scanner)
+    monkeypatch.setattr(files, "PATIENCE", 0.5)
+    if times == 2:
+        save_checkpoint(tmp_path / "a.pt", {"step": 1})
+        assert load_checkpoint(tmp_path / "a.pt", ["step"]) == {"step": 1}
+    else:
+        with pytest.raises(OSError, match="held by another program"):
+            save_checkpoint(tmp_path / "a.pt", {"step": 1})
+        assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", (0, 1000, 300_000))
+def test_a_full_disk_names_the_missing_bytes_and_leaves_the_old_file(tmp_path, size):
+    save_checkpoint(tmp_path / "a.pt", {"weights": torch.zeros(100_000)})
+    old = (tmp_path / "a.pt").read_bytes()
+    with files_of_at_most(size), pytest.raises(OSError) as caught:
+        save_checkpoint(tmp_path / "a.pt", {"weights": torch.ones(100_000)}, tmp_path / "before.pt")
+    missing, whole = (int(number.replace(",", "")) for number in re.findall(r"[\d,]{3,}", str(caught.value))[-2:])
+    assert str(caught.value).startswith(f"{tmp_path / 'a.pt'}: cannot be written (") and "\n" not in str(caught.value)
+    assert whole == pytest.approx(len(old), abs=200) and missing == pytest.approx(whole - size, abs=70_000)
+    assert (tmp_path / "a.pt").read_bytes() == old and [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+    with files_of_at_most(0), pytest.raises(OSError):
+        write_text(tmp_path / "b.json", "a text")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("damage", ("flipped", "cut", "empty", "gone", "folder"))
+def test_a_damaged_last_pt_is_replaced_by_the_one_before(tmp_path, damage, capsys):
+    state = {"config": {}, "step": 7, "best_loss": 1.0, "train_curve": [[7, 1.0]], "test_curve": [], "warning": None,
+             "log": "a", "rng": {}, "network": {"w": torch.arange(1000.0)}, "ema": {}, "optimizer": {}, "warmup": {}}
+    save_checkpoint(tmp_path / "last.previous.pt", state)
+    save_checkpoint(tmp_path / "last.pt", state | {"step": 8})
+    assert load_last(tmp_path)["step"] == 8 and capsys.readouterr().err == ""
+    content = bytearray((tmp_path / "last.pt").read_bytes())
+    content[content.index(torch.arange(1000.0).numpy().tobytes()) + 1001] ^= 1
+    (tmp_path / "last.pt").unlink()
+    if damage == "folder":
+        (tmp_path / "last.pt").mkdir()
+    elif damage != "gone":
+        (tmp_path / "last.pt").write_bytes({"flipped": content, "cut": content[:-100], "empty": b""}[damage])
+    assert load_last(tmp_path)["step"] == 7
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'last.pt'}: " in said
+    assert f"going on from {tmp_path / 'last.previous.pt'}, saved at step 7" in said
+    (tmp_path / "last.previous.pt").write_bytes(content[:-100])
+    with pytest.raises(ValueError, match="last.previous.pt: not a readable checkpoint"):
+        load_last(tmp_path)

@@ -1,10 +1,22 @@
 """What a person watches: commands that can be pasted, the table of measures, statistics of the steps."""
 
 import shlex
+import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from support.monitor import shell_command, shown_at_both_ends, table, tensorboard_command
+from support import machine
+from support.monitor import (
+    EventLog,
+    plot_losses,
+    shell_command,
+    shown_at_both_ends,
+    table,
+    tensorboard_command,
+    write_grid,
+)
 
 
 @pytest.mark.parametrize("save_dir", ["runs/my first run", "a'b", 'c"d', "$(rm x)", "a;b", "ünï", "-x", "tab\there"])
@@ -39,3 +51,26 @@ def test_a_warning_is_seen_before_and_after_even_if_the_run_fails(capsys):
     with shown_at_both_ends(None):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_without_pictures_and_logs_a_run_goes_on_and_says_so_once(tmp_path, capsys, monkeypatch):
+    """A full disk: the system refuses to write more into a file."""
+    resource = pytest.importorskip("resource")
+    machine.WARNED.clear()
+    events, before = EventLog(tmp_path, "log"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_grid(torch.rand(4, 3, 32, 32), tmp_path / "a.png", events, "samples", 0)
+    old = (tmp_path / "a.png").read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, before[1]))
+    try:
+        for step in range(5):
+            write_grid(torch.rand(40, 3, 32, 32), tmp_path / "a.png", events, "samples", step)
+            time.sleep(0.1)  # the log is written by a thread of its own
+        curves = {"train_curve": [[1, 1.0]], "test_curve": []}
+        plot_losses(SimpleNamespace(target_references=0), curves, tmp_path / "b.png")
+        events.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert said.count("writing a picture failed (OSError") == 1 and said.count("TensorBoard's log failed (OSError") == 1
+    assert "Traceback" not in said and (tmp_path / "a.png").read_bytes() == old
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "tensorboard_logs"]
