@@ -138,8 +138,8 @@ def on_main(function):
 @contextmanager
 def processes(config):
     """Inside, the processes that torchrun started are one run: gloo joins them on a CPU, nccl on GPUs."""
-    number, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if number == 1:
+    local_rank, together = int(os.environ.get("LOCAL_RANK", 0)), "MASTER_ADDR" in os.environ  # as torchrun sets them
+    if not together or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     cuda = config.device == "cuda"
@@ -358,9 +358,9 @@ def errors_in_one_line():
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if world()[1] > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise SystemExit(f"train_eval.py: another process of the run has ended ({in_one_line(error)}); go on with "
-                             "--resume, with as many processes as you like") from None
+        if isinstance(error, getattr(dist, "DistError", ())) or "gloo" in str(error):
+            raise SystemExit(f"train_eval.py: another process of the run has ended, or cannot be reached "
+                             f"({in_one_line(error)}); go on with --resume, and as many processes as you like") from None
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise  # that is how torch says that a CPU is out of memory
         raise SystemExit(f"train_eval.py: out of memory ({in_one_line(error)}); try a smaller --batch_size or "
