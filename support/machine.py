@@ -142,7 +142,7 @@ def processes(config):
     if not together or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
-    cuda = config.device == "cuda"
+    cuda = config.device == "cuda" and torch.cuda.is_available()  # without GPUs check_device refuses it
     if cuda and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
@@ -360,7 +360,7 @@ def errors_in_one_line():
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, getattr(dist, "DistError", ())) or "gloo" in str(error):
             raise SystemExit(f"train_eval.py: another process of the run has ended, or cannot be reached "
-                             f"({in_one_line(error)}); go on with --resume, and as many processes as you like") from None
+                             f"({in_one_line(error)}); --resume goes on, with any number of processes") from None
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise  # that is how torch says that a CPU is out of memory
         raise SystemExit(f"train_eval.py: out of memory ({in_one_line(error)}); try a smaller --batch_size or "
