@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from support.checkpoint import load_checkpoint
 from support.checks import (
     FLOATS,
     check_device,
@@ -126,7 +127,7 @@ def load_classifier(images, labels, folder, *, device="cpu", progress=False):
     with torch.random.fork_rng([]):  # measuring takes no random numbers from training
         classifier = Classifier(int(labels.max()) + 1)
     try:
-        classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        classifier.load_state_dict(load_checkpoint(path, ()))
     except Exception:  # the file is missing or damaged; training takes a minute or two
         classifier = train_classifier(images, labels, device=device, progress=progress)
         _keep(classifier.state_dict(), path)
