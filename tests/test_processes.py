@@ -258,13 +258,6 @@ def test_each_process_drops_out_its_own_and_all_go_on_alike(start, tmp_path):
         assert torch.equal(rng, found[0][1]) and torch.equal(whole, images) and torch.equal(single, images[:1])
 
 
-def test_with_dropout_several_processes_learn_as_well_as_one(start, tmp_path, data_flags):
-    for number in (1, 2):
-        start.train(number, tmp_path / str(number), *FLAGS, *data_flags, "--dropout", 0.1, "--learning_rate", 1e-3)
-    one, two = (values(state(tmp_path / number)["test_curve"]) for number in "12")
-    assert torch.allclose(one, two, rtol=0.05) and not torch.equal(one, two)
-
-
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 17])
 def test_shares_and_parts_cover_the_batch_in_order(monkeypatch, n):
     model, losses = torch.nn.Linear(1, 1), torch.rand(n, dtype=torch.float64)
