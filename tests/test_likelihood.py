@@ -167,7 +167,8 @@ def test_the_bound_comes_down_to_the_entropy_as_steps_grow():
     assert entropy == pytest.approx(math.log2(STD * math.sqrt(2 * math.pi * math.e)) - math.log2(2 / 255), abs=0.02)
     gaps = []
     for num_timesteps in (20, 100, 1000):
-        bits = gaussian(num_timesteps=num_timesteps, variance="fixed_large").bits_per_dim(x0, seed=1, batch_size=300)
+        bits = gaussian(num_timesteps=num_timesteps, variance="fixed_large").bits_per_dim(
+            x0, seed=1, batch_size=300, terms=min(num_timesteps, 300))
         gaps.append(bits.total - entropy)
         assert gaps[-1] > -4 * 0.01  # the noise of the estimate; below the entropy there is nothing
     assert gaps[0] > 0.9 and gaps[1] < 0.35 and 0.01 < gaps[2] < 0.15, gaps  # the decoder takes the small variance
@@ -354,7 +355,7 @@ def test_a_short_hybrid_run_lowers_the_bound_and_leaves_the_simple_loss():
                          out_channels=2 if variance == "learned" else 1),
                     image_size=16, channels=1, beta_schedule="cosine", prediction="v", variance=variance)
         optimizer = torch.optim.Adam(ddpm.parameters(), 2e-3)
-        for step in range(150):
+        for step in range(80):
             torch.manual_seed(step)
             optimizer.zero_grad()
             ddpm(stripes(32, 100 + step)).backward()

@@ -155,7 +155,7 @@ def assert_equal(folder, other):
     assert (values(a.state_dict()) - values(b.state_dict())).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("number, name", [(2, "plain"), (3, "all")])
+@pytest.mark.parametrize("number, name", [(3, "all")])
 def test_processes_do_what_one_does(start, alone, tmp_path, number, name):
     folder, flags = alone[name]
     (_, out, _), *others = start.train(number, new_folder(tmp_path, folder), *flags)
@@ -196,7 +196,6 @@ def test_a_folder_is_measured_as_by_one_process(start, alone, tmp_path):
 
 @pytest.mark.parametrize("name, number, kill, statuses, saved, then", [
     ("all", 3, {1: (8, signal.SIGKILL)}, [1, -signal.SIGKILL, 1], 5, 1),
-    ("plain", 1, {0: (14, signal.SIGINT)}, [130], 14, 2),
     ("plain", 3, {0: (3, signal.SIGUSR1), 1: (9, signal.SIGTERM), 2: (6, signal.SIGUSR1)}, [143] * 3, 9, 2)])
 def test_a_stopped_run_goes_on_with_another_number(start, alone, tmp_path, name, number, kill, statuses, saved, then):
     folder, flags = alone[name]

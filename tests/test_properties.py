@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("folder")
 
 
-@few(150)
+@few(80)
 @given(file=st.sampled_from(FILES), data=st.data())
 def test_any_bytes_in_place_of_a_data_file(folder, file, data):
     content = data.draw(damaged(st.just(MNIST[file])))
@@ -86,7 +86,7 @@ def test_any_bytes_in_place_of_a_data_file(folder, file, data):
         assert all(len(split.images) == len(split.labels) and split.labels.max() < 10 for split in splits)
 
 
-@few(250)
+@few(100)
 @given(data=damaged(st.sampled_from([data for data, _ in SEEN.values()] + [png_rows(8, 8)])))
 def test_any_bytes_in_place_of_a_png(folder, data):
     (folder / "a.png").write_bytes(data)
@@ -94,7 +94,7 @@ def test_any_bytes_in_place_of_a_png(folder, data):
     assert found is None or found[0].dtype == torch.uint8 and found[0].shape[:2] == (1, 3)
 
 
-@few(250)
+@few(100)
 @given(size=st.tuples(st.integers(0, 20), st.integers(0, 20)), bits=st.sampled_from([1, 2, 4, 8, 16]),
        colour=st.sampled_from([0, 2, 3, 4, 6]), interlaced=st.integers(0, 1), rest=st.integers(-9, 9))
 def test_a_png_is_read_if_and_only_if_all_its_pixels_are_there(folder, size, bits, colour, interlaced, rest):
@@ -140,7 +140,7 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@few(200)
+@few(100)
 @given(data=st.data())
 def test_a_checkpoint_with_any_change_is_refused_or_holds_the_same(folder, checkpoint, data):
     whole, saved = checkpoint
@@ -173,7 +173,7 @@ FLAGS = st.one_of(st.sampled_from([f"--{name}" for name in CONSTANTS]), st.text(
                       .map(lambda value: f"{flag}{value}")))
 
 
-@few(60)
+@few(40)
 @given(flags=st.lists(FLAGS.filter(lambda flag: flag not in ("-h", "--help")), max_size=4))
 def test_any_flags(capsys, flags):
     """The kinds of the flags; what does not fit together is found later, at the start of a run."""
