@@ -305,7 +305,7 @@ def restore(config, state, progress, saved, total_steps):
     """
     try:
         _restore(config, state, progress, saved, total_steps)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{Path(config.save_dir) / 'last.pt'}: written by another version of this code "
                          f"({in_one_line(error)})") from None
 

@@ -226,8 +226,10 @@ def micro_batches(model, n, parts):
     parts, scale = min(parts, size), (number if n >= number else 1) / n
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=number > 1):
-        if number > 1:
-            torch.manual_seed(int(torch.randint(2**31, ())) + world()[0])
+        if number > 1:  # from the state, which moves on with every step: a number drawn on a GPU would be waited for
+            state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+            digest = hashlib.sha256(state.numpy().tobytes()).digest()
+            torch.manual_seed(int.from_bytes(digest[:6], "big") + world()[0])
         for k in range(parts):
             last = k == parts - 1
             with nullcontext() if last or number == 1 else model.no_sync():  # gradients are averaged once

@@ -691,6 +691,21 @@ def data_set(flags):
     return flags[flags.index("--dataset"):][:2]
 
 
+def test_a_grid_is_drawn_before_its_step_is_saved(data_flags, tmp_path, monkeypatch):
+    """Else a run that is killed between the two goes on without it."""
+    save, found = train_eval.save_last, []
+
+    def saved(config, state, progress):
+        found.append((tmp_path / "samples" / f"step_{progress['step']:07d}.png").exists())
+        save(config, state, progress)
+
+    monkeypatch.setattr(train_eval, "save_last", saved)
+    monkeypatch.setattr(train_eval, "draw_final", lambda run: True)
+    flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--epochs", 1, "--eval_every", 0]
+    assert train_eval.main([*map(str, flags)]) == 0
+    assert found == [True] * 3  # at steps 10 and 20, and after the evaluation
+
+
 def test_two_runs_in_one_folder(trained, tmp_path, capsys):
     """The second is refused and leaves the folder as it was; evaluating a run that goes on is allowed."""
     save_dir, flags, _ = trained
