@@ -35,6 +35,7 @@ class DDPM(GaussianProcess):
         loss: 'mse' or 'l1' between prediction and truth, or 'vlb', the variational bound (see `forward`).
         min_snr_gamma: cap on the SNR that weights 'mse' (2303.09556); 0 turns the weights off.
         sampler, sample_steps, guidance_scale: the defaults of `sample`; `sample_steps` None means all timesteps.
+        class_shares: how often `sample` draws each class where it is given no labels; None means evenly.
         settings: those of `GaussianProcess`: num_timesteps, beta_schedule, prediction, variance,
             zero_terminal_snr, timestep_spacing.
 
@@ -43,12 +44,12 @@ class DDPM(GaussianProcess):
     """
 
     def __init__(self, network=None, *, image_size=32, channels=3, loss="mse", min_snr_gamma=0.0, sampler="ddpm",
-                 sample_steps=None, guidance_scale=1.0, **settings):
+                 sample_steps=None, guidance_scale=1.0, class_shares=None, **settings):
         super().__init__(**settings)
-        process.check_whole("image_size", image_size, 1)
-        process.check_whole("channels", channels, 1)
-        process.check_choice("loss", loss, LOSSES)
-        process.check_choice("sampler", sampler, SAMPLERS)
+        for name, value in (("image_size", image_size), ("channels", channels)):
+            process.check_whole(name, value, 1)
+        for name, value, choices in (("loss", loss, LOSSES), ("sampler", sampler, SAMPLERS)):
+            process.check_choice(name, value, choices)
         process.check_number("min_snr_gamma", min_snr_gamma, 0)
         process.check_number("guidance_scale", guidance_scale)
         _check_min_snr(min_snr_gamma, loss, self.zero_terminal_snr)
@@ -59,14 +60,14 @@ class DDPM(GaussianProcess):
         _check_unet(inner := unwrapped(network), image_size=image_size, channels=channels, out_channels=out_channels)
         self.network = network
         self.num_classes = num_classes_of(inner)
+        self.class_shares = None if class_shares is None else checks.check_shares(class_shares, self.num_classes)
         if guidance_scale != 1 and self.num_classes is None:
             raise ValueError(f"guidance_scale {guidance_scale}: the network is unconditional; expected 1")
         self.image_size, self.channels = int(image_size), int(channels)
         self.image_shape = (self.channels, self.image_size, self.image_size)
         self.loss, self.sampler = loss, sampler
-        self.min_snr_gamma = float(min_snr_gamma)
+        self.min_snr_gamma, self.guidance_scale = float(min_snr_gamma), float(guidance_scale)
         sample_steps = self.num_timesteps if sample_steps is None else sample_steps
-        self.guidance_scale = float(guidance_scale)
         self.info = {}  # what `save` was given beside the model
         process.check_whole("sample_steps", sample_steps, 1, self.num_timesteps, ", the number of timesteps")
         self.sample_steps = int(sample_steps)
@@ -103,8 +104,7 @@ class DDPM(GaussianProcess):
             raise ValueError(f"references with loss {self.loss!r}: expected 'mse', whose minimum is the mean")
         if references is not None and y is not None and references[1] is None:
             raise ValueError("references without labels: expected theirs, since y is given")
-        if t is None:
-            t = torch.randint(self.num_timesteps, (n,), device=x0.device)
+        t = torch.randint(self.num_timesteps, (n,), device=x0.device) if t is None else t
         eps = torch.randn_like(x0) if eps is None else eps
         process.check_timesteps(t, n)
         process.check_images("eps", eps, x0.shape)
@@ -168,7 +168,7 @@ class DDPM(GaussianProcess):
         inputs = xt, t, no_label if y is None or guidance_scale == 0 else y
         if guidance_scale not in (0, 1):  # one doubled batch
             inputs = torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, no_label])
-        # float32 even under bf16, and always in the same layout: torch.compile makes a graph for each layout.
+        # float32 even under bf16, and always in one layout, since torch.compile makes a graph for each.
         output, expected = self.network(*inputs), self.channels * (2 if self.variance == "learned" else 1)
         process.check_images("network: its output", output, (len(inputs[0]), expected, *xt.shape[2:]), finite=False)
         output = output.to(xt.dtype, memory_format=torch.contiguous_format)
@@ -192,11 +192,11 @@ class DDPM(GaussianProcess):
 
         Args:
             n: number of images.
-            y: labels: n integers, or one for all. With None, a conditional model draws random labels.
+            y: labels: n integers, or one for all. With None, a conditional model draws them by `class_shares`.
             sampler: 'ddpm', 'ddim', 'dpm++' or 'sde-dpm++', which is DPM-Solver++ with DDPM's noise.
             steps: sampling steps, from 1 to `num_timesteps`. With guidance each takes two network inputs.
             eta: share of DDPM's noise in each step, from 0 to 1; None means 1 for 'ddpm' and 'sde-dpm++', else 0.
-            guidance_scale: s in uncond + s (cond - uncond): 1 is no guidance, 0 ignores the labels, others need `y`.
+            guidance_scale: s in uncond + s (cond - uncond): 1 is no guidance, 0 ignores the labels.
             seed: an integer that decides the images, on one kind of device, or a torch.Generator to draw from. None
                 draws from torch's global state.
             xT: what to start from, (n, C, H, W); None draws noise.
@@ -214,16 +214,16 @@ class DDPM(GaussianProcess):
         Raises:
             ValueError: an argument does not fit the model.
         """
-        eta, order, guidance_scale = _sampling_defaults(self, n, y, sampler, eta, guidance_scale, xT, start, batch_size)
+        eta, order, guidance_scale = _sampling_defaults(self, n, sampler, eta, guidance_scale, xT, start, batch_size)
         if steps is None:  # from a lower start the same share of the model's steps
             steps = max(1, round(self.sample_steps * (1 if start is None else (start + 1) / self.num_timesteps)))
         timesteps = self.timesteps(steps, start)
         y = process.check_labels(y, n, self.num_classes, self.device)
         generator = process.make_generator(seed, self.device)
         if y is None and self.num_classes is not None:
-            y = torch.randint(self.num_classes, (n,), generator=generator, device=self.device)
-        if xT is None:
-            xT = torch.randn(n, *self.image_shape, generator=generator, device=self.device)
+            shares = torch.tensor(self.class_shares or [1.0] * self.num_classes, device=self.device)
+            y = torch.multinomial(shares, n, replacement=True, generator=generator)
+        xT = torch.randn(n, *self.image_shape, generator=generator, device=self.device) if xT is None else xT
         process.check_images("xT", xT, (n, *self.image_shape))
 
         rows = slice(None) if rows is None else rows
@@ -346,7 +346,7 @@ def draw_dropped(n, device):
     return torch.rand(n, device=device) < LABEL_DROPOUT
 
 
-def _sampling_defaults(ddpm, n, y, sampler, eta, guidance_scale, xT, start, batch_size):
+def _sampling_defaults(ddpm, n, sampler, eta, guidance_scale, xT, start, batch_size):
     """Eta, order and guidance scale of `DDPM.sample`; ValueError for arguments that do not fit together."""
     process.check_whole("n", n, 1, note=" image")
     process.check_whole("batch_size", batch_size, 1, note=" image")
@@ -354,8 +354,8 @@ def _sampling_defaults(ddpm, n, y, sampler, eta, guidance_scale, xT, start, batc
     process.check_choice("sampler", sampler, SAMPLERS)
     eta, order = SAMPLERS[sampler][0] if eta is None else eta, SAMPLERS[sampler][1]
     process.check_number("eta", eta, 0, 1, " (0 is DDIM, 1 is DDPM)")
-    _check_guidance(y, 1 if guidance_scale is None else guidance_scale)
     guidance_scale = ddpm.guidance_scale if guidance_scale is None else guidance_scale
+    _check_guidance(ddpm.num_classes, guidance_scale)
     process.check_whole("start", 0 if start is None else start, 0, last := ddpm.num_timesteps - 1, ", a timestep")
     if start not in (None, last) and xT is None:
         raise ValueError(f"start {start} without xT: pure noise belongs to timestep {last}; give xT")

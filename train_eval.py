@@ -18,8 +18,8 @@ from ema import EMA
 from process import BETA_SCHEDULES, PREDICTIONS, SPACINGS, VARIANCES
 from support import configurator, machine, monitor
 from support.checkpoint import RunFolder, load_last, restore, save_last
-from support.files import make_folder
 from support.machine import autocast, gather, has_bf16, is_main, on_main, share, warning_if_it_fails
+from support.threads import patient_threads
 from timesteps import TIMESTEP_SAMPLINGS, make_timesteps
 from unet import UNET_SETTINGS, UNet
 
@@ -44,6 +44,7 @@ use_augmentation = cuda  # small random shifts, rotations and scales; they help 
 
 # network
 use_conditional_generation = not cuda  # train on labels too, so you can ask for a digit; it also learns faster
+num_clusters = 0 if cuda or use_conditional_generation else 64  # without labels: train on clusters instead; 0 is off
 base_channels = 128 if cuda else 32  # width of the first level; a multiple of 32
 channel_mult = (1, 2, 4, 8) if cuda else (1, 2, 4)  # width of each level, as multiples of base_channels
 num_res_blocks = 2 if cuda else 1  # residual blocks per level
@@ -70,7 +71,7 @@ grad_accumulation = 1  # parts that a batch is computed in, one after the other;
 timestep_sampling = (
     "uniform" if cuda or loss == "vlb" or variance == "learned" else "logit-normal"
 )  # timesteps in training: uniform, logit-normal (more from the middle), importance (more where the loss is high)
-timestep_std = 1.0 if use_conditional_generation else 0.6  # logit-normal only: smaller means closer to the middle
+timestep_std = 1.0 if use_conditional_generation else 0.8 if num_clusters else 0.6  # how widely logit-normal spreads
 epochs = 50 if cuda else 2  # passes over the training images; more give better digits
 learning_rate = 1e-4 if cuda else 1e-3  # peak learning rate of AdamW
 weight_decay = 1e-4  # AdamW's weight decay
@@ -115,7 +116,7 @@ def main(argv=None):
     try:
         with interrupt, machine.errors_in_one_line():
             config, given = configure(argv)
-            with machine.processes(config):
+            with machine.processes(config), patient_threads():
                 if isinstance(config.evaluate, str):
                     finished = evaluate_folder(config, given)
                 elif config.evaluate:
@@ -160,10 +161,11 @@ def prepare(config, saved=None):
     """Everything that training needs, from the constants, as one namespace; `saved` is the last.pt to continue."""
     with configurator.input_errors():
         configurator.check_together(config)
-        torch.manual_seed(config.seed)
-        ddpm = build(config)
-        ema = EMA(ddpm.network, config.ema_decay, config.ema_start, config.ema_update_rate)
         train_images, test_images = load_images(config)
+        shares = train_images.use_clusters(config.num_clusters) if config.num_clusters else None
+        torch.manual_seed(config.seed)
+        ddpm = build(config, shares)
+        ema = EMA(ddpm.network, config.ema_decay, config.ema_start, config.ema_update_rate)
     optimizer = torch.optim.AdamW(ddpm.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
                                   fused=True)
     steps_per_epoch = math.ceil(len(train_images) / config.batch_size)
@@ -187,10 +189,11 @@ def prepare(config, saved=None):
                            warning=train_images.warning or progress["warning"])
 
 
-def build(config):
+def build(config, class_shares=None):
     """The model of the constants, on its device. UNet and DDPM take the constants that bear their arguments' names."""
     constants = vars(config) | {
-        "num_classes": Images.num_classes if config.use_conditional_generation else None,
+        "num_classes": config.num_clusters or (Images.num_classes if config.use_conditional_generation else None),
+        "class_shares": class_shares,
         "out_channels": config.channels * (2 if config.variance == "learned" else 1)}
     network = UNet(**{name: constants[name] for name in UNET_SETTINGS})
     return machine.place(DDPM(network, **{name: constants[name] for name in SETTINGS}), config)
@@ -271,7 +274,7 @@ def train_step(config, model, state, x0, y, references=None):
     Returns what happened, left on the device: losses, their weights and timesteps, (N,), and the gradient's norm, ().
     """
     model.train()
-    n, y = len(x0), y if config.use_conditional_generation else None
+    n, y = len(x0), y if config.use_conditional_generation or config.num_clusters else None
     t, weights = state["timesteps"].sample(n)
     eps = torch.randn_like(x0)
     drop, losses = None if y is None else draw_dropped(n, x0.device), []
@@ -436,14 +439,15 @@ def bits_per_dim(config, ddpm, test_images):
 
 @on_main
 def measure(config, samples, y, train_images, test_images, frechet_only=False):
-    """`metrics.measure` of samples in [-1, 1] or uint8, (N, C, H, W), and the test accuracy of the classifier."""
+    """`metrics.measure` of samples in [-1, 1] or uint8, (N, C, H, W); name and test accuracy of the classifier too."""
     if samples.is_floating_point():
         samples = ((samples + 1) * 127.5).round().clamp(0, 255).byte()  # as a PNG keeps them
-    classifier = metrics.load_classifier(train_images.images, train_images.labels, make_folder(config.save_dir),
+    classifier = metrics.load_classifier(config.dataset, train_images.images, train_images.labels, config.data_dir,
                                          device=config.device, progress=is_main())
     result, pairs = metrics.measure(classifier, samples, train_images.images, test_images.images, y,
                                     frechet_only=frechet_only)
-    return result, pairs, None if frechet_only else classifier.accuracy(test_images.images, test_images.labels)
+    return result | {"classifier": classifier.name}, pairs, None if frechet_only else classifier.accuracy(
+        test_images.images, test_images.labels)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def _is_whole_zip(path):
 class RunFolder:
     """The folder of a run, locked for this process until `close` or until the process ends, however it ends.
 
-    A new run moves what an earlier one left to a subfolder run_DATE. The classifier and TensorBoard's logs stay.
+    A new run moves what an earlier one left to a subfolder run_DATE. TensorBoard's logs stay.
 
     Raises:
         ValueError: the folder cannot be written, or another run uses it.

@@ -128,3 +128,13 @@ def check_weights(weights):
     if not weights or not all(0 <= weight <= 1 for weight in weights):
         raise ValueError(f"weights {weights}: expected one or more, from 0 to 1")
     return weights
+
+
+def check_shares(shares, num_classes):
+    """The shares of the classes as a list; ValueError if they are not one number from 0 for each, or all are 0."""
+    shares = shares.tolist() if hasattr(shares, "tolist") else shares
+    if num_classes is None or not isinstance(shares, (list, tuple)) or len(shares) != num_classes or not all(
+            is_number(share) and 0 <= share < math.inf for share in shares) or not sum(shares):
+        raise ValueError(f"class_shares {shown(shares)}: expected a number from 0 for each of the network's "
+                         f"{num_classes or 0} classes, not all 0")
+    return [float(share) for share in shares]

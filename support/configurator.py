@@ -19,7 +19,7 @@ WHOLE = {  # smallest and largest
     "channels": (1, 3), "base_channels": (1, MOST), "num_res_blocks": (1, MOST), "time_emb_dim": (1, MOST),
     "num_heads": (1, MOST), "patch_size": (1, MOST), "num_timesteps": (1, MOST), "target_references": (0, MOST),
     "batch_size": (1, MOST), "grad_accumulation": (1, MOST), "epochs": (1, MOST), "warmup_steps": (0, MOST),
-    "ema_start": (0, MOST),
+    "ema_start": (0, MOST), "num_clusters": (0, MOST),
     "ema_update_rate": (1, MOST), "sample_steps": (1, MOST), "num_samples": (1, 10_000), "preview_steps": (1, MOST),
     "eval_every": (0, MOST), "eval_samples": (1, MOST), "bound_images": (2, MOST), "bound_terms": (2, MOST),
     "log_every": (1, 100_000), "sample_every": (1, MOST), "save_every": (1, MOST)}
@@ -169,9 +169,12 @@ def check_together(config):
     if config.grad_accumulation > config.batch_size:
         raise ValueError(f"grad_accumulation {config.grad_accumulation}: expected at most batch_size "
                          f"{config.batch_size}, the images that there are")
-    if config.guidance_scale != 1 and not config.use_conditional_generation:
+    if config.num_clusters and config.use_conditional_generation:
+        raise ValueError(f"num_clusters {config.num_clusters}: clusters stand in for labels; expected 0, or "
+                         "--no-use_conditional_generation")
+    if config.guidance_scale != 1 and not config.use_conditional_generation and not config.num_clusters:
         raise ValueError(f"guidance_scale {config.guidance_scale}: guidance needs labels; expected 1, or "
-                         "--use_conditional_generation")
+                         "--use_conditional_generation, or --num_clusters 64")
     if not config.evaluate:
         if config.target_references and config.loss != "mse":
             raise ValueError(f"target_references {config.target_references} with loss {config.loss!r}: their mean is "

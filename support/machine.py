@@ -63,7 +63,7 @@ def compile_network(config, ddpm, training=True):
         return
     ddpm.network.compile()
     x0 = torch.zeros(config.batch_size, config.channels, config.image_size, config.image_size, device=config.device)
-    y = torch.zeros(len(x0), dtype=torch.long, device=config.device) if config.use_conditional_generation else None
+    y = None if ddpm.num_classes is None else torch.zeros(len(x0), dtype=torch.long, device=config.device)
     try:
         with torch.random.fork_rng([x0.device] if x0.is_cuda else []), autocast(config):
             for n in (config.batch_size, config.train_size % config.batch_size) if training else ():

@@ -247,7 +247,7 @@ def plot_losses(config, progress, path):
     plt.close(figure)
 
 
-def table(result, dataset, accuracy):
+def table(result, accuracy):
     """The result of `metrics.measure` as text: each figure of the samples beside that of real images."""
     result = result | {f"{name}_digit{suffix}": pick(result[f"digits{suffix}"])
                        for name, pick in (("rarest", min), ("commonest", max)) for suffix in ("", "_real")}
@@ -258,7 +258,7 @@ def table(result, dataset, accuracy):
             real = result.get(f"{name}_real")
             lines.append(f"  {text:48}{result[name]:10.4f}" + (f"{real:10.4f}" if real is not None else ""))
     lines.append(f"real: as many training images, from which the classifier learned; in rows on nearness, test images\n"
-                 f"classifier: trained on {dataset}, {accuracy:.2%} test accuracy")
+                 f"classifier: {result['classifier']}, {accuracy:.2%} test accuracy; compare only figures by the same")
     missing = [MEASURES[name] for name in ("frechet", "precision", "recall") if name not in result]
     if missing:
         lines.append(f"left out, since there are too few images: {', '.join(missing)}")
@@ -282,7 +282,7 @@ def report(config, measured, info=None, **known):
     JSON.
     """
     result, pairs, accuracy = measured
-    print(table(result, config.dataset, accuracy))  # first, in case that a file cannot be written
+    print(table(result, accuracy))  # first, in case that a file cannot be written
     pairs = pairs.float() / 127.5 - 1
     save_dir, name = Path(config.save_dir), "" if info else f"_{Path(config.evaluate).resolve().name[:100]}"
     path = unused(save_dir / f"evaluation{name}.json")
@@ -292,7 +292,7 @@ def report(config, measured, info=None, **known):
         known |= {"seed": config.seed, "epoch": info["epoch"], "step": info["step"]}
         with EventLog(save_dir, info["log"]) as events:
             for tag, value in result.items():
-                if not isinstance(value, list):
+                if isinstance(value, (int, float)):
                     events.add("scalar", f"evaluation/{tag}", value, info["step"])
             write_grid(pairs, picture, events, "samples/nearest", info["step"])
     else:

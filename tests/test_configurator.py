@@ -133,7 +133,8 @@ def test_no_console_is_too_small_for_our_words(encoding, tmp_path):
     """Help, an error with a strange name in it, and what a table prints."""
     code = ("import train_eval\nfrom support import machine, monitor\nmachine.prepare_process()\n"
             "print('\\u0424 é \\u221e')\nmonitor.print_left_out(['\\udcff', '\\u4e2d'])\n"
-            "print(monitor.table({'samples': 1, 'frechet': 1.0, 'digits': [1], 'digits_real': [1]}, 'mnist', 1.0))\n"
+            "print(monitor.table({'samples': 1, 'frechet': 1.0, 'digits': [1], 'digits_real': [1], 'classifier': ''},"
+            " 1.0))\n"
             "train_eval.main(['--data_dir', '\\u4e2d\\u6587\\udcff', '--dataset', 'mnist', '--train_size', '0'])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
                           env={"PYTHONIOENCODING": encoding, "PATH": ""})

@@ -33,14 +33,14 @@ def test_the_default_folder_is_left_out_of_a_command():
 
 def test_the_table_shows_what_was_measured_beside_real_images_and_names_what_was_not():
     result = {"samples": 1234, "precision": 0.5, "precision_real": 0.75, "confidence": 0.9, "digits": [0.25, 0.75],
-              "digits_real": [0.5, 0.5], "copies": 0.125}
-    text = table(result, "mnist", 0.9955)
+              "digits_real": [0.5, 0.5], "copies": 0.125, "classifier": "mnist-12345678"}
+    text = table(result, 0.9955)
     lines = {" ".join(line.split()[:-2]): line.split()[-2:] for line in text.splitlines()}
     assert lines["precision"] == ["0.5000", "0.7500"]
     assert lines["share of the rarest digit"] == ["0.2500", "0.5000"]
-    assert "1,234 samples" in text and "99.55% test accuracy" in text and "0.1250" in text
+    assert "1,234 samples" in text and "mnist-12345678, 99.55% test accuracy" in text and "0.1250" in text
     assert text.splitlines()[-1] == "left out, since there are too few images: Fréchet distance to the test set, recall"
-    assert "left out" not in table(result | {"frechet": 1.0, "recall": 0.5}, "mnist", 1.0)
+    assert "left out" not in table(result | {"frechet": 1.0, "recall": 0.5}, 1.0)
 
 
 def test_a_warning_is_seen_before_and_after_even_if_the_run_fails(capsys):

@@ -367,7 +367,7 @@ def test_no_file_runs_code(tmp_path, capsys, monkeypatch, write):
         with pytest.raises(SystemExit) as refused:
             train_eval.main([*flags, "--save_dir", str(tmp_path)])
         assert refused.value.code == 2 and "could run code" in capsys.readouterr().err and not made.exists()
-    data, trained = (torch.zeros(20, 16, 16, dtype=torch.uint8), torch.arange(20) % 10, tmp_path), []
+    data, trained = ("glyphs", torch.zeros(20, 16, 16, dtype=torch.uint8), torch.arange(20) % 10, tmp_path), []
     monkeypatch.setattr(metrics, "train_classifier", lambda *args, **kw: trained.append(1) or metrics.Classifier(10))
     metrics.load_classifier(*data)
     (path,) = tmp_path.glob("classifier-*.pt")

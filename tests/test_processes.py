@@ -113,14 +113,6 @@ def alone(start, tmp_path_factory, data_flags):
     return runs
 
 
-def new_folder(folder, classifier_of):
-    """A folder for a run that has the classifier of another one, which takes seconds to train."""
-    folder.mkdir(exist_ok=True)
-    for file in classifier_of.glob("classifier-*.pt"):
-        shutil.copy(file, folder)
-    return folder
-
-
 def state(folder):
     return torch.load(folder / "last.pt", weights_only=True)
 
@@ -158,7 +150,7 @@ def assert_equal(folder, other):
 @pytest.mark.parametrize("number, name", [(3, "all")])
 def test_processes_do_what_one_does(start, alone, tmp_path, number, name):
     folder, flags = alone[name]
-    (_, out, _), *others = start.train(number, new_folder(tmp_path, folder), *flags)
+    (_, out, _), *others = start.train(number, tmp_path, *flags)
     assert_equal(tmp_path, folder)
     assert "samples: " in out and "test loss " in out and all(text == "" for _, *texts in others for text in texts)
     logs, logs_alone = (list(where.rglob("events.*")) for where in (tmp_path, folder))
@@ -168,7 +160,7 @@ def test_processes_do_what_one_does(start, alone, tmp_path, number, name):
 @pytest.mark.parametrize("number, parts", [(1, 3), (2, 2)])
 def test_a_batch_in_parts_is_the_whole_batch(start, alone, tmp_path, number, parts):
     folder, flags = alone["all" if number > 1 else "plain"]
-    start.train(number, new_folder(tmp_path, folder), *flags, "--grad_accumulation", parts)
+    start.train(number, tmp_path, *flags, "--grad_accumulation", parts)
     assert_equal(tmp_path, folder)
 
 
@@ -182,7 +174,7 @@ def test_a_folder_is_measured_as_by_one_process(start, alone, tmp_path):
     folder, flags = alone["all"]
     figures = []
     for number in (1, 2):
-        here = new_folder(tmp_path / str(number), folder)
+        here = tmp_path / str(number)
         shutil.copy(folder / "best_model.pt", here)
         done = start.run(number, "--evaluate", "--save_dir", here, "--device", "cpu")
         assert [status for status, _, _ in done] == [0] * number, done
@@ -199,7 +191,7 @@ def test_a_folder_is_measured_as_by_one_process(start, alone, tmp_path):
     ("plain", 3, {0: (3, signal.SIGUSR1), 1: (9, signal.SIGTERM), 2: (6, signal.SIGUSR1)}, [143] * 3, 9, 2)])
 def test_a_stopped_run_goes_on_with_another_number(start, alone, tmp_path, name, number, kill, statuses, saved, then):
     folder, flags = alone[name]
-    done = start.run(number, *flags, "--save_dir", new_folder(tmp_path, folder), kill=kill)
+    done = start.run(number, *flags, "--save_dir", tmp_path, kill=kill)
     assert [status for status, _, _ in done] == statuses and not any("Traceback" in err for _, _, err in done), done
     for _, _, err in [process for process in done if process[0] == 1]:
         (line,) = [line for line in err.splitlines() if line.startswith("train_eval.py: ")]
@@ -281,7 +273,7 @@ def test_two_machines_of_torchrun(alone, tmp_path):
     folder, flags = alone["all"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
                "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    script = [str(ROOT / "train_eval.py"), *flags, "--save_dir", str(new_folder(tmp_path, folder))]
+    script = [str(ROOT / "train_eval.py"), *flags, "--save_dir", str(tmp_path)]
     agents = [subprocess.Popen([*command, f"--node_rank={k}", *script], text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}) for k in (0, 1)]
     out = [agent.communicate(timeout=300)[0] for agent in agents]

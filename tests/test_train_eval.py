@@ -101,9 +101,8 @@ def trained(tmp_path_factory, data_flags):
 
 def test_a_run_leaves_everything_that_it_promises(trained):
     save_dir, _, done = trained
-    (classifier,) = save_dir.glob("classifier-*.pt")
     assert sorted(path.name for path in save_dir.iterdir()) == [
-        "best_model.pt", classifier.name, "last.previous.pt", "last.pt", "loss_curve.png", "samples",
+        "best_model.pt", "last.previous.pt", "last.pt", "loss_curve.png", "samples",
         "tensorboard_logs"]
     assert sorted(path.name for path in (save_dir / "samples").iterdir()) == [
         "final.png", "real.png", *(f"step_{step:07d}.png" for step in range(10, STEPS + 1, 10))]
@@ -463,8 +462,7 @@ def test_a_last_pt_of_an_older_version_still_goes_on(whole, tmp_path):
     assert saved.pop("timesteps") == {} and saved["ema"].pop("buffers") == {}
     del saved["config"]["timestep_spacing"]
     torch.save(saved, tmp_path / "last.pt")
-    for path in (save_dir / "best_model.pt", next(save_dir.glob("classifier-*.pt"))):
-        shutil.copy(path, tmp_path)
+    shutil.copy(save_dir / "best_model.pt", tmp_path)
     assert train_eval.main(["--resume", "--save_dir", str(tmp_path), "--device", "cpu", "--epochs", "3"]) == 0
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 60
 
@@ -515,7 +513,7 @@ def test_evaluate_writes_its_table_as_json_in_tensorboard_and_the_nearest_pairs(
     y = torch.arange(90) % 10
     samples = ((ddpm.sample(90, y, seed=0, guidance_scale=2) + 1) * 127.5).round().clamp(0, 255).byte()
     train, test = load_data("mnist" if "mnist" in done.stdout else "glyphs", DATA_DIR, train_size=320, test_size=100)
-    classifier = metrics.load_classifier(train.images, train.labels, save_dir)
+    classifier = metrics.load_classifier(train.name, train.images, train.labels, DATA_DIR)
     expected, pairs = metrics.measure(classifier, samples, train.images, test.images, y)
     assert {name: written[name] for name in expected} == expected
     assert written["guidance_scale"] == 2 and written["step"] == STEPS and written["steps"] == 3
@@ -540,7 +538,7 @@ def test_a_folder_of_pngs_is_measured_as_a_model_is(data_flags, tmp_path, capsys
         Image.fromarray(image.numpy()).save(tmp_path / "mine" / f"{i:03}.png")
     assert train_eval.main([*map(str, data_flags), *map(str, sizes), "--evaluate", str(tmp_path / "mine")]) == 0
     written = json.loads((tmp_path / "run" / "evaluation_mine.json").read_text())
-    classifier = metrics.load_classifier(train.images, train.labels, tmp_path / "run")
+    classifier = metrics.load_classifier(train.name, train.images, train.labels, DATA_DIR)
     expected, _ = metrics.measure(classifier, samples, train.images, test.images)
     assert {name: written[name] for name in expected} == expected and "accuracy" not in written
     assert (tmp_path / "run" / "samples" / "nearest_mine.png").exists()
@@ -616,7 +614,6 @@ def test_ctrl_c_in_an_evaluation_ends_it_at_once_and_the_run_goes_on_to_the_same
                                                                                       monkeypatch, what, call, step):
     save_dir, flags = whole
     (tmp_path / "cut").mkdir()
-    shutil.copy(next(save_dir.glob("classifier-*.pt")), tmp_path / "cut")  # its training is not the matter
     place, _, name = what.rpartition(".")
     place = metrics if place else train_eval
     function, calls = getattr(place, name), []
@@ -646,7 +643,6 @@ def test_without_any_test_loss_the_newest_weights_are_kept(whole, tmp_path, monk
         raise MemoryError
 
     save_dir, flags = whole
-    shutil.copy(next(save_dir.glob("classifier-*.pt")), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(train_eval, "draw_preview", lambda *args: os.kill(os.getpid(), signal.SIGINT))
         assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path)]) == 130
@@ -658,7 +654,6 @@ def test_without_any_test_loss_the_newest_weights_are_kept(whole, tmp_path, monk
 
 def test_ctrl_c_before_the_first_step_leaves_a_run_that_goes_on(whole, tmp_path, monkeypatch):
     save_dir, flags = whole
-    shutil.copy(next(save_dir.glob("classifier-*.pt")), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Monitor, "log_config", lambda *args: os.kill(os.getpid(), signal.SIGINT))
         assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path)]) == 130
@@ -669,7 +664,6 @@ def test_ctrl_c_before_the_first_step_leaves_a_run_that_goes_on(whole, tmp_path,
 
 def test_ctrl_c_in_the_evaluation_that_resume_repeats_loses_it_neither(whole, tmp_path, monkeypatch):
     save_dir, flags = whole
-    shutil.copy(next(save_dir.glob("classifier-*.pt")), tmp_path)
     measure = metrics.measure
 
     def pressed(*args, **options):
