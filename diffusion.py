@@ -197,8 +197,7 @@ class DDPM(GaussianProcess):
             steps: sampling steps, from 1 to `num_timesteps`. With guidance each takes two network inputs.
             eta: share of DDPM's noise in each step, from 0 to 1; None means 1 for 'ddpm' and 'sde-dpm++', else 0.
             guidance_scale: s in uncond + s (cond - uncond): 1 is no guidance, 0 ignores the labels.
-            seed: an integer that decides the images, on one kind of device, or a torch.Generator to draw from. None
-                draws from torch's global state.
+            seed: an integer that decides the images, on one kind of device, or a torch.Generator; None is torch's own.
             xT: what to start from, (n, C, H, W); None draws noise.
             start: timestep that `xT` belongs to; None means the noisiest. From a lower one, `steps` defaults to the
                 same share of the model's steps.
@@ -261,8 +260,9 @@ class DDPM(GaussianProcess):
         mixed = torch.cat([torch.lerp(xt, xt_other, weight) for weight in weights])
         if y is not None:
             y = y.repeat(len(weights))
-        elif options.get("guidance_scale") in (None, 0, 1):
-            options["guidance_scale"] = 0  # without it `sample` would draw labels
+        else:  # `sample` would draw labels
+            _check_guidance(y, options.get("guidance_scale") or 0)
+            options["guidance_scale"] = 0
         images = self.sample(len(mixed), y, xT=mixed, start=t, seed=generator, **options)
         return images.unflatten(-4, (len(weights), len(x0)))
 

@@ -19,14 +19,23 @@ WARNED = set()  # what `warning_if_it_fails` has printed in this run
 
 
 def has_bf16(device):
-    """Whether this device computes bfloat16 products in hardware: GPUs since Ampere, CPUs with AMX."""
+    """Whether this device computes bfloat16 products in hardware: GPUs since Ampere, CPUs with AMX or AVX512_BF16."""
     try:
         if not str(device).startswith("cuda"):
-            return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+            found = getattr(torch.cpu, "get_capabilities", dict)()
+            return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
         with torch.cuda.device(device):  # the answer is for the current device
             return torch.cuda.is_bf16_supported(including_emulation=False)
     except Exception:  # no such device: check_device says so in one line
         return False
+
+
+def describe_precision(config):
+    """Which precision the products of a run have, and why, for a person: 'bf16, which this device has units for'."""
+    units = has_bf16(config.device)
+    if config.bf16:
+        return "bf16, " + ("which this device has units for" if units else "as asked, without units for it")
+    return "fp32, " + ("as asked" if units else "since this device has no bf16 units")
 
 
 def check_device(device):

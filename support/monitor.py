@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from support.files import make_folder, unused, whole_file, write_text
-from support.machine import is_main, on_main, warning_if_it_fails
+from support.machine import describe_precision, is_main, on_main, warning_if_it_fails
 
 FIELDS = (  # of the reference's log, in its order
     "device", "batch_size", "epochs", "save_dir", "optimizer_type", "learning_rate", "weight_decay", "use_scheduler",
@@ -306,8 +306,9 @@ def print_start(run, least_samples):
     """What is trained on what, and how to watch it."""
     config = run.config
     print(f"{config.dataset}: {len(run.train_images):,} images to train, {len(run.test_images):,} to test; network: "
-          f"{sum(p.numel() for p in run.ddpm.parameters()):,} parameters in {'bf16' if config.bf16 else 'fp32'} on "
-          f"{config.device}; {run.total_steps:,} steps, {run.progress['step']:,} done; process {os.getpid()}\n"
+          f"{sum(p.numel() for p in run.ddpm.parameters()):,} parameters on {config.device}\n"
+          f"precision: {describe_precision(config)}\n"
+          f"{run.total_steps:,} steps, {run.progress['step']:,} done; process {os.getpid()}\n"
           f"watch: {tensorboard_command(config.save_dir)}")
     if config.eval_every and run.few_samples <= least_samples:
         print("samples are not measured during training: there are too few training or test images")

@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -46,6 +48,7 @@ import train_eval  # noqa: E402
 from dataprocess import load_data  # noqa: E402
 from ema import EMA  # noqa: E402
 from support import machine  # noqa: E402
+from support.threads import patient_threads  # noqa: E402
 
 STEP_BYTES = 40  # a parameter, float32: read, written; gradient written, read; two moments and shadow read, written
 H100 = {"bf16": 989e12, "copy": 3.35e12, "memory": 80e9}  # dense, HBM3: data sheet
@@ -66,8 +69,8 @@ def main():
     if args.child:
         return print(json.dumps(steps_here(args.device, **json.loads(args.child))))
     bench = Bench(args)
-    parts = [bench.ceilings, bench.counts, bench.small_steps, bench.memory_kept, bench.sampling, bench.loader,
-             bench.after_backward, bench.start_up, bench.growth, bench.on_paper]
+    parts = [bench.ceilings, bench.counts, bench.small_steps, bench.memory_kept, bench.busy, bench.sampling,
+             bench.loader, bench.after_backward, bench.start_up, bench.growth, bench.on_paper]
     if not args.skip_reference:
         parts.insert(3, bench.reference_steps)
     try:
@@ -183,6 +186,25 @@ class Bench:
         for name, each, found in zip(("kept", "handed back"), times, rounds[0]):
             self.timed("training step, freed memory", name, self.small, count("ours", self.small)[0], each,
                        None if each is times[0] else times[0], peak_mb=found["peak_mb"])
+
+    def busy(self):
+        """Our step beside a program that is busy, and two runs side by side: with `patient_threads` and without."""
+        if self.cuda:
+            return
+        part = "training step, on a busy machine"
+        call = dict(device=self.device, kind="ours", model="small", changes={}, steps=100, keep=True, seconds=15)
+        quiet = child(**call)["seconds"]
+        self.row(part, "alone", ms=1e3 * quiet)
+        for patient in (True, False):
+            threads = "train_eval.py's threads" if patient else "threads as OpenMP has them"
+            with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+                beside = child(**call, patient=patient)["seconds"]
+                other.kill()
+            with ThreadPoolExecutor(2) as pool:
+                runs = [pool.submit(child, **call, patient=patient) for _ in range(2)]
+                two = max(run.result()["seconds"] for run in runs)
+            for what, seconds in (("beside a busy program", beside), ("two at once, the slower", two)):
+                self.row(part, f"{what}, {threads}", ms=1e3 * seconds, note=f"{seconds / quiet:.2f} times that alone")
 
     def reference_steps(self):
         """The 233M network."""
@@ -402,9 +424,9 @@ def ratio(ours, theirs):
     return {"ratio": statistics.median(ratios), "ratio_range": [ratios[0], ratios[-1]]}
 
 
-def child(device, kind, model, changes, steps=2, keep=False):
+def child(device, kind, model, changes, steps=2, keep=False, **options):
     """What `steps_here` returns in a process of its own; None where that failed."""
-    asked = json.dumps(dict(kind=kind, model=model, changes=changes, steps=steps, keep=keep))
+    asked = json.dumps(dict(kind=kind, model=model, changes=changes, steps=steps, keep=keep, **options))
     done = subprocess.run([sys.executable, __file__, "--device", device, "--child", asked], capture_output=True,
                           text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
@@ -416,9 +438,10 @@ def peak(device, kind, model, **changes):
     return found and found["peak_mb"]
 
 
-def steps_here(device, kind, model, changes, steps, keep):
-    """Median seconds of training steps after the first, and their peak memory in MB: on CUDA of tensors, on a CPU of
-    the process over what imports took. `keep` is with freed memory kept, as train_eval.py does.
+def steps_here(device, kind, model, changes, steps, keep, seconds=math.inf, patient=False):
+    """Median seconds of training steps, and their peak memory in MB: on CUDA of tensors, on a CPU of the process over
+    what imports took. `keep` is with freed memory kept, `patient` with `patient_threads`, as train_eval.py has them.
+    It stops after so many `seconds`; the median is of the second half.
     """
     if kind not in ("ours", "plain"):
         library(kind)
@@ -426,13 +449,14 @@ def steps_here(device, kind, model, changes, steps, keep):
         machine.keep_freed_memory()
     before = memory("VmRSS")
     step, times = stepper(kind, changed(settings(model, device), **changes)), []
-    for _ in range(steps):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
+    with patient_threads() if patient else nullcontext():
+        while len(times) < 2 or len(times) < steps and sum(times) < seconds:
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
     cuda = torch.device(device).type == "cuda"
     peak_mb = torch.cuda.max_memory_allocated() / 1e6 if cuda else memory("VmHWM") - before
-    return {"seconds": statistics.median(times[1:]), "peak_mb": peak_mb}
+    return {"seconds": statistics.median(times[len(times) // 2:]), "peak_mb": peak_mb}
 
 
 def memory(field):

@@ -535,3 +535,33 @@ def test_glyphs_are_resized():
     train, test = load_data("glyphs", train_size=30, test_size=10)
     assert train.images.shape == (30, 32, 32) and test.images.shape == (10, 32, 32)
     assert train.batch([0])[0].shape == (1, 3, 32, 32)
+
+
+def test_clusters_gather_what_is_alike_whatever_its_label():
+    """Four kinds of pictures, of which one is rare."""
+    torch.manual_seed(0)
+    kinds = torch.tensor([0] * 100 + [1] * 60 + [2] * 30 + [3] * 10)[torch.randperm(200)]
+    shapes = torch.zeros(4, 32, 32)
+    shapes[0, :16], shapes[1, 16:], shapes[2, :, :16], shapes[3, :, 16:] = 200, 200, 200, 200
+    images = (shapes[kinds] + 40 * torch.rand(200, 32, 32)).byte()
+    split = Images("glyphs", images, torch.arange(200) % 10, seed=3)
+    shares = split.use_clusters(4)
+    x0, y = split.batch(slice(None))
+    assert torch.equal(y, split.y) and torch.equal(split.labels, torch.arange(200) % 10)
+    assert torch.equal(split.batch([5, 7])[1], y[[5, 7]])
+    for kind in range(4):
+        assert len(y[kinds == kind].unique()) == 1, "one kind, one cluster"
+    assert len(y.unique()) == 4 and sorted(shares) == pytest.approx([0.05, 0.15, 0.3, 0.5])
+    assert shares == pytest.approx((y.bincount(minlength=4) / 200).tolist())
+    again, other = (Images("glyphs", images, torch.zeros(200).long(), seed=seed) for seed in (3, 4))
+    assert again.use_clusters(4) == shares and torch.equal(again.y, y)
+    other.use_clusters(4)
+    assert not torch.equal(other.y, y)
+
+
+def test_no_cluster_more_than_images_and_none_of_no_number():
+    split = Images("glyphs", torch.zeros(5, 32, 32, dtype=torch.uint8), torch.arange(5))
+    assert sum(split.use_clusters(5)) == pytest.approx(1)  # equal images: four clusters stay empty
+    for k in (0, 6, 2.5, True, None):
+        with pytest.raises(ValueError, match="num_clusters .*expected"):
+            split.use_clusters(k)

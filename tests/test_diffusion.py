@@ -562,11 +562,48 @@ def test_guidance_pushes_away_from_the_unconditional():
     assert plain == pytest.approx(0.1, abs=0.02) and guided == pytest.approx(0.3, abs=0.05)
 
 
+def labels_seen(guidance_scale=1.0, **options):
+    """The labels that a model of three classes shows its network while it draws 4,000 images."""
+    class Labels(torch.nn.Module):
+        num_classes = 3
+
+        def forward(self, xt, t, y):
+            seen.append(y)
+            return torch.zeros_like(xt)
+
+    seen, ddpm = [], DDPM(Labels(), image_size=1, channels=1, **options)
+    first = ddpm.sample(4000, steps=1, seed=0, batch_size=8000, guidance_scale=guidance_scale)
+    assert torch.equal(first, ddpm.sample(4000, steps=1, seed=0, batch_size=900, guidance_scale=guidance_scale))
+    return seen[0]
+
+
+@pytest.mark.parametrize("shares, expected", [(None, [1, 1, 1]), ([0.5, 0.2, 0.3], [1.5, 0.6, 0.9]),
+                                              ((0, 3, 1), [0, 2.25, 0.75]), (torch.tensor([1.0, 0, 1]), [1.5, 0, 1.5])])
+def test_without_labels_classes_are_drawn_by_their_shares(shares, expected):
+    share = labels_seen(class_shares=shares).bincount(minlength=3) / 4000
+    assert torch.allclose(3 * share, torch.tensor(expected).float(), atol=0.1)
+    assert (share == 0).tolist() == [number == 0 for number in expected]
+
+
+def test_drawn_labels_can_be_guided_and_none_is_drawn_for_guidance_0():
+    both, none = labels_seen(2.0, class_shares=[0, 0, 1]), labels_seen(0.0, class_shares=[0, 0, 1])
+    assert (both[:4000] == 2).all() and (both[4000:] == 3).all() and (none == 3).all()
+
+
+@pytest.mark.parametrize("shares", [[1, 2], [1, 2, 3, 4], [1, -1, 1], [0, 0, 0], [1, 1, math.nan], [1, 1, math.inf],
+                                    ["1", 1, 1], 3, "abc", [True, 1, 1]])
+def test_shares_that_fit_no_classes_are_refused(shares):
+    with pytest.raises(ValueError, match="class_shares .*expected a number from 0 for each of the network's 3"):
+        labels_seen(class_shares=shares)
+    with pytest.raises(ValueError, match="class_shares .*network's 0 classes"):
+        DDPM(constant(0).network, image_size=4, channels=1, class_shares=[1.0])
+
+
 @pytest.mark.parametrize("arguments, words", [
     (dict(n=0), "n 0"), (dict(n=2, steps=0), "steps 0"), (dict(n=2, steps=1001), "steps 1001.*1 to 1000"),
     (dict(n=2, sampler="euler"), "sampler 'euler'.*'ddpm'"), (dict(n=2, eta=-0.1), "eta -0.1"),
     (dict(n=2, eta=1.5), "eta 1.5"), (dict(n=2, y=[0, 2]), "y from 0 to 2.*0 to 1"), (dict(n=2, y=-1), "y from -1"),
-    (dict(n=2, y=[0, 1, 0]), "y of 3 labels: expected 2"), (dict(n=2, guidance_scale=2.0), "guidance needs labels"),
+    (dict(n=2, y=[0, 1, 0]), "y of 3 labels: expected 2"),
     (dict(n=2, y=[0.5, 1]), "y of torch.float32"),
     (dict(n=2, xT=torch.zeros(2, 1, 4, 4)), r"xT of shape \(2, 1, 4, 4\)"), (dict(n=2, batch_size=0), "batch_size 0"),
 ])

@@ -5,6 +5,7 @@ raises there, and so does one that would wait for the GPU. Three things need a r
 and CUDA's own random generators.
 """
 
+import argparse
 import functools
 import signal
 import sys
@@ -40,7 +41,8 @@ SMALL = ("--image_size 8 --base_channels 32 --channel_mult 1,2 --num_res_blocks 
          "--attention_resolutions 4 --num_timesteps 8 --sample_steps 3 --preview_steps 2 --bound_terms 4 "
          "--batch_size 16 --num_samples 100 --log_every 20 --target_references 0").split()
 ONE_LEVEL = "--channel_mult 1 --patch_size 4 --attention_resolutions none".split()
-CONDITIONAL = ("--no-use_conditional_generation --guidance_scale 1".split(), "--use_conditional_generation".split())
+CONDITIONAL = ("--no-use_conditional_generation --num_clusters 0 --guidance_scale 1".split(),
+               "--use_conditional_generation".split())
 
 
 # The fake GPU
@@ -668,7 +670,7 @@ def evaluate(config, ddpm):
 
 @pytest.mark.parametrize("flags", (
     "--no-bf16 --channels 1 --use_conditional_generation --guidance_scale 1",
-    "--no-bf16 --channels 3 --no-use_conditional_generation --guidance_scale 1",
+    "--no-bf16 --channels 3 --no-use_conditional_generation --num_clusters 0 --guidance_scale 1",
     "--bf16 --channels 3 --use_conditional_generation --guidance_scale 2",  # this one is channels-last
 ))
 def test_a_run_compiles_no_more_graphs_than_it_needs(flags, compiler):
@@ -691,7 +693,7 @@ def test_a_run_compiles_no_more_graphs_than_it_needs(flags, compiler):
     assert compiler.graphs == ["training", "inference", "training"]
 
 
-@pytest.mark.parametrize("flags", ("--no-use_conditional_generation --guidance_scale 1",
+@pytest.mark.parametrize("flags", ("--no-use_conditional_generation --num_clusters 0 --guidance_scale 1",
                                    "--use_conditional_generation --guidance_scale 2"))
 def test_an_evaluation_compiles_no_more_graphs_than_it_needs(flags, compiler):
     """Two: one for the size of a grid, and one for any size when the next size comes."""
@@ -718,7 +720,7 @@ def test_a_compiler_that_fails_for_some_graphs_costs_a_line(broken, compiler, ca
 
 
 def test_an_evaluation_tries_no_graph_of_training(compiler, capsys):
-    config, ddpm = compiled_model("--no-use_conditional_generation", "--guidance_scale", "1")
+    config, ddpm = compiled_model(*CONDITIONAL[0])
     compiler.broken = "training"
     machine.compile_network(config, ddpm.eval(), training=False)
     assert ddpm.sample(100, steps=2).isfinite().all() and set(compiler.graphs) == {"inference"}
@@ -726,7 +728,7 @@ def test_an_evaluation_tries_no_graph_of_training(compiler, capsys):
 
 
 def test_nothing_is_compiled_unless_the_config_says_so(compiler):
-    config, ddpm = compiled_model("--no-use_compile", "--no-use_conditional_generation", "--guidance_scale", "1")
+    config, ddpm = compiled_model("--no-use_compile", *CONDITIONAL[0])
     machine.compile_network(config, ddpm)
     ddpm.sample(2, steps=1)
     assert not compiler.graphs
@@ -755,8 +757,17 @@ def test_bf16_is_asked_of_the_device_in_question(monkeypatch):
     assert asked == [False] * 3  # emulated bf16 is slower than float32
 
 
+@pytest.mark.parametrize("bf16, units, words", [
+    (True, True, "bf16, which this device has units for"), (True, False, "bf16, as asked, without units for it"),
+    (False, True, "fp32, as asked"), (False, False, "fp32, since this device has no bf16 units")])
+def test_the_precision_is_said_with_its_reason(bf16, units, words, monkeypatch):
+    monkeypatch.setattr(machine, "has_bf16", lambda device: units)
+    assert machine.describe_precision(argparse.Namespace(device="cpu", bf16=bf16)) == words
+
+
 def test_bf16_of_a_cpu_or_of_no_device(monkeypatch):
-    for found, expected in (({"amx_bf16": True}, True), ({"amx_bf16": False}, False), ({}, False)):
+    for found, expected in (({"amx_bf16": True}, True), ({"amx_bf16": False}, False), ({}, False),
+                            ({"amx_bf16": False, "avx512_bf16": True}, True)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
         assert machine.has_bf16("cpu") is expected
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch

@@ -224,7 +224,7 @@ def test_the_classifier_of_mnist_reads_it_and_gives_real_digits_the_figures_of_e
     train, test = real_mnist
     classifier = metrics.load_classifier("mnist", train.images[:5], train.labels[:5], tmp_path)
     assert not list(tmp_path.iterdir()) and classifier.name == "mnist-dd150293" and not classifier.training
-    assert classifier.accuracy(test.images, test.labels) == pytest.approx(0.9967, abs=1e-4) >= 0.995
+    assert classifier.accuracy(test.images, test.labels) == pytest.approx(0.9967, abs=1e-4)
     assert {value.dtype for value in classifier.state_dict().values()} == {torch.float32, torch.int64}
     report, _ = metrics.measure(classifier, train.images[:2000], train.images, test.images)
     assert report["frechet_real"] == pytest.approx(0.1571, abs=2e-4)

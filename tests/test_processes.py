@@ -29,9 +29,9 @@ FLAGS = ("--device cpu --train_size 171 --test_size 100 --base_channels 32 --cha
          "--time_emb_dim 32 --patch_size 4 --attention_resolutions none --batch_size 17 --epochs 2 --sample_steps 3 "
          "--preview_steps 3 --num_samples 20 --log_every 1 --sample_every 11 --save_every 5 --learning_rate 1e-4 "
          "--num_timesteps 10 --no-use_conditional_generation --sampler ddpm --guidance_scale 1 --target_references 0 "
-         "--eval_every 0 --eval_samples 90 --bound_images 21 --bound_terms 4 --grad_clip 0").split()
-ALL = ("--use_conditional_generation --use_augmentation --timestep_sampling importance --target_references 50 "
-       "--variance learned --guidance_scale 1.5 --eval_every 2 --grad_clip 1").split()  # what draws or needs all
+         "--num_clusters 8 --eval_every 0 --eval_samples 90 --bound_images 21 --bound_terms 4 --grad_clip 0").split()
+ALL = ("--use_conditional_generation --num_clusters 0 --use_augmentation --timestep_sampling importance "
+       "--target_references 50 --variance learned --guidance_scale 1.5 --eval_every 2 --grad_clip 1").split()  # what draws or needs all
 TOLERANCE = 1e-4
 # The helper: each line on stdin is a list of processes to fork, [environment, argv, stdout and stderr, code, signal].
 HELPER = """

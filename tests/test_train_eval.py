@@ -39,6 +39,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = ("--device cpu --train_size 320 --test_size 100 --base_channels 32 --channel_mult 1 --num_res_blocks 1 "
          "--time_emb_dim 32 --patch_size 4 --attention_resolutions none --batch_size 16 --epochs 2 --sample_steps 3 "
          "--preview_steps 4 --num_samples 20 --log_every 5 --sample_every 10 --save_every 10").split()
+UNLABELLED = "--no-use_conditional_generation --num_clusters 0 --guidance_scale 1".split()
 STEPS = 40
 PEAK = read_constants({"device": "cpu"})["learning_rate"][1]
 
@@ -176,7 +177,7 @@ def test_a_grid_asks_for_the_digits_in_turn_and_for_the_same_noise():
     (n, y, options), labels = asked("--use_conditional_generation")
     assert n == 20 and y.tolist() == [*range(10), *range(10)] and options == asked_for
     assert torch.equal(labels, y)
-    assert asked("--no-use_conditional_generation") == ((20, None, asked_for), None)
+    assert asked("--no-use_conditional_generation", "--num_clusters", "0") == ((20, None, asked_for), None)
 
 
 def test_a_training_step_gives_the_network_labels_and_bf16_and_clips_the_gradient():
@@ -318,7 +319,7 @@ def test_the_bf16_step_is_the_float32_step_within_its_error():
     results, weights, x0, eps = {}, None, torch.rand(8, 3, 32, 32), torch.randn(8, 3, 32, 32)
     for flag in ("--no-bf16", "--bf16"):
         config, _ = train_eval.configure([*SMALL, flag, "--channel_mult", "1,2", "--attention_resolutions", "8",
-                                          "--no-use_conditional_generation", "--guidance_scale", "1"])
+                                          *UNLABELLED])
         ddpm = train_eval.build(config)
         if weights is None:  # from the plain layout
             weights = {name: torch.randn(value.shape) / math.sqrt(value[0].numel()) if value.ndim > 1 else value
@@ -391,7 +392,7 @@ def test_a_window_tells_what_its_steps_did(monkeypatch, capsys):
 
 
 def test_importance_sampling_draws_the_timesteps_weighs_the_losses_and_learns_from_them():
-    config, _ = train_eval.configure([*SMALL, "--no-use_conditional_generation"])
+    config, _ = train_eval.configure([*SMALL, *UNLABELLED])
     ddpm, taken = train_eval.build(config), []
     draws = torch.arange(4), torch.tensor([0.0, 0.0, 2.0, 2.0])
     state = {"optimizer": torch.optim.SGD(ddpm.parameters(), lr=0.0), "ema": EMA(ddpm.network),
@@ -761,11 +762,13 @@ def test_the_device_decides_the_values_below_it():
     assert {name: values[name] for name in reference} == reference
     config, _ = train_eval.configure(["--device", "cpu"])
     assert config.patch_size == 2 and config.prediction == "x0"
-    assert (config.sampler, config.sample_steps, config.target_references) == ("ddpm", 16, 4096)
+    assert (config.sampler, config.sample_steps, config.target_references) == ("sde-dpm++", 6, 4096)
     assert config.timestep_std == 1.0
     config, _ = train_eval.configure(["--device", "cpu", "--no-use_conditional_generation", "--loss", "l1"])
-    assert (config.sampler, config.sample_steps, config.target_references) == ("sde-dpm++", 25, 0)
-    assert config.timestep_std == 0.6
+    assert (config.sampler, config.sample_steps, config.target_references) == ("sde-dpm++", 10, 0)
+    assert config.timestep_std == 0.8 and config.num_clusters == 64 and config.guidance_scale == 1
+    assert train_eval.configure(["--device", "cpu", "--no-use_conditional_generation", "--num_clusters", "0"])[
+        0].timestep_std == 0.6
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -792,7 +795,7 @@ def test_the_device_decides_the_values_below_it():
     (["--sample_steps", "1001"], ["steps 1001"]),
     (["--preview_steps", "1001"], ["preview_steps 1001"]),
     (["--guidance_scale", "nan"], ["guidance_scale nan"]),
-    (["--guidance_scale", "2", "--no-use_conditional_generation"], ["guidance_scale 2.0", "needs labels"]),
+    ([*UNLABELLED, "--guidance_scale", "2"], ["guidance_scale 2.0", "needs labels"]),
     (["--channels", "2"], ["channels 2", "1 (grey) or 3 (RGB)"]),
     (["--channels", "5"], ["channels 5", "at most 3"]),
     (["--device", "meta"], ["device 'meta'"]),
