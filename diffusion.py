@@ -204,8 +204,7 @@ class DDPM(GaussianProcess):
             rows: slice of the n images to draw; the parts are those of the whole. None means all.
             return_sequence: return the prediction of x0 at every step (progressive generation, DDPM sec. 4.3).
             progress: show a progress bar.
-            batch_size: images that the network sees at once. The noise of a step is drawn for all n images before they
-                are split, so batches do not change the images.
+            batch_size: images that the network sees at once. The noise is drawn for all n, so batches change no image.
 
         Returns:
             Images in [-1, 1], float32: (n, C, H, W), or (steps, n, C, H, W) with `return_sequence`.
@@ -220,7 +219,8 @@ class DDPM(GaussianProcess):
         y = process.check_labels(y, n, self.num_classes, self.device)
         generator = process.make_generator(seed, self.device)
         if y is None and self.num_classes is not None:
-            shares = torch.tensor(self.class_shares or [1.0] * self.num_classes, device=self.device)
+            shares = torch.ones(self.num_classes, device=self.device)
+            shares = shares if self.class_shares is None else shares.new_tensor(self.class_shares)
             y = torch.multinomial(shares, n, replacement=True, generator=generator)
         xT = torch.randn(n, *self.image_shape, generator=generator, device=self.device) if xT is None else xT
         process.check_images("xT", xT, (n, *self.image_shape))

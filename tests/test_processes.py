@@ -31,7 +31,8 @@ FLAGS = ("--device cpu --train_size 171 --test_size 100 --base_channels 32 --cha
          "--num_timesteps 10 --no-use_conditional_generation --sampler ddpm --guidance_scale 1 --target_references 0 "
          "--num_clusters 8 --eval_every 0 --eval_samples 90 --bound_images 21 --bound_terms 4 --grad_clip 0").split()
 ALL = ("--use_conditional_generation --num_clusters 0 --use_augmentation --timestep_sampling importance "
-       "--target_references 50 --variance learned --guidance_scale 1.5 --eval_every 2 --grad_clip 1").split()  # what draws or needs all
+       "--target_references 50 --variance learned --guidance_scale 1.5 --eval_every 2 "
+       "--grad_clip 1").split()  # what draws or needs all
 TOLERANCE = 1e-4
 # The helper: each line on stdin is a list of processes to fork, [environment, argv, stdout and stderr, code, signal].
 HELPER = """
@@ -175,6 +176,7 @@ def test_a_folder_is_measured_as_by_one_process(start, alone, tmp_path):
     figures = []
     for number in (1, 2):
         here = tmp_path / str(number)
+        here.mkdir()
         shutil.copy(folder / "best_model.pt", here)
         done = start.run(number, "--evaluate", "--save_dir", here, "--device", "cpu")
         assert [status for status, _, _ in done] == [0] * number, done
