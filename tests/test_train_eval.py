@@ -884,7 +884,8 @@ def test_glyphs_stand_in_for_missing_mnist_with_a_warning_at_both_ends(tmp_path,
     assert capsys.readouterr().err.count("THIS IS NOT MNIST") == 2
     assert DDPM.load(tmp_path / "run" / "best_model.pt", "cpu").info["config"]["dataset"] == "glyphs"
     monkeypatch.setattr(metrics, "train_classifier", lambda *args, **options: metrics.Classifier(10))
-    assert train_eval.main(["--evaluate", "--save_dir", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    assert train_eval.main(["--evaluate", "--save_dir", str(tmp_path / "run"), "--device", "cpu",
+                            "--bound_images", "2", "--bound_terms", "2"]) == 0
     again = capsys.readouterr()
     assert again.err.count("THIS IS NOT MNIST") == 2 and "images of glyphs" in again.out
 
