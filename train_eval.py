@@ -84,9 +84,9 @@ ema_update_rate = 1  # steps between updates of the averaged weights
 
 # sampling
 sampler = "ddpm" if cuda else "sde-dpm++"  # ddpm, ddim, dpm++ or sde-dpm++
-sample_steps = 1000 if cuda else 6 if use_conditional_generation else 10  # sampling steps; fewer are faster
+sample_steps = 1000 if cuda else 6 if use_conditional_generation or num_clusters else 25  # sampling steps
 timestep_spacing = "trailing"  # which timesteps a short sampler visits: trailing, or linspace down to t = 0
-guidance_scale = 1.0 if cuda or not use_conditional_generation else 1.2  # 1 is none; above, digits are clearer
+guidance_scale = 1.0 if cuda else 1.2 if use_conditional_generation else 1.1 if num_clusters else 1.0  # 1 is none
 num_samples = 100  # images in a grid
 preview_steps = 20 if cuda else 10  # sampling steps of the grids during training, by DDIM
 

@@ -161,7 +161,7 @@ def stepper(kind, config):
             speed(kind)
             stats.add(*train_eval.train_step(config, ddpm, state, x0, y))
             if stats.count == config.log_every:
-                stats.read(0)
+                stats.read(0, 0.0)
         return step
 
     eager = {"foreach": False, "fused": False} if kind == "plain" else {}
