@@ -30,8 +30,7 @@ def _watch_others(done, pause=1.0):
     """Every `pause` seconds see whether others use more than the cores that are left, until `done` is set."""
     cores, idle_threads = len(os.sched_getaffinity(0)), None
     before = _core_seconds()
-    while not done.wait(pause) and before is not None:
-        now = _core_seconds()
+    while before is not None and not done.wait(pause) and (now := _core_seconds()) is not None:
         others = now[0] - before[0] - (now[1] - before[1])
         crowded, before = others > (cores - torch.get_num_threads() + 0.25) * (now[2] - before[2]), now
         if crowded and idle_threads is None:

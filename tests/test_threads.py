@@ -83,6 +83,9 @@ def test_a_system_that_hides_its_load_is_left_alone(two_threads, monkeypatch, tm
     monkeypatch.setattr("builtins.open", lambda path, *args, **options: Path(tmp_path / "stat").open())
     assert threads._core_seconds() is None
     threads._watch_others(threading.Event(), pause=0.01)  # comes back
+    answers = iter([(0.0, 0.0, 0.0), (9.0, 0.0, 1.0), None])  # hidden later on, while threads are added
+    monkeypatch.setattr(threads, "_core_seconds", lambda: next(answers))
+    threads._watch_others(threading.Event(), pause=0.01)
 
 
 def test_the_load_is_that_of_all_programs_and_of_this_one():
