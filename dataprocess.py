@@ -168,6 +168,13 @@ class Images:
         check_tensor("index", index, (torch.int64, torch.int32), ("B",), 0, len(self) - 1)
         return index
 
+    def few(self, n):
+        """At most n of the images, evenly spread, never augmented, with their labels: `Images` of the same kind."""
+        check_whole("n", n, 1)
+        n = min(n, len(self))
+        index = torch.arange(n, device=self.device) * len(self) // n
+        return Images(self.name, self.images[index], self.labels[index], self.channels, False, self.seed, self.device)
+
     def use_clusters(self, k, rounds=25):
         """Give k clusters of similar images in place of labels: k-means on their pixels at 16x16.
 

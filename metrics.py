@@ -8,7 +8,6 @@ the same way.
 
 import hashlib
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -22,14 +21,11 @@ from support.checks import (
     FLOATS,
     check_device,
     check_path,
-    check_switch,
     check_tensor,
     check_whole,
     one_line,
-    printable,
     shown,
 )
-from support.png import read_png
 
 SIZE = 32  # height and width of the classifier's input, in pixels
 NUM_FEATURES = 64  # width of the classifier's last hidden layer
@@ -164,46 +160,6 @@ def _digest(*parts):
     return digest.hexdigest()
 
 
-def read_folder(folder):
-    """Read all PNGs of a folder and its subfolders, sorted by path.
-
-    Each PNG becomes the RGB picture that a person sees. 16 bits become 8: grey levels are rounded, v / 257, and for
-    colours Pillow keeps the high byte. Symbolic links to folders are not followed.
-
-    Returns:
-        The images, uint8, (N, 3, H, W), and a sorted list of what was left out: the relative paths of files that are
-        not PNGs and of links to folders.
-
-    Raises:
-        ValueError: if there is no folder or no PNG in it, or if a PNG is unreadable, has another size than the first
-            one, has transparent pixels, or is animated.
-    """
-
-    check_path("evaluate", folder)
-
-    def refuse(error):
-        raise ValueError(f"{printable(error.filename)}: not a readable folder ({one_line(error)})")
-
-    paths, left_out = [], []
-    for here, folders, files in os.walk(folder, onerror=refuse) if os.path.isdir(folder) else ():
-        pngs = [name for name in files if name.lower().endswith(".png")]
-        links = [name for name in folders if os.path.islink(os.path.join(here, name))]
-        paths += [Path(here, name).relative_to(folder) for name in pngs]
-        left_out += [Path(here, name).relative_to(folder).as_posix() for name in {*files, *links} - {*pngs}]
-    if not paths:
-        raise ValueError(f"evaluate {str(folder)!r}: expected a folder of PNGs, one per image; "
-                         + ("there is no PNG in it" if os.path.isdir(folder) else "there is no such folder"))
-    paths.sort(key=lambda path: path.parts)
-    images = []
-    for path in paths:
-        images.append(read_png(Path(folder, path)))
-        if images[-1].shape != images[0].shape:
-            size, expected = (f"{image.shape[2]}x{image.shape[1]}" for image in (images[-1], images[0]))
-            raise ValueError(f"{printable(Path(folder, path))}: {size} pixels; expected {expected}, the size of "
-                             f"{printable(paths[0])}")
-    return torch.stack(images), sorted(left_out)
-
-
 def frechet_distance(a, b):
     """Squared Fréchet (2-Wasserstein) distance between Gaussians fitted to two sets (1706.08500 eq. 6).
 
@@ -281,7 +237,33 @@ def nearest(images, others):
     return difference.square().mean(dim=1).sqrt(), index.cpu()
 
 
-def measure(classifier, samples, train, test, labels=None, seed=0, frechet_only=False):
+def as_bytes(images):
+    """Images in [-1, 1] as a PNG keeps them, uint8; what is uint8 stays."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte() if images.is_floating_point() else images
+
+
+class FrechetMeter:
+    """The Fréchet distance of samples to the same real images, again and again. These are read only once.
+
+    Args:
+        classifier: its features are compared.
+        test: `Images` that samples are compared with.
+        train: `Images` in place of samples, for comparison.
+
+    Attributes:
+        real: the distance of `train`.
+    """
+
+    def __init__(self, classifier, test, train):
+        self.classifier, self.features = classifier, classifier.read(test.images)[0]
+        self.real = self(train.images)
+
+    def __call__(self, samples):
+        """The distance of samples, uint8, (N, C, H, W); N must be above the number of features, 64, to mean much."""
+        return frechet_distance(self.classifier.read(samples)[0], self.features)
+
+
+def measure(classifier, samples, train, test, labels=None, seed=0):
     """Compare samples with real images.
 
     The Fréchet distance compares the samples with all of `test`. Precision and recall compare them with as many test
@@ -298,7 +280,6 @@ def measure(classifier, samples, train, test, labels=None, seed=0, frechet_only=
         train, test: real images, uint8.
         labels: the digits that were asked for, int64, (N,), or None.
         seed: chooses the real images.
-        frechet_only: compute only the Fréchet distance.
 
     Returns:
         report: a dict of plain numbers, ready for JSON:
@@ -310,7 +291,7 @@ def measure(classifier, samples, train, test, labels=None, seed=0, frechet_only=
             `nearest`, `nearest_1st`, the median and first percentile of the distance to `train`, in grey levels;
             `copies`, the share of the samples that are nearer to `train` than 99 % of the test images are.
         pairs: uint8, (20, 1, 32, 32), the ten samples nearest to `train`, each followed by its nearest training
-            image. There are fewer pairs if there are fewer samples, and None with `frechet_only`.
+            image. There are fewer pairs if there are fewer samples.
 
     Raises:
         ValueError: if there are no samples, or more samples than training or test images.
@@ -323,7 +304,6 @@ def measure(classifier, samples, train, test, labels=None, seed=0, frechet_only=
     if labels is not None:
         check_tensor("labels", labels, (torch.int64,), (n,))
     check_whole("seed", seed, 0, 2**32 - 1)
-    check_switch("frechet_only", frechet_only)
     for name, real in (("training", train), ("test", test)):
         if n > len(real):
             raise ValueError(f"{n} samples: expected at most {len(real)}, the number of {name} images to compare with")
@@ -337,8 +317,6 @@ def measure(classifier, samples, train, test, labels=None, seed=0, frechet_only=
     if n > features.shape[1]:
         report["frechet"] = frechet_distance(features, features_test)
         report["frechet_real"] = frechet_distance(features_real, features_test)
-    if frechet_only:
-        return report, None
     features_test = features_test[test_index.cpu()]
     for suffix, x, p in (("", features, probabilities), ("_real", features_real, probabilities_real)):
         if n > NEIGHBOURS:

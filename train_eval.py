@@ -16,9 +16,10 @@ from dataprocess import DATASETS, Images, load_data
 from diffusion import DDPM, LOSSES, SAMPLERS, SETTINGS, draw_dropped
 from ema import EMA
 from process import BETA_SCHEDULES, PREDICTIONS, SPACINGS, VARIANCES
-from support import configurator, machine, monitor
+from support import configurator, console, machine, monitor
 from support.checkpoint import RunFolder, load_last, restore, save_last
-from support.machine import autocast, gather, has_bf16, is_main, on_main, share, warning_if_it_fails
+from support.machine import autocast, gather, has_bf16, on_main, share, warning_if_it_fails
+from support.png import read_folder
 from support.threads import patient_threads
 from timesteps import TIMESTEP_SAMPLINGS, make_timesteps
 from unet import UNET_SETTINGS, UNet
@@ -88,21 +89,20 @@ sample_steps = 1000 if cuda else 6 if use_conditional_generation or num_clusters
 timestep_spacing = "trailing"  # which timesteps a short sampler visits: trailing, or linspace down to t = 0
 guidance_scale = 1.0 if cuda else 1.2 if use_conditional_generation else 1.1 if num_clusters else 1.0  # 1 is none
 num_samples = 100  # images in a grid
-preview_steps = 20 if cuda else 10  # sampling steps of the grids during training, by DDIM
+preview_steps = 20 if cuda else 5  # sampling steps of the grids during training
 
 # evaluation
-eval_every = 1  # epochs from one Fréchet distance of some samples to the next; 0 is never
 eval_samples = 10_000 if cuda else 2000  # number of images that --evaluate draws and measures
 bound_images = 1000  # number of test images whose bits per dimension --evaluate measures
 bound_terms = 50  # terms of the variational bound computed for each of them, at most num_timesteps
 
 # rhythm
 log_every = 100 if cuda else 50  # steps between TensorBoard entries
-sample_every = 5000 if cuda else 1000  # steps between grids; the first grid comes at step 200
-save_every = 5000 if cuda else 500  # steps between saves of last.pt; each epoch and Ctrl-C save it too
+sample_every = 2500 if cuda else 750  # steps between looks: a grid, its Fréchet distance, losses; the first at 200
+save_every = 5000 if cuda else 500  # steps between saves of last.pt; Ctrl-C and the end save it too
 # end of constants
 
-FIRST_SAMPLE, FEW_SAMPLES = 200, 500  # step of the first grid; number of images measured during training
+FIRST_LOOK, FEW_IMAGES = 200, 256  # step of the first look; number of images whose loss is measured then
 CHOICES = {"dataset": DATASETS, "beta_schedule": BETA_SCHEDULES, "prediction": PREDICTIONS, "loss": LOSSES,
            "variance": VARIANCES, "timestep_sampling": TIMESTEP_SAMPLINGS, "sampler": tuple(SAMPLERS),
            "timestep_spacing": SPACINGS}
@@ -140,7 +140,7 @@ def start_training(config, given, interrupt):
     run = prepare(config)
     with configurator.input_errors():
         folder = RunFolder(config.save_dir, new=True)
-    with folder, monitor.shown_at_both_ends(run.warning):
+    with folder, console.shown_at_both_ends(run.warning):
         return train(run, interrupt) and draw_final(run)
 
 
@@ -153,7 +153,7 @@ def resume_training(config, given, interrupt):
             saved = load_last(config.save_dir)
             config = configurator.adopt(config, given, saved["config"], configurator.FREE_TO_RESUME, CHOICES)
         run = prepare(config, saved)
-        with monitor.shown_at_both_ends(run.warning):
+        with console.shown_at_both_ends(run.warning):
             return train(run, interrupt) and draw_final(run)
 
 
@@ -176,15 +176,14 @@ def prepare(config, saved=None):
              "warmup": torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup)}
     if config.use_scheduler:  # the two multiply
         state["scheduler"] = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps)
-    progress = {"step": 0, "best_loss": math.inf, "train_curve": [], "test_curve": [],
-                "warning": train_images.warning, "log": time.strftime("%Y-%m-%d_%H-%M-%S")}
+    progress = {"step": 0, "best_loss": math.inf, "train_curve": [], "test_curve": [], "fixed_curve": [],
+                "frechet_curve": [], "warning": train_images.warning, "log": time.strftime("%Y-%m-%d_%H-%M-%S")}
     if saved is not None:
         with configurator.input_errors():
             restore(config, state, progress, saved, total_steps)
         saved.clear()  # gigabytes, for the reference
     return SimpleNamespace(config=config, ddpm=ddpm, ema=ema, state=state, progress=progress, train_images=train_images,
                            test_images=test_images, steps_per_epoch=steps_per_epoch, total_steps=total_steps,
-                           few_samples=min(FEW_SAMPLES, len(train_images), len(test_images)),
                            warning=train_images.warning or progress["warning"])
 
 
@@ -199,11 +198,10 @@ def build(config, class_shares=None):
 
 def load_images(config):
     """Load both splits. Also writes the name and the sizes of what was loaded into the config."""
+    names = ("data_dir", "image_size", "channels", "train_size", "test_size", "seed", "device")
     with machine.main_first():
-        train_images, test_images = load_data(
-            config.dataset, config.data_dir, image_size=config.image_size, channels=config.channels,
-            train_size=config.train_size, test_size=config.test_size, augment=config.use_augmentation, seed=config.seed,
-            device=config.device)
+        train_images, test_images = load_data(config.dataset, **{name: getattr(config, name) for name in names},
+                                              augment=config.use_augmentation)
     config.dataset, config.train_size, config.test_size = train_images.name, len(train_images), len(test_images)
     machine.check_same(vars(config) | {"torch": torch.__version__})
     return train_images, test_images
@@ -216,7 +214,8 @@ def train(run, interrupt):
     """Train to the end of the run, or until Ctrl-C. Returns whether the end was reached; everything is saved."""
     config, progress, stopped = run.config, run.progress, False
     epoch, start = divmod(progress["step"], run.steps_per_epoch)
-    monitor.print_start(run, metrics.NUM_FEATURES)
+    console.print_start(run)
+    meter = make_meter(run)
     machine.compile_network(config, run.ddpm)
     model = machine.parallel(config, run.ddpm)
     with (interrupt.after_the_step(),
@@ -224,36 +223,33 @@ def train(run, interrupt):
                           epoch * len(run.train_images) + start * config.batch_size) as watch):
         if not progress["step"]:
             watch.log_config(run.ddpm, run.test_images.batch(slice(config.num_samples))[0])
-        elif start == 0 and [step for step, _ in progress["test_curve"]][-1:] != [progress["step"]]:
-            stopped = not evaluate_epoch(run, watch, interrupt, epoch)  # the run was stopped before it was finished
-            watch.stats.start()
-        for x0, y in () if stopped else run.train_images.epochs(config.batch_size, config.epochs, epoch, start):
+        for x0, y in run.train_images.epochs(config.batch_size, config.epochs, epoch, start):
             watch.add(*train_step(config, model, run.state, x0, y, draw_references(config, run.train_images)))
             progress["step"] = step = progress["step"] + 1
-            asked, drawing = interrupt.asked(), step == FIRST_SAMPLE or step % config.sample_every == 0
-            epochs, inside = divmod(step, run.steps_per_epoch)
-            rate, saving = run.state["optimizer"].param_groups[0]["lr"], not inside or step % config.save_every == 0
-            if drawing or saving or step % config.log_every == 0:
+            rate, asked, last = run.state["optimizer"].param_groups[0]["lr"], interrupt.asked(), step == run.total_steps
+            looking = last or step == FIRST_LOOK or step % config.sample_every == 0
+            saving = last or step % config.save_every == 0
+            if looking or saving or step % config.log_every == 0:
                 watch.log(rate)
             elif asked:
                 watch.stats.check(step, rate)
-            if drawing:  # before the save: a run that is killed in between draws it again
-                draw_preview(run, watch)
+            if looking:  # before the save: a run that is killed in between looks again
+                look(run, watch, meter)
             if saving or asked:
-                save_last(config, run.state, progress)
-                monitor.print_saved(progress, asked)
-            stopped = asked == "stop" or not inside and not evaluate_epoch(run, watch, interrupt, epochs)
+                with watch.doing("saving"):
+                    save_last(config, run.state, progress)
+                console.print_saved(progress, asked)
+            stopped = asked == "stop"
             if stopped:
                 break
-            if drawing or saving:
+            if looking or saving:
                 watch.stats.start()  # so that images per second leave these out
-
     monitor.plot_losses(config, progress, Path(config.save_dir) / "loss_curve.png")
-    if not Path(config.save_dir, "best_model.pt").exists():  # stopped in the first epoch
+    if not Path(config.save_dir, "best_model.pt").exists():  # stopped before the first look
         with run.ema.applied():
-            save_best(run, 0, progress["best_loss"])
+            save_best(run, math.nan)
     if stopped:
-        monitor.print_stopped(config, progress)
+        console.print_stopped(config, progress)
     return not stopped
 
 
@@ -293,58 +289,59 @@ def train_step(config, model, state, x0, y, references=None):
     return losses, weights, t, norm
 
 
-def draw_preview(run, watch):
-    """A grid of samples by the EMA weights, in few steps."""
-    with warning_if_it_fails("a grid of samples"), run.ema.applied():
-        images, _ = draw(run.config, run.ddpm, run.config.num_samples, sampler="ddim", steps=run.config.preview_steps)
-        watch.log_samples(images)
+@on_main
+def make_meter(run):
+    """What measures the grids during training, or None. Other data sets than MNIST train its classifier once."""
+    if min(run.config.num_samples, len(run.train_images), len(run.test_images)) <= metrics.NUM_FEATURES:
+        return console.print_unmeasured(metrics.NUM_FEATURES)
+    with warning_if_it_fails("measuring samples"):
+        return metrics.FrechetMeter(load_classifier(run.config, run.train_images), run.test_images.few(2000),
+                                    run.train_images.few(run.config.num_samples))
+
+
+def look(run, watch, meter):
+    """Look at the EMA weights: losses of a few fixed images, a grid of samples and its Fréchet distance.
+
+    The lowest test loss so far makes them best_model.pt. What fails is only a warning.
+    """
+    config, ddpm, progress, value = run.config, run.ddpm, run.progress, math.nan
+    with watch.doing("drawing samples"), run.ema.applied():
+        with warning_if_it_fails("the test loss"):
+            fixed, value = (test_loss(config, ddpm, images.few(FEW_IMAGES))
+                            for images in (run.train_images, run.test_images))
+            watch.log_losses(fixed, value)
+        if value < progress["best_loss"] or progress["best_loss"] == math.inf:  # no test loss so far
+            save_best(run, value)
+            progress["best_loss"] = min(progress["best_loss"], value)  # a NaN leaves it as it is
+        with warning_if_it_fails("a grid of samples"):
+            images, _ = draw(config, ddpm, config.num_samples, sampler="sde-dpm++", steps=config.preview_steps,
+                             guidance_scale=1.0)
+            watch.log_samples(images)
+            if meter:
+                watch.log_frechet(meter(metrics.as_bytes(images)), meter.real)
 
 
 # Evaluate
 
 
-def evaluate_epoch(run, watch, interrupt, epoch):
-    """Measure the EMA weights: test loss, then Fréchet distance. The lowest loss so far makes them best_model.pt.
-
-    last.pt was saved before, so a measurement that fails is only a warning. Returns False if Ctrl-C ended it at once.
-    """
-    config, progress, step, value = run.config, run.progress, run.progress["step"], math.nan
-    with interrupt.at_once():
-        with run.ema.applied():
-            with warning_if_it_fails("the test loss"):
-                value = test_loss(config, run.ddpm, run.test_images)
-                watch.events.add("scalar", "test/loss", value, step)
-            if value < progress["best_loss"] or progress["best_loss"] == math.inf:  # no test loss so far
-                save_best(run, epoch, value)
-                progress["best_loss"] = min(progress["best_loss"], value)  # a NaN leaves it as it is
-            if config.eval_every and epoch % config.eval_every == 0 and run.few_samples > metrics.NUM_FEATURES:
-                with warning_if_it_fails("measuring samples"):
-                    samples, _ = draw(config, run.ddpm, run.few_samples, sampler="ddim", steps=config.preview_steps)
-                    watch.log_frechet(measure(config, samples, None, run.train_images, run.test_images, True))
-        progress["test_curve"].append([step, value])  # a resumed run reads here that the evaluation is done
-        save_last(config, run.state, progress)
-        return True
-    return False
-
-
 @on_main
-def save_best(run, epoch, value):
-    """Save the weights now in the network, with epoch and test loss. Call this only inside `ema.applied()`."""
+def save_best(run, value):
+    """Save the weights now in the network, with their test loss. Call this only inside `ema.applied()`."""
     config, progress = run.config, run.progress
-    run.ddpm.save(Path(config.save_dir) / "best_model.pt", config=vars(config), epoch=epoch, step=progress["step"],
-                  test_loss=value, warning=progress["warning"], log=progress["log"])
+    run.ddpm.save(Path(config.save_dir) / "best_model.pt", config=vars(config), step=progress["step"], test_loss=value,
+                  epoch=progress["step"] / run.steps_per_epoch, warning=progress["warning"], log=progress["log"])
 
 
 @torch.no_grad()
-def test_loss(config, ddpm, test_images):
-    """Mean loss over the test images, with the same noise and timesteps each time, so that epochs and runs compare."""
+def test_loss(config, ddpm, images):
+    """Mean loss over images, with plain targets and the same noise and timesteps each time, so that runs compare."""
     ddpm.eval()
     generator = torch.Generator().manual_seed(0)
-    n = len(test_images)
+    n = len(images)
     timesteps = (torch.arange(n) * config.num_timesteps // n)[torch.randperm(n, generator=generator)]
     total = 0.0
     for index in torch.arange(n).split(256):
-        x0, y = test_images.batch(index)
+        x0, y = images.batch(index)
         eps = torch.randn(x0.shape, generator=generator).to(x0.device)
         with autocast(config):
             losses = ddpm(x0, y if config.use_conditional_generation else None, t=timesteps[index].to(x0.device),
@@ -361,12 +358,13 @@ def draw(config, ddpm, n, **options):
 
 
 def draw_final(run):
-    """After training: a grid of samples of best_model.pt by its own sampler. Returns True."""
+    """After training: the whole test loss of best_model.pt, and a grid by its own sampler. Returns True."""
     machine.barrier()  # until it is written
     ddpm = machine.place(DDPM.load(Path(run.config.save_dir) / "best_model.pt", run.config.device), run.config)
     machine.compile_network(run.config, ddpm, training=False)
-    monitor.print_test_loss(run.config, ddpm.info["test_loss"], ddpm.info)
-    draw_grid(run.config, ddpm)
+    loss = test_loss(run.config, ddpm, run.test_images)
+    draw_grid(run.config, ddpm, loss)
+    console.print_end(run, loss, ddpm.info)
     return True
 
 
@@ -376,7 +374,7 @@ def evaluate_model(config, given):
         path = Path(config.save_dir) / "best_model.pt"
         ddpm = DDPM.load(path, "cpu")
         info = ddpm.info
-        if not {"config", "epoch", "step", "log", "warning"} <= info.keys():
+        if not {"config", "step", "log", "warning"} <= info.keys():
             raise ValueError(f"{path}: not written by train_eval.py; load it with DDPM.load")
         config = configurator.adopt(config, given, info["config"], configurator.FREE_TO_EVALUATE, CHOICES)
         configurator.check_together(config)
@@ -384,12 +382,12 @@ def evaluate_model(config, given):
     ddpm = machine.place(ddpm, config)
     ddpm.timestep_spacing = config.timestep_spacing
     machine.compile_network(config, ddpm, training=False)
-    with monitor.shown_at_both_ends(train_images.warning or info["warning"]):
-        monitor.print_test_loss(config, loss := test_loss(config, ddpm, test_images), info)
-        draw_grid(config, ddpm)
+    with console.shown_at_both_ends(train_images.warning or info["warning"]):
+        console.print_test_loss(config, loss := test_loss(config, ddpm, test_images), info)
+        draw_grid(config, ddpm, loss)
         bits = bits_per_dim(config, ddpm, test_images)
         n = min(config.eval_samples, len(train_images), len(test_images))
-        samples, y = draw(config, ddpm, n, progress=is_main(), **sampling(config))
+        samples, y = draw(config, ddpm, n, progress=console.at_a_terminal(), **sampling(config))
         monitor.report(config, measure(config, samples, y, train_images, test_images), info, **sampling(config),
                        test_loss=loss, bits_per_dim=bits.total, bits_per_dim_error=bits.standard_error)
     return True
@@ -400,12 +398,12 @@ def evaluate_folder(config, given):
     with configurator.input_errors():
         configurator.refuse_unused(given, "--evaluate FOLDER", configurator.USED_FOR_A_FOLDER)
         configurator.check_together(config)
-        samples, left_out = metrics.read_folder(config.evaluate)
+        samples, left_out = read_folder(config.evaluate)
         train_images, test_images = load_images(config)
         if len(samples) > (most := min(len(train_images), len(test_images))):
             raise ValueError(f"{config.evaluate}: {len(samples)} PNGs; expected at most {most}, like the real images")
-    monitor.print_left_out(left_out)
-    with monitor.shown_at_both_ends(train_images.warning):
+    console.print_left_out(left_out)
+    with console.shown_at_both_ends(train_images.warning):
         monitor.report(config, measure(config, samples, None, train_images, test_images),
                        samples_from=str(Path(config.evaluate).resolve()))
     return True
@@ -416,10 +414,10 @@ def sampling(config):
     return dict(sampler=config.sampler, steps=config.sample_steps, guidance_scale=config.guidance_scale)
 
 
-def draw_grid(config, ddpm):
-    """A grid of samples by the config's sampler, in a new file final.png and in TensorBoard."""
-    images, _ = draw(config, ddpm, config.num_samples, progress=is_main(), **sampling(config))
-    monitor.write_final(config, images, ddpm.info)
+def draw_grid(config, ddpm, loss):
+    """A grid of samples by the config's sampler, in a new file final.png and in TensorBoard, with the test loss."""
+    images, _ = draw(config, ddpm, config.num_samples, progress=console.at_a_terminal(), **sampling(config))
+    monitor.write_final(config, images, ddpm.info, loss)
 
 
 def bits_per_dim(config, ddpm, test_images):
@@ -428,22 +426,24 @@ def bits_per_dim(config, ddpm, test_images):
     terms = min(config.bound_terms, config.num_timesteps)
     with autocast(config):
         bits = ddpm.bits_per_dim(x0, y if config.use_conditional_generation else None, seed=config.seed, terms=terms,
-                                 rows=share(len(x0)), gather=lambda part: gather(part, len(x0)), progress=is_main())
-    monitor.print_bits(config, bits, len(x0), terms)
+                                 rows=share(len(x0)), gather=lambda part: gather(part, len(x0)),
+                                 progress=console.at_a_terminal())
+    console.print_bits(config, bits, len(x0), terms)
     return bits
 
 
 @on_main
-def measure(config, samples, y, train_images, test_images, frechet_only=False):
+def measure(config, samples, y, train_images, test_images):
     """`metrics.measure` of samples in [-1, 1] or uint8, (N, C, H, W); name and test accuracy of the classifier too."""
-    if samples.is_floating_point():
-        samples = ((samples + 1) * 127.5).round().clamp(0, 255).byte()  # as a PNG keeps them
-    classifier = metrics.load_classifier(config.dataset, train_images.images, train_images.labels, config.data_dir,
-                                         device=config.device, progress=is_main())
-    result, pairs = metrics.measure(classifier, samples, train_images.images, test_images.images, y,
-                                    frechet_only=frechet_only)
-    return result | {"classifier": classifier.name}, pairs, None if frechet_only else classifier.accuracy(
-        test_images.images, test_images.labels)
+    classifier = load_classifier(config, train_images)
+    result, pairs = metrics.measure(classifier, metrics.as_bytes(samples), train_images.images, test_images.images, y)
+    return result | {"classifier": classifier.name}, pairs, classifier.accuracy(test_images.images, test_images.labels)
+
+
+def load_classifier(config, train_images):
+    """The classifier whose features measure samples of this data set."""
+    return metrics.load_classifier(config.dataset, train_images.images, train_images.labels, config.data_dir,
+                                   device=config.device, progress=console.at_a_terminal())
 
 
 if __name__ == "__main__":

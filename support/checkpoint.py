@@ -288,7 +288,8 @@ def load_last(save_dir):
 def _load_progress(path):
     saved = load_checkpoint(path, ("config", "step", "best_loss", "train_curve", "test_curve", "warning", "log", "rng",
                                    "network", "ema", "optimizer", "warmup"))
-    step, curves = saved["step"], (saved["train_curve"], saved["test_curve"])
+    step = saved["step"]
+    curves = [value for name, value in saved.items() if str(name).endswith("_curve")]
     points = [point for curve in curves for point in (curve if isinstance(curve, list) else [None])]
     if not (type(step) is int and step >= 0 and type(saved["best_loss"]) is float and isinstance(saved["log"], str)
             and isinstance(saved["warning"], (str, type(None)))
@@ -315,7 +316,7 @@ def _restore(config, state, progress, saved, total_steps):
         if name in saved:  # a last.pt of an older version lacks the state of uniform timesteps, which is empty
             part.load_state_dict(saved[name])
     match_layouts(state["optimizer"])
-    progress.update({name: saved[name] for name in progress})
+    progress.update({name: saved[name] for name in progress if name in saved})  # older ones have fewer curves
     torch.set_rng_state(saved["rng"]["cpu"])
     if "cuda" in saved["rng"] and torch.device(config.device).type == "cuda":
         torch.cuda.set_rng_state(saved["rng"]["cuda"], config.device)

@@ -21,7 +21,7 @@ WHOLE = {  # smallest and largest
     "batch_size": (1, MOST), "grad_accumulation": (1, MOST), "epochs": (1, MOST), "warmup_steps": (0, MOST),
     "ema_start": (0, MOST), "num_clusters": (0, MOST),
     "ema_update_rate": (1, MOST), "sample_steps": (1, MOST), "num_samples": (1, 10_000), "preview_steps": (1, MOST),
-    "eval_every": (0, MOST), "eval_samples": (1, MOST), "bound_images": (2, MOST), "bound_terms": (2, MOST),
+    "eval_samples": (1, MOST), "bound_images": (2, MOST), "bound_terms": (2, MOST),
     "log_every": (1, 100_000), "sample_every": (1, MOST), "save_every": (1, MOST)}
 NUMBERS = {
     "dropout": (0, 1), "min_snr_gamma": (0, INF), "timestep_std": (0, INF), "learning_rate": (0, INF),
@@ -33,8 +33,8 @@ TEXTS = {"device", "save_dir", "data_dir"}
 # NOT_SAVED: never read back from a saved run. FREE_TO_*: flags that may differ from the saved run.
 NOT_SAVED = {"save_dir", "resume", "evaluate"}
 FREE_TO_RESUME = NOT_SAVED | {"device", "bf16", "use_compile", "data_dir", "epochs", "grad_accumulation",
-                              "learning_rate", "grad_clip", "num_samples", "preview_steps", "eval_every",
-                              "eval_samples", "bound_images", "bound_terms", "log_every", "sample_every", "save_every"}
+                              "learning_rate", "grad_clip", "num_samples", "preview_steps", "eval_samples",
+                              "bound_images", "bound_terms", "log_every", "sample_every", "save_every"}
 FREE_TO_EVALUATE = NOT_SAVED | {"device", "data_dir", "bf16", "use_compile", "seed", "train_size", "test_size",
                                 "num_samples", "sampler", "sample_steps", "timestep_spacing", "guidance_scale",
                                 "eval_samples", "bound_images", "bound_terms"}

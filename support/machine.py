@@ -332,19 +332,6 @@ class Interrupt:
         finally:
             self.immediate = True
 
-    @contextmanager
-    def at_once(self):
-        """Inside `after_the_step`: the first signal ends this block, and the run is asked to stop."""
-        before, self.immediate = self.signum, True
-        try:
-            yield
-        except KeyboardInterrupt:
-            if before or world()[1] > 1:  # other processes wait for this one's share: they end too
-                raise
-            self.signum = self.signum or signal.SIGINT
-        finally:
-            self.immediate = False
-
 
 @contextmanager
 def warning_if_it_fails(what):

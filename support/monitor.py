@@ -1,9 +1,7 @@
-"""What a person watches: TensorBoard, the progress bar, grids of images, the loss curve and the table of measures."""
+"""What a run shows of itself: TensorBoard, grids of images, the loss curve and the table of measures."""
 
 import json
 import math
-import os
-import shlex
 import sys
 import threading
 import time
@@ -12,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from support.console import at_a_terminal, progress_bar
 from support.files import make_folder, unused, whole_file, write_text
-from support.machine import describe_precision, is_main, on_main, warning_if_it_fails
+from support.machine import is_main, on_main, warning_if_it_fails
 
 FIELDS = (  # of the reference's log, in its order
     "device", "batch_size", "epochs", "save_dir", "optimizer_type", "learning_rate", "weight_decay", "use_scheduler",
@@ -29,6 +28,9 @@ MEASURES = {  # of metrics.measure: the words of the table
     "nearest_1st": "the same, first percentile", "copies": "share nearer than 99 % of test digits"}
 
 
+FINAL = ("test_loss", "frechet", "precision", "recall", "accuracy", "bits_per_dim")  # measures that compare runs
+
+
 class Monitor:
     """TensorBoard and the progress bar of a training run, as a context manager.
 
@@ -41,15 +43,12 @@ class Monitor:
     """
 
     def __init__(self, config, progress, stats, images, seen):
-        from tqdm import tqdm
-
         self.config, self.progress = config, progress
         self.samples_dir = make_folder(Path(config.save_dir) / "samples")
         self.events = EventLog(config.save_dir, progress["log"],
                                purge_step=progress["step"] + 1 if progress["step"] else None)
-        self.bar = tqdm(total=images, initial=seen, unit="img", smoothing=0.05, mininterval=0.5,
-                        disable=not is_main())
-        self.stats = stats
+        self.bar = progress_bar(total=images, initial=seen, unit="img", desc="training", disable=not is_main())
+        self.stats, self.shown, self.announced = stats, {}, False
         stats.clock = time.perf_counter()
 
     def __enter__(self):
@@ -69,48 +68,74 @@ class Monitor:
         step, scalars = self.progress["step"], self.stats.read(self.progress["step"], rate)
         for tag, value in (scalars | {"train/learning_rate": rate}).items():
             self.events.add("scalar", tag, value, step)
-        self.bar.set_postfix(loss=f"{scalars['train/loss']:.4f}")
-        self.progress["train_curve"].append([step, scalars["train/loss"]])
+        self.show(loss=scalars["train/batch_loss"])
+        self.progress["train_curve"].append([step, scalars["train/batch_loss"]])
+
+    def show(self, **values):
+        """Numbers that the bar shows until they are replaced."""
+        self.shown |= {name: f"{value:.4g}" for name, value in values.items()}
+        self.bar.set_postfix(self.shown, refresh=at_a_terminal())
+
+    @contextmanager
+    def doing(self, what):
+        """The bar says what the run does inside, when it does not train."""
+        self.bar.set_description(what, refresh=at_a_terminal())
+        yield
+        self.bar.set_description("training", refresh=False)
 
     def log_config(self, ddpm, real):
-        """The config as a table, the reference's fields first, and a grid of real images."""
+        """The config as a table, the reference's fields first, and for the HParams page; a grid of real images."""
         known = vars(self.config) | {
             "optimizer_type": "AdamW", "scheduler_type": "CosineAnnealingLR" if self.config.use_scheduler else None,
             "total_params": 2 * sum(p.numel() for p in ddpm.parameters()),  # network and shadow
             "num_classes": ddpm.num_classes, "normalization": "[-1, 1]", "convert_to_rgb": self.config.channels == 3}
         names = [*FIELDS, *(name for name in known if name not in FIELDS)]
         rows = [f"| {name} | {known[name]} |" for name in names]
-        text = "\n".join(["| | |", "| --- | --- |", *rows])
+        text = "\n".join(["| constant | value |", "| --- | --- |", *rows])
         self.events.add("text", "config", text.encode(errors="replace").decode())  # a path may hold any bytes
+        self.events.add_hparams({name: known[name] for name in names})
         write_grid(real, self.samples_dir / "real.png", self.events, "real", 0)
 
-    def log_samples(self, images):
-        """A grid of samples of this step."""
+    def log_losses(self, train, test):
+        """Losses of some fixed training and test images, measured in the same way: one chart."""
         step = self.progress["step"]
-        write_grid(images, self.samples_dir / f"step_{step:07d}.png", self.events, "samples", step)
+        for part, loss, curve in (("train", train, "fixed_curve"), ("test", test, "test_curve")):
+            self.events.add("scalar", "eval/loss", loss, step, part=part)
+            self.progress[curve].append([step, loss])
 
-    @on_main
-    def log_frechet(self, measured):
-        """The Fréchet distances of some samples and of as many real images."""
-        for name in ("frechet", "frechet_real"):
-            self.events.add("scalar", f"samples/{name}", measured[0][name], self.progress["step"])
+    def log_samples(self, images):
+        """A grid of samples of this step. The first one is announced, with the time that the run will take."""
+        step = self.progress["step"]
+        path = self.samples_dir / f"step_{step:07d}.png"
+        write_grid(images, path, self.events, "samples", step)
+        if not self.announced:
+            minutes = (self.bar.total - self.bar.n) / self.stats.rate / 60
+            self.bar.write(f"{self.stats.rate:.0f} images a second: about {minutes:.0f} minutes to go; first digits: "
+                           f"{path}", file=sys.stderr)
+            self.announced = True
+
+    def log_frechet(self, samples, real):
+        """The Fréchet distance of the grid, and that of real images: one chart."""
+        step = self.progress["step"]
+        self.events.add("scalar", "eval/frechet", samples, step, part="samples")
+        self.events.add("scalar", "eval/frechet", real, step, part="real")
+        self.progress["frechet_curve"].append([step, samples])
+        self.show(frechet=samples)
 
 
 class EventLog:
     """TensorBoard's log of a run, as a context manager; only the main process writes it.
 
-    If it cannot be written, a warning says so once, and the run goes on without it.
+    What belongs into one chart has the same tag and another `part`, a subfolder, which TensorBoard shows as a run of
+    its own: losses of training and test images, real and generated samples. If the log cannot be written, a warning
+    says so once, and the run goes on without it.
     """
 
     def __init__(self, save_dir, name, purge_step=None):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = None
+        self.folder, self.purge_step = Path(save_dir) / "tensorboard_logs" / name, purge_step
+        self.writers, self.works = {}, is_main()
         if is_main():
             self.hook, threading.excepthook = threading.excepthook, self._quiet
-            with warning_if_it_fails("TensorBoard's log"):
-                self.writer = SummaryWriter(Path(save_dir) / "tensorboard_logs" / name, purge_step=purge_step,
-                                            flush_secs=10)
 
     def __enter__(self):
         return self
@@ -118,21 +143,38 @@ class EventLog:
     def __exit__(self, *exception):
         self.close()
 
-    def add(self, kind, *what):
-        """SummaryWriter's `add_scalar`, `add_image` or `add_text`."""
-        if self.writer is not None:
-            writer, self.writer = self.writer, None
+    def add(self, kind, *what, part="."):
+        """SummaryWriter's `add_scalar`, `add_image` or `add_text`, or a "summary" that is ready to write."""
+        if self.works:
+            self.works = False
             with warning_if_it_fails("TensorBoard's log"):
-                getattr(writer, f"add_{kind}")(*what)
-                self.writer = writer
+                writer = self._writer(part)
+                (writer.file_writer.add_summary if kind == "summary" else getattr(writer, f"add_{kind}"))(*what)
+                self.works = True
+
+    def add_hparams(self, values):
+        """The constants of the run, and which measures compare it, for TensorBoard's HParams page."""
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in values.items()}
+        for summary in hparams(plain, {f"final/{name}": 0 for name in FINAL})[:2]:  # not "finished"
+            self.add("summary", summary)
 
     def close(self):
-        """Write what is left, and close the file."""
-        if self.writer is not None:
+        """Write what is left, and close the files."""
+        if self.works:
             with warning_if_it_fails("TensorBoard's log"):
-                self.writer.close()
+                for writer in self.writers.values():
+                    writer.close()
         if is_main():
             threading.excepthook = self.hook
+
+    def _writer(self, part):
+        from torch.utils.tensorboard import SummaryWriter
+
+        if part not in self.writers:
+            self.writers[part] = SummaryWriter(self.folder / part, purge_step=self.purge_step, flush_secs=10)
+        return self.writers[part]
 
     def _quiet(self, failure):
         """TensorBoard's thread ends with the error that the next `add` gets; it need not be shown twice."""
@@ -147,6 +189,7 @@ class RunningStats:
         self.num_timesteps = config.num_timesteps
         self.steps = torch.zeros(2, config.log_every, device=config.device)  # loss and gradient norm of each
         self.quartiles = torch.zeros(2, 4, dtype=torch.float64, device=config.device)  # by t: sums of losses, weights
+        self.seconds = self.rate = 0.0  # that steps took in all; images a second, last
         self.start()
 
     def start(self):
@@ -173,11 +216,13 @@ class RunningStats:
             SystemExit: see `check`.
         """
         losses, norms = self.check(step, rate)
-        scalars = {"train/loss": sum(losses) / self.count, "train/grad_norm": sum(norms) / self.count,
-                   "train/images_per_second": self.images / (time.perf_counter() - self.clock)}
+        seconds = time.perf_counter() - self.clock
+        self.seconds, self.rate = self.seconds + seconds, self.images / seconds
+        scalars = {"train/batch_loss": sum(losses) / self.count, "train/grad_norm": sum(norms) / self.count,
+                   "train/images_per_second": self.rate}
         for quartile, (total, weight) in enumerate(self.quartiles.T.tolist(), start=1):
             if weight:
-                scalars[f"train_loss_by_t/quartile_{quartile}"] = total / weight
+                scalars[f"train_batch_loss_by_t/quartile_{quartile}"] = total / weight
         self.start()
         return scalars
 
@@ -227,21 +272,25 @@ def write_grid(images, path, events=None, tag=None, step=None):
 
 @on_main
 def plot_losses(config, progress, path):
-    """Training and test loss over the steps. Averaged targets make the training loss lower, so its label says so."""
+    """Three charts over the steps: what training minimises, the loss of fixed images, the Fréchet distance."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    train_label = "train, averaged targets" if config.target_references else "train"
-    for name, style in (("train", {"label": train_label, "linewidth": 1}), ("test", {"label": "test", "marker": "o"})):
-        if progress[f"{name}_curve"]:
-            axes.plot(*zip(*progress[f"{name}_curve"]), **style)
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title="DDPM training")
-    axes.grid(True, which="both", alpha=0.3)
-    if axes.lines:
-        axes.legend()
+    averaged = " (averaged targets)" if config.target_references else ""
+    charts = {f"training batches{averaged}": {"loss": progress["train_curve"]},
+              "fixed images, plain targets": {"train": progress["fixed_curve"], "test": progress["test_curve"]},
+              "Fréchet distance of the grids": {"samples": progress["frechet_curve"]}}
+    figure, row = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    for axes, (title, curves) in zip(row, charts.items()):
+        for label, curve in curves.items():
+            if curve:
+                axes.plot(*zip(*curve), label=label, marker="" if len(curve) > 50 else ".")
+        axes.set(xlabel="step", yscale="log", title=title)
+        axes.grid(True, which="both", alpha=0.3)
+        if len(axes.lines) > 1:
+            axes.legend()
     with warning_if_it_fails("writing a picture"), whole_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
     plt.close(figure)
@@ -266,11 +315,12 @@ def table(result, accuracy):
 
 
 @on_main
-def write_final(config, images, info):
-    """The final grid of a model with this `info`, in a new file final.png and in TensorBoard."""
+def write_final(config, images, info, test_loss):
+    """The final grid of a model with this `info`, in a new file final.png; that and its test loss in TensorBoard."""
     path = unused(make_folder(Path(config.save_dir) / "samples") / "final.png")
     with EventLog(config.save_dir, info["log"]) as events:
-        write_grid(images, path, events, "samples/final", info["step"])
+        write_grid(images, path, events, "final", info["step"])
+        events.add("scalar", "final/test_loss", test_loss, info["step"])
     print(f"model: {Path(config.save_dir) / 'best_model.pt'}   samples: {path}")
 
 
@@ -291,82 +341,12 @@ def report(config, measured, info=None, **known):
     if info:
         known |= {"seed": config.seed, "epoch": info["epoch"], "step": info["step"]}
         with EventLog(save_dir, info["log"]) as events:
-            for tag, value in result.items():
+            for tag, value in (result | known).items():
                 if isinstance(value, (int, float)):
-                    events.add("scalar", f"evaluation/{tag}", value, info["step"])
-            write_grid(pairs, picture, events, "samples/nearest", info["step"])
+                    events.add("scalar", f"final/{tag}", value, info["step"])
+            write_grid(pairs, picture, events, "nearest", info["step"])
     else:
         write_grid(pairs, picture)
     plain = {name: None if value != value else value for name, value in (known | result).items()}  # JSON has no NaN
     write_text(path, json.dumps(plain, indent=2) + "\n")
     print(f"measures: {path}   nearest pairs: {picture}")
-
-
-def print_start(run, least_samples):
-    """What is trained on what, and how to watch it."""
-    config = run.config
-    print(f"{config.dataset}: {len(run.train_images):,} images to train, {len(run.test_images):,} to test; network: "
-          f"{sum(p.numel() for p in run.ddpm.parameters()):,} parameters on {config.device}\n"
-          f"precision: {describe_precision(config)}\n"
-          f"{run.total_steps:,} steps, {run.progress['step']:,} done; process {os.getpid()}\n"
-          f"watch: {tensorboard_command(config.save_dir)}")
-    if config.eval_every and run.few_samples <= least_samples:
-        print("samples are not measured during training: there are too few training or test images")
-
-
-def print_test_loss(config, loss, info):
-    """Print the test loss, and which weights it is of: the epoch was chosen by this very loss."""
-    best = f"epoch {info['epoch']}, which has the lowest" if info["epoch"] else f"step {info['step']}, in epoch 1"
-    print(f"test loss {loss:.5f} ({config.test_size:,} images of {config.dataset}; EMA weights of {best})")
-
-
-def print_bits(config, bits, images, terms):
-    """Print a `likelihood.BitsPerDim` of so many images and terms."""
-    given = " given the label" if config.use_conditional_generation else ""
-    print(f"bits per dimension{given} {bits.total:.4f} +- {bits.standard_error:.4f}: prior {bits.prior:.4f}, KL terms "
-          f"{bits.kl:.4f}, decoder {bits.decoder:.4f} ({images:,} images, {terms} of {config.num_timesteps} terms)")
-
-
-def print_left_out(names):
-    """Print which files of a folder were not read."""
-    if names:
-        print(f"not read, since they are no PNGs: {', '.join(names[:10])}"
-              + (f" and {len(names) - 10} more" if len(names) > 10 else ""))
-
-
-@on_main
-def print_saved(progress, asked):
-    """Print that a run was saved, if it was asked to and goes on."""
-    if asked == "save":
-        print(f"\nsaved at step {progress['step']:,}", file=sys.stderr)
-
-
-def print_stopped(config, progress):
-    """Print where a run stopped, and how to continue it."""
-    print(f"stopped at step {progress['step']:,}; everything is saved. To continue: "
-          f"{shell_command('--resume', save_dir=config.save_dir)}")
-
-
-def shell_command(*flags, save_dir):
-    """`python train_eval.py FLAGS` for the folder of a run, ready to paste into a shell."""
-    folder = [] if save_dir == "checkpoints" else [f"--save_dir={save_dir}"]
-    return shlex.join(["python", "train_eval.py", *flags, *folder])
-
-
-def tensorboard_command(save_dir):
-    """The command that shows a run, ready to paste. Without the last flag TensorBoard shows only ten grids."""
-    folder = Path(save_dir) / "tensorboard_logs"
-    return shlex.join(["tensorboard", f"--logdir={folder}", "--samples_per_plugin", "images=1000"])
-
-
-@contextmanager
-def shown_at_both_ends(warning):
-    """Print a warning before the block and, in case it scrolled away, after it; None prints nothing."""
-    warning = warning if is_main() else None
-    if warning:
-        print(warning, file=sys.stderr)
-    try:
-        yield
-    finally:
-        if warning:
-            print(warning, file=sys.stderr)

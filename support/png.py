@@ -1,20 +1,62 @@
-"""One PNG as the picture that a person sees, or a refusal in one line."""
+"""PNGs as the pictures that a person sees, or a refusal in one line."""
 
 import math
+import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from support.checks import one_line, printable
+from support.checks import check_path, one_line, printable
 
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 WHOLE = ((0, 0, 1, 1),)  # the passes of an image: first column and row, distance of columns and of rows
 
 
+def read_folder(folder):
+    """Read all PNGs of a folder and its subfolders, sorted by path.
+
+    Each PNG becomes the RGB picture that a person sees. 16 bits become 8: grey levels are rounded, v / 257, and for
+    colours Pillow keeps the high byte. Symbolic links to folders are not followed.
+
+    Returns:
+        The images, uint8, (N, 3, H, W), and a sorted list of what was left out: the relative paths of files that are
+        not PNGs and of links to folders.
+
+    Raises:
+        ValueError: if there is no folder or no PNG in it, or if a PNG is unreadable, has another size than the first
+            one, has transparent pixels, or is animated.
+    """
+
+    check_path("evaluate", folder)
+
+    def refuse(error):
+        raise ValueError(f"{printable(error.filename)}: not a readable folder ({one_line(error)})")
+
+    paths, left_out = [], []
+    for here, folders, files in os.walk(folder, onerror=refuse) if os.path.isdir(folder) else ():
+        pngs = [name for name in files if name.lower().endswith(".png")]
+        links = [name for name in folders if os.path.islink(os.path.join(here, name))]
+        paths += [Path(here, name).relative_to(folder) for name in pngs]
+        left_out += [Path(here, name).relative_to(folder).as_posix() for name in {*files, *links} - {*pngs}]
+    if not paths:
+        raise ValueError(f"evaluate {str(folder)!r}: expected a folder of PNGs, one per image; "
+                         + ("there is no PNG in it" if os.path.isdir(folder) else "there is no such folder"))
+    paths.sort(key=lambda path: path.parts)
+    images = []
+    for path in paths:
+        images.append(read_png(Path(folder, path)))
+        if images[-1].shape != images[0].shape:
+            size, expected = (f"{image.shape[2]}x{image.shape[1]}" for image in (images[-1], images[0]))
+            raise ValueError(f"{printable(Path(folder, path))}: {size} pixels; expected {expected}, the size of "
+                             f"{printable(paths[0])}")
+    return torch.stack(images), sorted(left_out)
+
+
 def read_png(path):
-    """One PNG as a person sees it: uint8, (3, H, W). `metrics.read_folder` lists what is refused."""
+    """One PNG as a person sees it: uint8, (3, H, W). `read_folder` lists what is refused."""
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 

@@ -27,6 +27,7 @@ from ema import EMA
 from process import GaussianProcess, make_betas
 from support import configurator
 from support.checkpoint import save_checkpoint
+from support.png import read_folder
 from timesteps import ImportanceSampler, LogitNormalSampler, UniformSampler, make_timesteps
 from unet import UNet
 
@@ -171,7 +172,7 @@ ARGUMENTS = [
     *settings(lambda **options: metrics.load_classifier(**dict(dataset="glyphs", images=BYTES, labels=LABELS,
                                                               folder="x") | options), dataset=(None, 3, ["mnist"]),
               images=(None, BYTES.float()), labels=(None, LABELS[:4]), folder=(None, 3, "a\0b"), device=("abacus",)),
-    *settings(lambda evaluate: metrics.read_folder(evaluate), evaluate=(None, 3, True, b"x", "a\0b", ["x"])),
+    *settings(lambda evaluate: read_folder(evaluate), evaluate=(None, 3, True, b"x", "a\0b", ["x"])),
     *settings(lambda **options: classifier().read(**dict(images=BYTES) | options),
               images=(None, X, BYTES[:0], "x"), batch_size=(0, *NO_WHOLE)),
     *settings(lambda labels: classifier().accuracy(BYTES, labels), labels=(None, 3, LABELS[:2], LABELS.float())),
@@ -186,7 +187,7 @@ ARGUMENTS = [
     *settings(lambda **options: metrics.measure(**dict(classifier=classifier(), samples=BYTES, train=BYTES, test=BYTES)
                                                 | options),
               samples=(None, X, [0], BYTES[0]), train=(None, X), test=(None, X), labels=(3, LABELS[:2], LABELS.float()),
-              seed=(-1, True, "0", 1.5), frechet_only=NO_SWITCH),
+              seed=(-1, True, "0", 1.5)),
     *settings(lambda **options: model().sample(**dict(n=2) | options), n=(0, *NO_WHOLE), steps=(0, 11, True, "3", 2.0),
               sampler=("euler", 3, True, ["ddpm"]), eta=(-0.1, 1.5, True, "0", NAN, INF), batch_size=(0, *NO_WHOLE),
               guidance_scale=(True, "1", NAN, INF, [1.0], 10**400), seed=(-1, HUGE, True, "0", 1.5, [0]),
@@ -371,7 +372,7 @@ def test_a_png_of_all_its_rows_is_read_whatever_its_order(tmp_path):
         header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 1)
         data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
         (tmp_path / "a.png").write_bytes(data)
-        (image,), _ = metrics.read_folder(tmp_path)
+        (image,), _ = read_folder(tmp_path)
         assert image.shape == (3, height, width) and (image == 7).all()
 
 

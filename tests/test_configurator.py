@@ -63,7 +63,7 @@ def test_a_constant_of_the_wrong_kind_is_one_line(name, value, expected):
     ("--loss vlb --target_references 9", "target_references 9 with loss 'vlb'"),
     ("--no-use_conditional_generation --num_clusters 0 --guidance_scale 2", "guidance_scale 2.0: guidance needs"),
     ("--num_clusters 8", "num_clusters 8: clusters stand in for labels; expected 0"),
-    ("--num_timesteps 9 --sample_steps 5", "preview_steps 10: expected at most num_timesteps 9"),
+    ("--num_timesteps 4 --sample_steps 4", "preview_steps 5: expected at most num_timesteps 4"),
     ("--channels 2", "channels 2: expected 1 (grey) or 3 (RGB)"),
     ("--zero_terminal_snr --min_snr_gamma 5", "min_snr_gamma 5.0 with zero_terminal_snr"),
     ("--zero_terminal_snr --prediction eps", "zero_terminal_snr with prediction 'eps'"),

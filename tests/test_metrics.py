@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import metrics
 from dataprocess import load_data
+from support.png import read_folder
 
 
 def gaussian(n, mean, cov, seed=0):
@@ -520,7 +521,7 @@ DAMAGED = {
 def test_a_png_is_read_as_a_person_sees_it(kind, tmp_path):
     data, pixels = SEEN[kind]
     (tmp_path / "a.png").write_bytes(data)
-    (image,), left_out = metrics.read_folder(tmp_path)
+    (image,), left_out = read_folder(tmp_path)
     assert image.dtype == torch.uint8 and image.shape == (3, 1, len(pixels)) and left_out == []
     assert image[:, 0].T.tolist() == [p if isinstance(p, list) else [p] * 3 for p in pixels]
 
@@ -534,14 +535,14 @@ def test_a_png_without_a_definite_picture_is_refused_in_one_line(kind, tmp_path)
     else:
         (tmp_path / "a.png").write_bytes(TRANSPARENT[kind])
     with pytest.raises(ValueError, match=rf"^/.*a\.png: {expected}"):
-        metrics.read_folder(tmp_path)
+        read_folder(tmp_path)
 
 
 def test_a_png_of_a_mode_that_pillow_may_learn_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(PngImagePlugin._MODES, (8, 6), ("CMYK", "CMYK"))
     (tmp_path / "a.png").write_bytes(SEEN["RGBA"][0])
     with pytest.raises(ValueError, match=r"^/.*a\.png: PNG of mode CMYK: this mode is unknown"):
-        metrics.read_folder(tmp_path)
+        read_folder(tmp_path)
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
@@ -550,7 +551,7 @@ def test_a_damaged_png_is_refused_in_one_line(kind, tmp_path):
     make = DAMAGED[kind] if callable(DAMAGED[kind]) else lambda path: path.write_bytes(DAMAGED[kind])
     make(tmp_path / "b.png")
     with pytest.raises(ValueError, match=r"^/[^\n]*b\.png: not a readable PNG \([^\n]+\); repair or move it$"):
-        metrics.read_folder(tmp_path)
+        read_folder(tmp_path)
 
 
 def test_a_folder_of_pngs_comes_back_as_it_was_written(tmp_path):
@@ -565,18 +566,18 @@ def test_a_folder_of_pngs_comes_back_as_it_was_written(tmp_path):
         (tmp_path / name).write_text("not an image")
     for name in others[-2:]:
         (tmp_path / name).symlink_to("deep")  # a folder
-    images, left_out = metrics.read_folder(str(tmp_path))
+    images, left_out = read_folder(str(tmp_path))
     assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 3] and left_out == others
 
 
 def test_a_folder_that_cannot_be_measured_is_refused_in_one_line(tmp_path, monkeypatch):
     for folder, message in ((tmp_path, "there is no PNG in it$"), (tmp_path / "missing", "there is no such folder$")):
         with pytest.raises(ValueError, match=message):
-            metrics.read_folder(folder)
+            read_folder(folder)
     (tmp_path / "a.png").write_bytes(png(8, 0, bytes(32)))
     (tmp_path / "b\n.png").write_bytes(png(8, 0, bytes(28)))
     with pytest.raises(ValueError, match=r"^'/.*b\\n.png': 28x1 pixels; expected 32x1, the size of a.png$"):
-        metrics.read_folder(tmp_path)
+        read_folder(tmp_path)
     monkeypatch.setattr(os, "scandir", read_only)
     with pytest.raises(ValueError, match="^.*not a readable folder"):
-        metrics.read_folder(tmp_path)
+        read_folder(tmp_path)

@@ -15,12 +15,12 @@ from test_bad_input import png_rows
 from test_dataprocess import small_mnist
 from test_metrics import SEEN, chunk
 
-import metrics
 import train_eval
 from dataprocess import FILES, load_data
 from diffusion import DDPM
 from process import make_betas
 from support.checkpoint import load_checkpoint, save_checkpoint
+from support.png import read_folder
 from unet import UNet
 
 CONSTANTS = read_constants({"device": "cpu"})
@@ -90,7 +90,7 @@ def test_any_bytes_in_place_of_a_data_file(folder, file, data):
 @given(data=damaged(st.sampled_from([data for data, _ in SEEN.values()] + [png_rows(8, 8)])))
 def test_any_bytes_in_place_of_a_png(folder, data):
     (folder / "a.png").write_bytes(data)
-    found = answered(metrics.read_folder, folder)
+    found = answered(read_folder, folder)
     assert found is None or found[0].dtype == torch.uint8 and found[0].shape[:2] == (1, 3)
 
 
@@ -110,7 +110,7 @@ def test_a_png_is_read_if_and_only_if_all_its_pixels_are_there(folder, size, bit
     pixels = zlib.compress(bytes(max(0, needed + rest)))
     (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + palette + chunk(b"IDAT", pixels)
                                    + chunk(b"IEND", b""))
-    found = answered(metrics.read_folder, folder)
+    found = answered(read_folder, folder)
     legal = bits in {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}[colour]
     whole = legal and needed and rest >= 0 and colour in (0, 2, 3)  # with colour 4 and 6 zeros are transparent
     assert (found is not None) == bool(whole)

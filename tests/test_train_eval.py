@@ -66,10 +66,10 @@ def timesteps_of(config):
     return make_timesteps(config.timestep_sampling, config.num_timesteps, config.timestep_std)
 
 
-def scalars(save_dir):
-    """TensorBoard scalars of the only run: {tag: {step: value}}."""
+def scalars(save_dir, part="."):
+    """TensorBoard scalars of a part of the only run: {tag: {step: value}}."""
     (log,) = (save_dir / "tensorboard_logs").iterdir()
-    events = EventAccumulator(str(log), size_guidance={"images": 0, "scalars": 0, "tensors": 0}).Reload()
+    events = EventAccumulator(str(log / part), size_guidance={"images": 0, "scalars": 0, "tensors": 0}).Reload()
     return events, {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
@@ -94,7 +94,7 @@ def trained(tmp_path_factory, data_flags):
     save_dir = tmp_path_factory.mktemp("run")
     flags = [*SMALL, *data_flags, "--use_augmentation", "--dropout", 0.1, "--use_conditional_generation",
              "--ema_start", 5, "--variance", "learned", "--timestep_sampling", "importance", "--num_timesteps", 10,
-             "--num_heads", 2]  # so few timesteps that importance sampling is warm before the first epoch is over
+             "--num_samples", 70, "--num_heads", 2]  # so few timesteps that importance sampling is warm in an epoch
     done = run(*flags, "--save_dir", save_dir)
     assert done.returncode == 0, done.stderr
     return save_dir, flags, done
@@ -108,27 +108,37 @@ def test_a_run_leaves_everything_that_it_promises(trained):
     assert sorted(path.name for path in (save_dir / "samples").iterdir()) == [
         "final.png", "real.png", *(f"step_{step:07d}.png" for step in range(10, STEPS + 1, 10))]
     for path in (save_dir / "samples").iterdir():
-        assert Image.open(path).size == (10 * 34 + 2, 2 * 34 + 2)  # two rows of ten: a column a digit
-    assert "320 images to train, 100 to test" in done.stdout and "tensorboard --logdir" in done.stdout
-    assert "best_model.pt" in done.stdout and "img/s" in done.stderr and "loss=" in done.stderr
+        assert Image.open(path).size == (10 * 34 + 2, 7 * 34 + 2)  # seven rows of ten: a column a digit
+    for words in ("320 images to train, 100 to test", "parameters, by digit", "device: cpu, ", "tensorboard --logdir",
+                  "best_model.pt", "test loss ", "Fréchet distance of the last grid", "--evaluate", "minutes"):
+        assert words in done.stdout, words
+    lines = done.stderr.splitlines()  # no terminal: lines, and few of them
+    assert "\r" not in done.stderr and len(lines) < 5 and lines[-1].startswith("training: 640 of 640 images, ")
+    assert "loss=" in lines[-1] and "frechet=" in lines[-1] and any("minutes to go" in line for line in lines)
 
 
 def test_tensorboard_has_the_curves_the_grids_and_the_config(trained):
     save_dir, _, _ = trained
     events, curves = scalars(save_dir)
     assert set(curves) == {
-        "train/loss", "test/loss", "train/grad_norm", "train/learning_rate", "train/images_per_second",
-        "samples/frechet", "samples/frechet_real",
-        *(f"train_loss_by_t/quartile_{i}" for i in range(1, 5))}
-    assert list(curves["train/loss"]) == list(range(5, STEPS + 1, 5)) and list(curves["test/loss"]) == [20, 40]
-    assert list(curves["samples/frechet"]) == list(curves["samples/frechet_real"]) == [20, 40]
-    assert curves["samples/frechet"][40] > 2 * curves["samples/frechet_real"][40] > 0  # no digits yet
+        "train/batch_loss", "train/grad_norm", "train/learning_rate", "train/images_per_second", "final/test_loss",
+        *(f"train_batch_loss_by_t/quartile_{i}" for i in range(1, 5))}
+    assert list(curves["train/batch_loss"]) == list(range(5, STEPS + 1, 5))
+    looks, part = [10, 20, 30, 40], {name: scalars(save_dir, name)[1] for name in ("train", "test", "samples", "real")}
+    assert all(set(part[name]) == {f"eval/{tag}"} and list(part[name][f"eval/{tag}"]) == looks for name, tag in (
+        ("train", "loss"), ("test", "loss"), ("samples", "frechet"), ("real", "frechet")))
+    assert part["samples"]["eval/frechet"][40] > 2 * part["real"]["eval/frechet"][40] > 0  # no digits yet
+    assert len(set(part["real"]["eval/frechet"].values())) == 1
+    last = torch.load(save_dir / "last.pt", weights_only=True)
+    for name, tag, curve in (("train", "loss", "fixed"), ("test", "loss", "test"), ("samples", "frechet", "frechet")):
+        assert dict(last[f"{curve}_curve"]) == pytest.approx(part[name][f"eval/{tag}"])
     rate = curves["train/learning_rate"]
     for step, value in rate.items():  # cosine to zero over the run
         assert value == pytest.approx(PEAK * (1 + math.cos(math.pi * step / STEPS)) / 2, abs=1e-9)
-    first, last = (curves["train/loss"][step] for step in (5, STEPS))
+    first, last = (curves["train/batch_loss"][step] for step in (5, STEPS))
     assert last < 0.95 * first, "training must lower the loss"
-    assert {"real", "samples", "samples/final"} == set(events.Tags()["images"])
+    assert {"real", "samples", "final"} == set(events.Tags()["images"])
+    assert [e.step for e in events.Images("samples")] == looks
     table = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     rows = dict(line.strip("| ").split(" | ") for line in table.splitlines()[2:])
     assert list(rows)[:28] == list(FIELDS)
@@ -155,13 +165,14 @@ def test_adamw_has_the_constants_and_its_fused_form(trained):
     assert group["weight_decay"] == 1e-4 and group["fused"] and group["initial_lr"] == PEAK
 
 
-def test_grids_during_training_are_ema_weights_by_ddim_in_few_steps_a_column_a_digit(trained, tmp_path):
+def test_grids_during_training_are_ema_weights_in_few_steps_a_column_a_digit(trained, tmp_path):
     """The last grid of the run, drawn again from the EMA weights that best_model.pt holds."""
     save_dir, flags, _ = trained
     config, _ = train_eval.configure([*map(str, flags), "--save_dir", str(tmp_path)])
     best = DDPM.load(save_dir / "best_model.pt", "cpu")
-    images = best.sample(20, torch.arange(20) % 10, sampler="ddim", steps=4, seed=0)
-    torch.testing.assert_close(train_eval.draw(config, best, 20, sampler="ddim", steps=4)[0], images)
+    how = {"sampler": "sde-dpm++", "steps": 4, "guidance_scale": 1.0}
+    images = best.sample(70, torch.arange(70) % 10, seed=0, **how)
+    torch.testing.assert_close(train_eval.draw(config, best, 70, **how)[0], images)
     drawn = torch.from_numpy(np.array(Image.open(save_dir / "samples" / f"step_{STEPS:07d}.png")))
     expected = make_grid((images + 1) / 2, nrow=10).clamp(0, 1) * 255
     assert (drawn.permute(2, 0, 1) - expected).abs().max() < 2
@@ -247,7 +258,7 @@ def test_every_step_of_a_run_has_references_of_its_own(data_flags, tmp_path, mon
     seen, step = [], train_eval.train_step
     monkeypatch.setattr(train_eval, "train_step", lambda *args: (seen.append(args[-1][0]), step(*args))[1])
     flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--epochs", 1, "--train_size", 40, "--test_size", 10,
-             "--num_samples", 2, "--eval_every", 0, "--target_references", 7]
+             "--num_samples", 2, "--target_references", 7]
     assert train_eval.main([*map(str, flags)]) == 0
     assert [len(images) for images in seen] == [7, 7, 7]
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
@@ -415,7 +426,7 @@ def test_a_seed_decides_the_run_to_the_bit_and_another_seed_another_run(trained,
     save_dir, flags, _ = trained
     assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path / "same")]) == 0
     assert same(state(tmp_path / "same"), state(save_dir))
-    other = ["--save_dir", str(tmp_path / "other"), "--seed", "1", "--epochs", "1", "--eval_every", "0"]
+    other = ["--save_dir", str(tmp_path / "other"), "--seed", "1", "--epochs", "1"]
     assert train_eval.main([*map(str, flags), *other]) == 0
     assert not same(state(tmp_path / "other")["train_curve"][0], state(save_dir)["train_curve"][0])
     final = [(folder / "samples" / "final.png").read_bytes() for folder in (save_dir, tmp_path / "same")]
@@ -427,7 +438,8 @@ def test_a_finished_run_can_be_made_longer(trained, tmp_path, data_flags):
     assert train_eval.main([*map(str, flags), "--epochs", "1"]) == 0
     assert train_eval.main(["--save_dir", str(tmp_path), "--resume", "--device", "cpu", "--epochs", "2"]) == 0
     _, curves = scalars(tmp_path)
-    assert list(curves["test/loss"]) == [20, 40] and curves["test/loss"][40] < curves["test/loss"][20]
+    losses = scalars(tmp_path, "test")[1]["eval/loss"]
+    assert list(losses) == [10, 20, 30, 40] and losses[40] < losses[20]
     rate = curves["train/learning_rate"]
     for step, value in rate.items():  # after two steps of rise, a tenth of the first run, a cosine to zero, twice
         share = (0.75 if step == 1 else 1) * (1 + math.cos(math.pi * step / (20 if step <= 20 else STEPS))) / 2
@@ -461,7 +473,7 @@ def test_a_last_pt_of_an_older_version_still_goes_on(whole, tmp_path):
     save_dir, flags = whole
     saved = torch.load(save_dir / "last.pt", weights_only=True)
     assert saved.pop("timesteps") == {} and saved["ema"].pop("buffers") == {}
-    del saved["config"]["timestep_spacing"]
+    del saved["config"]["timestep_spacing"], saved["fixed_curve"], saved["frechet_curve"]
     torch.save(saved, tmp_path / "last.pt")
     shutil.copy(save_dir / "best_model.pt", tmp_path)
     assert train_eval.main(["--resume", "--save_dir", str(tmp_path), "--device", "cpu", "--epochs", "3"]) == 0
@@ -564,10 +576,10 @@ def test_a_folder_of_pngs_is_measured_as_a_model_is(data_flags, tmp_path, capsys
 
 @pytest.mark.parametrize("size", [1, 64, 65])
 def test_too_few_images_to_measure_with_cost_a_line_and_not_the_run(data_flags, tmp_path, capsys, size):
-    flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--test_size", size, "--epochs", 1]
+    flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--test_size", size, "--epochs", 1, "--num_samples", 65]
     assert train_eval.main([*map(str, flags)]) == 0
-    assert ("samples are not measured during training" in capsys.readouterr().out) == (size < 65)
-    assert ("samples/frechet" in scalars(tmp_path)[1]) == (size >= 65)
+    assert ("the grids are not measured during training" in capsys.readouterr().out) == (size < 65)
+    assert any((tmp_path / "tensorboard_logs").glob("*/samples")) == (size >= 65)
     assert train_eval.main(["--evaluate", "--save_dir", str(tmp_path), "--device", "cpu", "--bound_images", "2"]) == 0
     out, written = capsys.readouterr().out, json.loads((tmp_path / "evaluation.json").read_text())
     assert written["samples"] == size and ("frechet" in written) == (size >= 65) and ("recall" in written) == (size > 3)
@@ -575,29 +587,24 @@ def test_too_few_images_to_measure_with_cost_a_line_and_not_the_run(data_flags, 
 
 
 @pytest.mark.parametrize("what, words, error", [
-    ("metrics.measure", "measuring samples failed", RuntimeError("unexpected pos 1 vs 2\nlong story")),
-    ("metrics.measure", "measuring samples failed", KeyError("frechet")),
+    ("metrics.FrechetMeter.__call__", "measuring samples failed", RuntimeError("unexpected pos 1 vs 2\nlong story")),
+    ("metrics.frechet_distance", "measuring samples failed", KeyError("frechet")),
     ("metrics.load_classifier", "measuring samples failed", OSError(28, "No space left on device")),
-    ("test_loss", "the test loss failed", torch.OutOfMemoryError("CUDA out of memory.")),
-    ("draw", "a grid of samples failed", MemoryError())])
-def test_an_evaluation_that_fails_is_a_warning_and_loses_nothing(data_flags, tmp_path, capsys, monkeypatch, what, words,
-                                                                 error):
-    """last.pt is saved before the epoch is evaluated."""
+    ("train_eval.test_loss", "the test loss failed", torch.OutOfMemoryError("CUDA out of memory.")),
+    ("train_eval.draw", "a grid of samples failed", MemoryError())])
+def test_a_look_that_fails_is_a_warning_and_loses_nothing(data_flags, tmp_path, capsys, monkeypatch, what, words,
+                                                          error):
     def fail(*args, **options):
-        if (tmp_path / "last.pt").exists():  # it does not for the grid, which is drawn first
-            saved.append(torch.load(tmp_path / "last.pt", weights_only=True)["step"])
         raise error
 
-    saved, (place, _, name) = [], what.rpartition(".")
-    monkeypatch.setattr(metrics if place else train_eval, name, fail)
+    monkeypatch.setattr(what, fail)
     monkeypatch.setattr(train_eval, "draw_final", lambda run: True)  # it draws too
     monkeypatch.setattr(metrics, "train_classifier", lambda *args, **options: metrics.Classifier(10))
-    flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--epochs", 1, "--sample_every", 20, "--save_every", 99]
+    flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--epochs", 1, "--num_samples", 65]
     assert train_eval.main([*map(str, flags)]) == 0
     err = capsys.readouterr().err
     assert f"{words} ({type(error).__name__}" in err and "the run goes on" in err and "long story" not in err
-    assert set(saved) == {20} and state(tmp_path)["step"] == 20
-    assert (state(tmp_path)["best_loss"] == math.inf) == (what == "test_loss")
+    assert state(tmp_path)["step"] == 20 and (state(tmp_path)["best_loss"] == math.inf) == (what[-9:] == "test_loss")
     assert DDPM.load(tmp_path / "best_model.pt", "cpu").info["step"] == 20
 
 
@@ -610,45 +617,36 @@ def whole(tmp_path_factory, data_flags):
     return save_dir, flags
 
 
-@pytest.mark.parametrize("what, call, step", [("metrics.measure", 2, 40)])
-def test_ctrl_c_in_an_evaluation_ends_it_at_once_and_the_run_goes_on_to_the_same_bits(whole, tmp_path, capsys,
-                                                                                      monkeypatch, what, call, step):
+def test_ctrl_c_in_a_look_waits_for_it_and_the_run_goes_on_to_the_same_bits(whole, tmp_path, capsys, monkeypatch):
     save_dir, flags = whole
-    (tmp_path / "cut").mkdir()
-    place, _, name = what.rpartition(".")
-    place = metrics if place else train_eval
-    function, calls = getattr(place, name), []
+    save_best = train_eval.save_best
 
-    def pressed(*args, **options):
-        calls.append(1)
-        if len(calls) == call:
+    def pressed(run, value):
+        if run.progress["step"] == 20:
             os.kill(os.getpid(), signal.SIGINT)
-            raise AssertionError("still here after Ctrl-C")
-        return function(*args, **options)
+        save_best(run, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(place, name, pressed)
-        assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path / "cut")]) == 130
-    out = capsys.readouterr()
-    assert f"stopped at step {step}; everything is saved" in out.out and "failed" not in out.err
-    assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["step"] == step
-    assert train_eval.main(["--resume", "--save_dir", str(tmp_path / "cut"), "--device", "cpu"]) == 0
-    assert same(state(tmp_path / "cut"), state(save_dir))
-    assert same(*(torch.load(run / "best_model.pt", weights_only=True)["weights"]
-                  for run in (tmp_path / "cut", save_dir)))
+        patch.setattr(train_eval, "save_best", pressed)
+        assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path)]) == 130
+    assert "stopped at step 21; everything is saved" in capsys.readouterr().out  # the step after the look
+    assert train_eval.main(["--resume", "--save_dir", str(tmp_path), "--device", "cpu"]) == 0
+    assert same(state(tmp_path), state(save_dir))
+    assert same(*(torch.load(run / "best_model.pt", weights_only=True)["weights"] for run in (tmp_path, save_dir)))
 
 
 def test_without_any_test_loss_the_newest_weights_are_kept(whole, tmp_path, monkeypatch):
-    """A run stopped in its first epoch left a best_model.pt; it must not stay because no test loss can be had."""
+    """A run stopped before its first look left a best_model.pt; it must not stay because no test loss can be had."""
     def fail(*args):
         raise MemoryError
 
     save_dir, flags = whole
     with monkeypatch.context() as patch:
-        patch.setattr(train_eval, "draw_preview", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(Monitor, "log_config", lambda *args: os.kill(os.getpid(), signal.SIGINT))
         assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path)]) == 130
-    assert DDPM.load(tmp_path / "best_model.pt", "cpu").info["step"] == 11  # the step after the grid
+    assert DDPM.load(tmp_path / "best_model.pt", "cpu").info["step"] == 1
     monkeypatch.setattr(train_eval, "test_loss", fail)
+    monkeypatch.setattr(train_eval, "draw_final", lambda run: True)  # it measures the loss too
     assert train_eval.main(["--resume", "--save_dir", str(tmp_path), "--device", "cpu"]) == 0
     assert DDPM.load(tmp_path / "best_model.pt", "cpu").info["step"] == 40
 
@@ -663,29 +661,6 @@ def test_ctrl_c_before_the_first_step_leaves_a_run_that_goes_on(whole, tmp_path,
     assert same(state(tmp_path), state(save_dir))
 
 
-def test_ctrl_c_in_the_evaluation_that_resume_repeats_loses_it_neither(whole, tmp_path, monkeypatch):
-    save_dir, flags = whole
-    measure = metrics.measure
-
-    def pressed(*args, **options):
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(metrics, "measure", pressed)
-    assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path)]) == 130
-    resume = ["--resume", "--save_dir", str(tmp_path), "--device", "cpu"]
-    for _ in range(2):
-        assert train_eval.main(resume) == 130
-        assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 20
-    monkeypatch.setattr(metrics, "measure", measure)
-    assert train_eval.main([*resume, *data_set(flags)]) == 0
-    assert same(state(tmp_path), state(save_dir))
-
-
-def data_set(flags):
-    """The flags that name the data, which a resumed run may be given again."""
-    return flags[flags.index("--dataset"):][:2]
-
-
 def test_a_grid_is_drawn_before_its_step_is_saved(data_flags, tmp_path, monkeypatch):
     """Else a run that is killed between the two goes on without it."""
     save, found = train_eval.save_last, []
@@ -696,9 +671,9 @@ def test_a_grid_is_drawn_before_its_step_is_saved(data_flags, tmp_path, monkeypa
 
     monkeypatch.setattr(train_eval, "save_last", saved)
     monkeypatch.setattr(train_eval, "draw_final", lambda run: True)
-    flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--epochs", 1, "--eval_every", 0]
+    flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--epochs", 1]
     assert train_eval.main([*map(str, flags)]) == 0
-    assert found == [True] * 3  # at steps 10 and 20, and after the evaluation
+    assert found == [True] * 2  # at steps 10 and 20
 
 
 def test_two_runs_in_one_folder(trained, tmp_path, capsys):
@@ -880,7 +855,7 @@ def test_glyphs_stand_in_for_missing_mnist_with_a_warning_at_both_ends(tmp_path,
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert train_eval.main([*SMALL, "--dataset", "auto", "--data_dir", str(tmp_path / "none"), "--save_dir",
-                            str(tmp_path / "run"), "--epochs", "1", "--eval_every", "0"]) == 0
+                            str(tmp_path / "run"), "--epochs", "1"]) == 0
     assert capsys.readouterr().err.count("THIS IS NOT MNIST") == 2
     assert DDPM.load(tmp_path / "run" / "best_model.pt", "cpu").info["config"]["dataset"] == "glyphs"
     monkeypatch.setattr(metrics, "train_classifier", lambda *args, **options: metrics.Classifier(10))
@@ -897,7 +872,7 @@ def test_every_option_that_trains_trains(device, tmp_path, data_flags):
             "--prediction x0 --grad_clip 0 --patch_size 1 --channel_mult 1,1 --attention_resolutions 8 --image_size 16",
             "--num_timesteps 50 --sample_steps 50 --sampler ddim --ema_update_rate 3 --batch_size 50")):
         flags = [*SMALL, *data_flags, *options.split(), "--device", device, "--epochs", 1, "--train_size", 40,
-                 "--test_size", 10, "--num_samples", 2, "--eval_every", 0]  # few: a CPU without bf16 is slow at it
+                 "--test_size", 10, "--num_samples", 2]  # few: a CPU without bf16 is slow at it
         assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path / str(i))]) == 0
 
 
