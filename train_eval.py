@@ -16,7 +16,7 @@ from dataprocess import DATASETS, Images, load_data
 from diffusion import DDPM, LOSSES, SAMPLERS, SETTINGS, draw_dropped
 from ema import EMA
 from process import BETA_SCHEDULES, PREDICTIONS, SPACINGS, VARIANCES
-from support import configurator, machine, monitor
+from support import configurator, machine, monitor, pictures
 from support.checkpoint import RunFolder, load_last, restore, save_last
 from support.machine import autocast, gather, has_bf16, is_main, on_main, share, warning_if_it_fails
 from support.threads import patient_threads
@@ -248,7 +248,7 @@ def train(run, interrupt):
             if drawing or saving:
                 watch.stats.start()  # so that images per second leave these out
 
-    monitor.plot_losses(config, progress, Path(config.save_dir) / "loss_curve.png")
+    pictures.plot_losses(config, progress, Path(config.save_dir) / "loss_curve.png")
     if not Path(config.save_dir, "best_model.pt").exists():  # stopped in the first epoch
         with run.ema.applied():
             save_best(run, 0, progress["best_loss"])

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from support.files import make_folder, unused, whole_file, write_text
+from support.files import make_folder, unused, write_text
 from support.machine import describe_precision, is_main, on_main, warning_if_it_fails
+from support.pictures import write_grid
 
 FIELDS = (  # of the reference's log, in its order
     "device", "batch_size", "epochs", "save_dir", "optimizer_type", "learning_rate", "weight_decay", "use_scheduler",
@@ -211,40 +212,6 @@ class RunningStats:
             self.steps[:, :count] = state["steps"]
             self.quartiles.copy_(state["quartiles"])
             self.count = count
-
-
-@on_main
-def write_grid(images, path, events=None, tag=None, step=None):
-    """Images in [-1, 1], (N, C, H, W), as a PNG with ten columns and, given an `EventLog`, in TensorBoard."""
-    from torchvision.utils import make_grid, save_image
-
-    grid = make_grid((images.float().cpu() + 1) / 2, nrow=10)
-    with warning_if_it_fails("writing a picture"), whole_file(path) as partial:
-        save_image(grid, partial, format="png")
-    if events is not None:
-        events.add("image", tag, grid.clamp(0, 1), step)
-
-
-@on_main
-def plot_losses(config, progress, path):
-    """Training and test loss over the steps. Averaged targets make the training loss lower, so its label says so."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    train_label = "train, averaged targets" if config.target_references else "train"
-    for name, style in (("train", {"label": train_label, "linewidth": 1}), ("test", {"label": "test", "marker": "o"})):
-        if progress[f"{name}_curve"]:
-            axes.plot(*zip(*progress[f"{name}_curve"]), **style)
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title="DDPM training")
-    axes.grid(True, which="both", alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    with warning_if_it_fails("writing a picture"), whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
-    plt.close(figure)
 
 
 def table(result, accuracy):

@@ -10,13 +10,12 @@ import torch
 from support import machine
 from support.monitor import (
     EventLog,
-    plot_losses,
     shell_command,
     shown_at_both_ends,
     table,
     tensorboard_command,
-    write_grid,
 )
+from support.pictures import plot_losses, write_grid
 
 
 @pytest.mark.parametrize("save_dir", ["runs/my first run", "a'b", 'c"d', "$(rm x)", "a;b", "ünï", "-x", "tab\there"])
