@@ -357,7 +357,8 @@ def draw(config, ddpm, n, **options):
     """n images from the same noise each time, and their labels: the digits in turn, None for an unconditional model."""
     y = torch.arange(n) % ddpm.num_classes if config.use_conditional_generation else None
     with autocast(config):
-        return gather(ddpm.sample(n, y, seed=config.seed, rows=share(n), **options), n), y
+        images = ddpm.sample(n, y, seed=config.seed, rows=share(n), **options).transpose(0, -4)  # a sequence: by image
+    return gather(images, n).transpose(0, -4), y
 
 
 def draw_final(run):
@@ -367,6 +368,7 @@ def draw_final(run):
     machine.compile_network(run.config, ddpm, training=False)
     monitor.print_test_loss(run.config, ddpm.info["test_loss"], ddpm.info)
     draw_grid(run.config, ddpm)
+    pictures.write_training(Path(run.config.save_dir) / "samples")
     return True
 
 
@@ -417,9 +419,10 @@ def sampling(config):
 
 
 def draw_grid(config, ddpm):
-    """A grid of samples by the config's sampler, in a new file final.png and in TensorBoard."""
-    images, _ = draw(config, ddpm, config.num_samples, progress=is_main(), **sampling(config))
-    monitor.write_final(config, images, ddpm.info)
+    """A grid of samples by the config's sampler, and a film of its sampling, in new files and in TensorBoard."""
+    sequence, _ = draw(config, ddpm, config.num_samples, progress=is_main(), **sampling(config),
+                       **pictures.sequence_options(config.sample_steps))
+    monitor.write_final(config, ddpm, sequence)
 
 
 def bits_per_dim(config, ddpm, test_images):

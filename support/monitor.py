@@ -14,7 +14,7 @@ import torch
 
 from support.files import make_folder, unused, write_text
 from support.machine import describe_precision, is_main, on_main, warning_if_it_fails
-from support.pictures import write_grid
+from support.pictures import write_denoising, write_grid
 
 FIELDS = (  # of the reference's log, in its order
     "device", "batch_size", "epochs", "save_dir", "optimizer_type", "learning_rate", "weight_decay", "use_scheduler",
@@ -233,11 +233,12 @@ def table(result, accuracy):
 
 
 @on_main
-def write_final(config, images, info):
-    """The final grid of a model with this `info`, in a new file final.png and in TensorBoard."""
+def write_final(config, ddpm, sequence):
+    """The final grid of a model, the last of a sequence, in a new file final.png and in TensorBoard, and its film."""
     path = unused(make_folder(Path(config.save_dir) / "samples") / "final.png")
-    with EventLog(config.save_dir, info["log"]) as events:
-        write_grid(images, path, events, "samples/final", info["step"])
+    with EventLog(config.save_dir, ddpm.info["log"]) as events:
+        write_grid(sequence[-1], path, events, "samples/final", ddpm.info["step"])
+    write_denoising(ddpm, sequence, config.sample_steps, unused(path.with_name("denoising.gif")))
     print(f"model: {Path(config.save_dir) / 'best_model.pt'}   samples: {path}")
 
 
