@@ -1,7 +1,6 @@
 """Pictures that a run leaves: grids, the loss curve and two films: noise becomes digits, and a network learns to write.
 
-`python -m support.pictures [FOLDER]` makes images/denoising.gif and images/process.png of the README from best_model.pt
-in the folder of a run.
+`python -m support.pictures [FOLDER]` makes the README's images/denoising.gif and process.png from a run's folder.
 """
 
 import argparse
@@ -11,16 +10,16 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from support.checks import one_line
 from support.files import make_folder, whole_file
 from support.machine import on_main, warning_if_it_fails
 
 COLUMNS, ROWS, README_ROWS, MOST_PIXELS = 10, 10, 6, 400  # of a film: images in a row; rows; width and height
-FRAMES = 32  # of a film, at most
+FRAMES, LAST_TIME = 32, 2000  # of a film: frames, at most; how long the last is held, in milliseconds
 LIMIT, README_LIMIT = 1_000_000, 600_000  # largest size of a film, in bytes
-LEVELS = (16, 12, 8, 7, 6, 5, 4, 3, 2)  # of grey, tried in turn until a film is small enough: noise compresses badly
-LAST_LEVELS, LAST_TIME = 64, 2000  # levels of the last frame, and how long it is held, in milliseconds
+LEVELS, LAST_LEVELS = (16, 12, 8, 7, 6, 5, 4, 3, 2), 64  # of grey, tried in turn until a film fits; of the last frame
 STRIP_ROWS, STRIP_COLUMNS, STRIP_STEPS = 3, 9, 100  # of each half of the strip; sampling steps of the lower one
 
 
@@ -95,19 +94,14 @@ def write_training(folder):
 
 
 def film_strip(ddpm, x0, y, path):
-    """The forward process of real images above the reverse process of as many samples, as a PNG.
+    """A PNG: how noise is added to real images x0, (N, C, H, W), in [-1, 1], and how a `DDPM` removes it.
 
-    Args:
-        ddpm: the model to sample from, a `DDPM`.
-        x0: real images in [-1, 1], (N, C, H, W).
-        y: labels of the samples, (N,), or None.
-        path: file to write.
+    `y` are the labels of its N samples, (N,), or None. Raises OSError if the PNG cannot be written.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from PIL import Image
     from torchvision.utils import make_grid
 
     steps = min(STRIP_STEPS, ddpm.num_timesteps)
@@ -125,9 +119,8 @@ def film_strip(ddpm, x0, y, path):
         axis.imshow(picture, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         axis.set_xticks([picture.shape[1] / len(at) * (i + 0.5) for i in range(len(at))],
                         ["image" if (t := times[i].item()) < 0 else f"t = {t}" for i in at])
-        axis.set(yticks=[], title=title)
+        axis.set(yticks=[], title=title, frame_on=False)
         axis.tick_params(length=0)
-        axis.spines[:].set_visible(False)
     figure.savefig(buffer := io.BytesIO(), dpi=160, format="png")
     plt.close(figure)
     with whole_file(path) as partial:
@@ -148,14 +141,11 @@ def main(argv=None):
         config, steps, n = ddpm.info.get("config") or {}, ddpm.sample_steps, COLUMNS * README_ROWS
         real = load_data(config.get("dataset", "auto"), args.data_dir, image_size=ddpm.image_size,
                          channels=ddpm.channels, augment=False)[1]
-        x0, y = real.batch(slice(STRIP_ROWS))
-        digits = torch.arange(n) % 10
-        if not config.get("use_conditional_generation"):
-            y = digits = None
-        sequence = ddpm.sample(n, digits, steps=steps, seed=0, progress=True, **sequence_options(steps))
-        folder = make_folder("images")
-        _write_film(_denoising(ddpm, sequence, steps), folder / "denoising.gif", README_LIMIT)
-        film_strip(ddpm, x0, y, folder / "process.png")
+        (x0, y), digits = real.batch(slice(STRIP_ROWS)), config.get("use_conditional_generation")
+        sequence = ddpm.sample(n, torch.arange(n) % 10 if digits else None, steps=steps, seed=0, progress=True,
+                               **sequence_options(steps))
+        _write_film(_denoising(ddpm, sequence, steps), make_folder("images") / "denoising.gif", README_LIMIT)
+        film_strip(ddpm, x0, y if digits else None, Path("images") / "process.png")
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -190,18 +180,16 @@ def _denoising(ddpm, sequence, steps):
 
 def _write_film(frames, path, limit):
     """Frames, from 0 to 1, (height, width), as a GIF of at most `limit` bytes, with as many grey levels as fit."""
-    from PIL import Image
-
     shrink = math.ceil(max(frames[0].shape) / MOST_PIXELS)
     frames = [torch.nn.functional.avg_pool2d(frame[None], shrink)[0] for frame in frames]
     times = [min(500, 4000 // len(frames))] * (len(frames) - 1) + [LAST_TIME]
     for levels in LEVELS:
         pictures = []
-        for i, frame in enumerate(frames):
-            most = (levels if i < len(frames) - 1 else LAST_LEVELS) - 1
+        for frame, most in zip(frames, [levels - 1] * (len(frames) - 1) + [LAST_LEVELS - 1]):
             pictures.append(Image.fromarray((frame * most).round().byte().numpy(), "P"))
             pictures[-1].putpalette([round(255 * level / most) for level in range(most + 1) for _ in range(3)])
-        pictures[0].save(buffer := io.BytesIO(), "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
+        first, *others = pictures
+        first.save(buffer := io.BytesIO(), "GIF", save_all=True, append_images=others, duration=times, loop=0)
         if buffer.tell() <= limit:
             break
     with whole_file(path) as partial:
