@@ -187,7 +187,7 @@ class DDPM(GaussianProcess):
     # Sampling
 
     def sample(self, n, y=None, *, sampler=None, steps=None, eta=None, guidance_scale=None, seed=None, xT=None,
-               start=None, rows=None, return_sequence=False, progress=False, batch_size=256):
+               start=None, rows=None, return_sequence=False, return_every=1, progress=False, batch_size=256):
         """Draw images. What is left out comes from the model's own settings.
 
         Args:
@@ -202,7 +202,8 @@ class DDPM(GaussianProcess):
             start: timestep that `xT` belongs to; None means the noisiest. From a lower one, `steps` defaults to the
                 same share of the model's steps.
             rows: slice of the n images to draw; the parts are those of the whole. None means all.
-            return_sequence: return the prediction of x0 at every step (progressive generation, DDPM sec. 4.3).
+            return_sequence: True returns the predicted x0 of every step (DDPM sec. 4.3), 'xt' the noisy images.
+            return_every: return only every so many of these steps, counted back from the last.
             progress: show a progress bar.
             batch_size: images that the network sees at once. The noise is drawn for all n, so batches change no image.
 
@@ -216,23 +217,23 @@ class DDPM(GaussianProcess):
         if steps is None:  # from a lower start the same share of the model's steps
             steps = max(1, round(self.sample_steps * (1 if start is None else (start + 1) / self.num_timesteps)))
         timesteps = self.timesteps(steps, start)
+        process.check_choice("return_sequence", str(return_sequence), ("False", "True", "xt"))
+        process.check_whole("return_every", return_every, 1, note=" step")
         y = process.check_labels(y, n, self.num_classes, self.device)
         generator = process.make_generator(seed, self.device)
         if y is None and self.num_classes is not None:
-            shares = torch.ones(self.num_classes, device=self.device)
-            shares = shares if self.class_shares is None else shares.new_tensor(self.class_shares)
+            shares = torch.tensor(self.class_shares or [1.0] * self.num_classes, device=self.device)
             y = torch.multinomial(shares, n, replacement=True, generator=generator)
         xT = torch.randn(n, *self.image_shape, generator=generator, device=self.device) if xT is None else xT
         process.check_images("xT", xT, (n, *self.image_shape))
-
         rows = slice(None) if rows is None else rows
         sequence, xT, y = [], xT[rows].to(self.device, torch.float32), None if y is None else y[rows]
         with (torch.no_grad(), evaluating(self),
               tqdm(total=len(xT) * len(timesteps), unit="call", disable=not progress, leave=False) as progress_bar):
-            for x0, xt in walk(self, xT, [*timesteps, -1], y, guidance_scale, eta, order, generator, batch_size,  # noqa: B007
-                               progress_bar, n, rows):
-                if return_sequence:
-                    sequence.append(x0)
+            for i, (x0, xt) in enumerate(walk(self, xT, [*timesteps, -1], y, guidance_scale, eta, order, generator,
+                                              batch_size, progress_bar, n, rows), 1 - len(timesteps)):
+                if return_sequence and i % return_every == 0:  # i is 0 at the last step
+                    sequence.append(xt if return_sequence == "xt" else x0)
         return torch.stack(sequence) if return_sequence else xt
 
     def interpolate(self, x0, other, weights, t, y=None, **options):
@@ -290,8 +291,7 @@ class DDPM(GaussianProcess):
             ValueError: `info` holds something other than plain values; nothing is written.
             OSError: the file cannot be written.
         """
-        network = unwrapped(self.network)
-        weights = plain_state_dict(network)
+        weights = plain_state_dict(network := unwrapped(self.network))
         save_checkpoint(path, dict(network=network.config if is_plain_unet(network, weights) else None,
                                    diffusion={name: getattr(self, name) for name in SETTINGS},
                                    weights={f"network.{name}": value for name, value in weights.items()}, info=info))

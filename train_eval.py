@@ -16,7 +16,7 @@ from dataprocess import DATASETS, Images, load_data
 from diffusion import DDPM, LOSSES, SAMPLERS, SETTINGS, draw_dropped
 from ema import EMA
 from process import BETA_SCHEDULES, PREDICTIONS, SPACINGS, VARIANCES
-from support import configurator, console, machine, monitor
+from support import configurator, console, machine, monitor, pictures
 from support.checkpoint import RunFolder, load_last, restore, save_last
 from support.machine import autocast, gather, has_bf16, on_main, share, warning_if_it_fails
 from support.png import read_folder
@@ -103,9 +103,8 @@ save_every = 5000 if cuda else 500  # steps between saves of last.pt; Ctrl-C and
 # end of constants
 
 FIRST_LOOK, FEW_IMAGES = 200, 256  # step of the first look; number of images whose loss is measured then
-CHOICES = {"dataset": DATASETS, "beta_schedule": BETA_SCHEDULES, "prediction": PREDICTIONS, "loss": LOSSES,
-           "variance": VARIANCES, "timestep_sampling": TIMESTEP_SAMPLINGS, "sampler": tuple(SAMPLERS),
-           "timestep_spacing": SPACINGS}
+CHOICES = {"dataset": DATASETS, "beta_schedule": BETA_SCHEDULES, "prediction": PREDICTIONS, "variance": VARIANCES,
+           "loss": LOSSES, "timestep_sampling": TIMESTEP_SAMPLINGS, "sampler": SAMPLERS, "timestep_spacing": SPACINGS}
 
 
 def main(argv=None):
@@ -239,12 +238,11 @@ def train(run, interrupt):
                 with watch.doing("saving"):
                     save_last(config, run.state, progress)
                 console.print_saved(progress, asked)
-            stopped = asked == "stop"
-            if stopped:
+            if stopped := asked == "stop":
                 break
             if looking or saving:
                 watch.stats.start()  # so that images per second leave these out
-    monitor.plot_losses(config, progress, Path(config.save_dir) / "loss_curve.png")
+    pictures.write_training(config, progress)
     if not Path(config.save_dir, "best_model.pt").exists():  # stopped before the first look
         with run.ema.applied():
             save_best(run, math.nan)
@@ -354,7 +352,8 @@ def draw(config, ddpm, n, **options):
     """n images from the same noise each time, and their labels: the digits in turn, None for an unconditional model."""
     y = torch.arange(n) % ddpm.num_classes if config.use_conditional_generation else None
     with autocast(config):
-        return gather(ddpm.sample(n, y, seed=config.seed, rows=share(n), **options), n), y
+        images = ddpm.sample(n, y, seed=config.seed, rows=share(n), **options).transpose(0, -4)  # a sequence: by image
+    return gather(images, n).transpose(0, -4), y
 
 
 def draw_final(run):
@@ -415,9 +414,10 @@ def sampling(config):
 
 
 def draw_grid(config, ddpm, loss):
-    """A grid of samples by the config's sampler, in a new file final.png and in TensorBoard, with the test loss."""
-    images, _ = draw(config, ddpm, config.num_samples, progress=console.at_a_terminal(), **sampling(config))
-    monitor.write_final(config, images, ddpm.info, loss)
+    """A grid by the config's sampler and a film of its sampling, in new files and, with the loss, in TensorBoard."""
+    sequence, _ = draw(config, ddpm, config.num_samples, progress=console.at_a_terminal(), **sampling(config),
+                       **pictures.sequence_options(config.sample_steps))
+    monitor.write_final(config, ddpm, sequence, loss)
 
 
 def bits_per_dim(config, ddpm, test_images):

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from support.console import at_a_terminal, progress_bar
-from support.files import make_folder, unused, whole_file, write_text
+from support.files import make_folder, unused, write_text
 from support.machine import is_main, on_main, warning_if_it_fails
+from support.pictures import write_denoising, write_grid
 
 FIELDS = (  # of the reference's log, in its order
     "device", "batch_size", "epochs", "save_dir", "optimizer_type", "learning_rate", "weight_decay", "use_scheduler",
@@ -79,9 +80,9 @@ class Monitor:
     @contextmanager
     def doing(self, what):
         """The bar says what the run does inside, when it does not train."""
-        self.bar.set_description(what, refresh=at_a_terminal())
+        self.bar.set_description_str(what, refresh=at_a_terminal())
         yield
-        self.bar.set_description("training", refresh=False)
+        self.bar.set_description_str("training", refresh=False)
 
     def log_config(self, ddpm, real):
         """The config as a table, the reference's fields first, and for the HParams page; a grid of real images."""
@@ -258,44 +259,6 @@ class RunningStats:
             self.count = count
 
 
-@on_main
-def write_grid(images, path, events=None, tag=None, step=None):
-    """Images in [-1, 1], (N, C, H, W), as a PNG with ten columns and, given an `EventLog`, in TensorBoard."""
-    from torchvision.utils import make_grid, save_image
-
-    grid = make_grid((images.float().cpu() + 1) / 2, nrow=10)
-    with warning_if_it_fails("writing a picture"), whole_file(path) as partial:
-        save_image(grid, partial, format="png")
-    if events is not None:
-        events.add("image", tag, grid.clamp(0, 1), step)
-
-
-@on_main
-def plot_losses(config, progress, path):
-    """Three charts over the steps: what training minimises, the loss of fixed images, the Fréchet distance."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    averaged = " (averaged targets)" if config.target_references else ""
-    charts = {f"training batches{averaged}": {"loss": progress["train_curve"]},
-              "fixed images, plain targets": {"train": progress["fixed_curve"], "test": progress["test_curve"]},
-              "Fréchet distance of the grids": {"samples": progress["frechet_curve"]}}
-    figure, row = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-    for axes, (title, curves) in zip(row, charts.items()):
-        for label, curve in curves.items():
-            if curve:
-                axes.plot(*zip(*curve), label=label, marker="" if len(curve) > 50 else ".")
-        axes.set(xlabel="step", yscale="log", title=title)
-        axes.grid(True, which="both", alpha=0.3)
-        if len(axes.lines) > 1:
-            axes.legend()
-    with warning_if_it_fails("writing a picture"), whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
-    plt.close(figure)
-
-
 def table(result, accuracy):
     """The result of `metrics.measure` as text: each figure of the samples beside that of real images."""
     result = result | {f"{name}_digit{suffix}": pick(result[f"digits{suffix}"])
@@ -315,12 +278,16 @@ def table(result, accuracy):
 
 
 @on_main
-def write_final(config, images, info, test_loss):
-    """The final grid of a model with this `info`, in a new file final.png; that and its test loss in TensorBoard."""
+def write_final(config, ddpm, sequence, test_loss):
+    """The final grid of a model, the last of a sequence, as final.png, and its film; grid and test loss in TensorBoard.
+
+    Both are new files.
+    """
     path = unused(make_folder(Path(config.save_dir) / "samples") / "final.png")
-    with EventLog(config.save_dir, info["log"]) as events:
-        write_grid(images, path, events, "final", info["step"])
-        events.add("scalar", "final/test_loss", test_loss, info["step"])
+    with EventLog(config.save_dir, ddpm.info["log"]) as events:
+        write_grid(sequence[-1], path, events, "final", ddpm.info["step"])
+        events.add("scalar", "final/test_loss", test_loss, ddpm.info["step"])
+    write_denoising(ddpm, sequence, config.sample_steps, unused(path.with_name("denoising.gif")))
     print(f"model: {Path(config.save_dir) / 'best_model.pt'}   samples: {path}")
 
 

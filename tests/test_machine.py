@@ -33,7 +33,8 @@ from diffusion import DDPM, LOSSES, SAMPLERS
 from ema import EMA
 from process import PREDICTIONS, VARIANCES, GaussianProcess, make_generator
 from support import machine
-from support.monitor import RunningStats, write_grid
+from support.monitor import RunningStats
+from support.pictures import write_grid
 from timesteps import TIMESTEP_SAMPLINGS, make_timesteps
 from unet import UNet
 

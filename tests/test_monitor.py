@@ -8,15 +8,9 @@ import pytest
 import torch
 
 from support import machine
-from support.monitor import (
-    EventLog,
-    plot_losses,
-    shell_command,
-    shown_at_both_ends,
-    table,
-    tensorboard_command,
-    write_grid,
-)
+from support.console import shell_command, shown_at_both_ends, tensorboard_command
+from support.monitor import EventLog, table
+from support.pictures import plot_losses, write_grid
 
 
 @pytest.mark.parametrize("save_dir", ["runs/my first run", "a'b", 'c"d', "$(rm x)", "a;b", "ünï", "-x", "tab\there"])
@@ -65,7 +59,7 @@ def test_without_pictures_and_logs_a_run_goes_on_and_says_so_once(tmp_path, caps
         for step in range(5):
             write_grid(torch.rand(40, 3, 32, 32), tmp_path / "a.png", events, "samples", step)
             time.sleep(0.1)  # the log is written by a thread of its own
-        curves = {"train_curve": [[1, 1.0]], "test_curve": []}
+        curves = {f"{name}_curve": [] for name in ("train", "fixed", "test", "frechet")}
         plot_losses(SimpleNamespace(target_references=0), curves, tmp_path / "b.png")
         events.close()
     finally:
