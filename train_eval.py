@@ -24,12 +24,10 @@ from support.threads import patient_threads
 from timesteps import TIMESTEP_SAMPLINGS, make_timesteps
 from unet import UNET_SETTINGS, UNet
 
-# system
+# run
 device = "cuda" if torch.cuda.is_available() else "cpu"  # where to run; the defaults below depend on it
 cuda = str(device).startswith("cuda")
 seed = 0  # decides the run, on a CPU to the bit; change it for another run of the same kind
-bf16 = has_bf16(device)  # compute in bfloat16; faster where the hardware has it, slower elsewhere
-use_compile = cuda  # torch.compile the network: minutes at the start, then faster steps; rarely pays on a CPU
 save_dir = "checkpoints"  # folder for everything that a run leaves
 resume = False  # continue the run in save_dir from its last.pt
 evaluate = False  # do not train. Alone: measure best_model.pt of save_dir. With FOLDER: measure its PNGs
@@ -69,9 +67,7 @@ min_snr_gamma = 0.0  # cap on the SNR that weights the mse loss; 5 is usual, 0 t
 # training
 batch_size = 16  # images per step, of all processes together
 grad_accumulation = 1  # parts that a batch is computed in, one after the other; more take less memory
-timestep_sampling = (
-    "uniform" if cuda or loss == "vlb" or variance == "learned" else "logit-normal"
-)  # timesteps in training: uniform, logit-normal (more from the middle), importance (more where the loss is high)
+timestep_sampling = "uniform" if cuda or loss == "vlb" or variance == "learned" else "logit-normal"  # law of timesteps
 timestep_std = 1.0 if use_conditional_generation else 0.8 if num_clusters else 0.6  # how widely logit-normal spreads
 epochs = 50 if cuda else 2  # passes over the training images; more give better digits
 learning_rate = 1e-4 if cuda else 1e-3  # peak learning rate of AdamW
@@ -100,6 +96,10 @@ bound_terms = 50  # terms of the variational bound computed for each of them, at
 log_every = 100 if cuda else 50  # steps between TensorBoard entries
 sample_every = 2500 if cuda else 750  # steps between looks: a grid, its Fréchet distance, losses; the first at 200
 save_every = 5000 if cuda else 500  # steps between saves of last.pt; Ctrl-C and the end save it too
+
+# hardware
+bf16 = has_bf16(device)  # compute in bfloat16; faster where the hardware has it, slower elsewhere
+use_compile = cuda  # torch.compile the network: minutes at the start, then faster steps; rarely pays on a CPU
 # end of constants
 
 FIRST_LOOK, FEW_IMAGES = 200, 256  # step of the first look; number of images whose loss is measured then

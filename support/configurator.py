@@ -30,6 +30,7 @@ TUPLES = {"channel_mult", "attention_resolutions"}
 SWITCHES = {"bf16", "use_compile", "resume", "use_augmentation", "use_conditional_generation", "adaptive_norm",
             "zero_terminal_snr", "use_scheduler"}
 TEXTS = {"device", "save_dir", "data_dir"}
+CHANGED_FIRST = ("run", "training", "sampling")  # groups that --help shows first; the others in the script's order
 # NOT_SAVED: never read back from a saved run. FREE_TO_*: flags that may differ from the saved run.
 NOT_SAVED = {"save_dir", "resume", "evaluate"}
 FREE_TO_RESUME = NOT_SAVED | {"device", "bf16", "use_compile", "data_dir", "epochs", "grad_accumulation",
@@ -45,7 +46,7 @@ def configure(script, scope, choices, argv):
     """Command line -> (config, given): every constant as an attribute, and the names that flags set.
 
     Args:
-        script: path of the script whose constants stand between '# system' and '# end of constants'.
+        script: path of the script whose constants stand between '# run' and '# end of constants'.
         scope: the names that the lines of the constants may use.
         choices: the possible values of some constants, {name: values}.
         argv: the flags; None means those of the process.
@@ -70,7 +71,7 @@ def read_constants(script, scope, flags):
     lines = source[:source.index("# end of constants")].splitlines()
     scope, described = {**scope, **flags}, {}
     for node in ast.parse("\n".join(lines)).body:
-        if node.lineno <= lines.index("# system"):
+        if node.lineno <= lines.index("# run"):
             continue  # imports
         exec(compile(ast.Module([node], []), script, "exec"), scope)
         scope.update(flags)
@@ -107,9 +108,9 @@ def make_parser(constants, choices):
     parser = Parser(prog="train_eval.py", usage="train_eval.py [--CONSTANT VALUE ...]",
                     description="Train a DDPM on MNIST, watch it, draw digits. Each flag replaces the line of that "
                     "constant at the top of train_eval.py.", argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    groups = {}
+    groups = {group: parser.add_argument_group(group)
+              for group in dict.fromkeys([*CHANGED_FIRST, *(group for group, _, _ in constants.values())])}
     for name, (group, value, comment) in constants.items():
-        groups[group] = groups.get(group) or parser.add_argument_group(group)
         text = ",".join(map(str, value)) if isinstance(value, tuple) else value
         options = {"help": f"{comment} (default: {text})".replace("%", "%%")}
         if name == "evaluate":

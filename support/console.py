@@ -70,7 +70,7 @@ def print_end(run, loss, info):
     print(f"next:   {shell_command('--evaluate', save_dir=config.save_dir)}   (measure it: minutes on a CPU)\n"
           f"        {tensorboard_command(config.save_dir)}\n"
           "        jupyter notebook explore.ipynb   (draw with it)\n"
-          f"training steps took {run.state['stats'].seconds / 60:.1f} minutes")
+          f"training steps took {run.state['stats'].seconds / 60:.2f} minutes")
 
 
 def print_test_loss(config, loss, info):

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -62,6 +63,8 @@ def main():
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--rounds", type=int, default=5, help="of each comparison (default: 5)")
     parser.add_argument("--skip_reference", action="store_true", help="do not time the 233M network: slow on a CPU")
+    parser.add_argument("--whole_run", action="store_true",
+                        help="only a default run, from start to end: how much of it is training? 15 minutes on a CPU")
     parser.add_argument("--data_dir", default=os.environ.get("DDPM_DATA_DIR") or str(ROOT / "data"))
     parser.add_argument("--device", default=train_eval.device)
     parser.add_argument("--child", help=argparse.SUPPRESS)  # what a child process does, as JSON: see steps_here
@@ -73,6 +76,8 @@ def main():
              bench.loader, bench.after_backward, bench.start_up, bench.growth, bench.on_paper]
     if not args.skip_reference:
         parts.insert(3, bench.reference_steps)
+    if args.whole_run:
+        parts = [bench.whole_run]
     try:
         for part in parts:
             print(f"{part.__name__} ...", file=sys.stderr, flush=True)
@@ -366,6 +371,17 @@ class Bench:
             self.timed(part, what, config, operations, grown, ours if changes else None, params_m=params / 1e6,
                        peak_mb=peak(self.device, "ours", "small", **changes),
                        note=f"{operations / before:.2f} times the operations" if changes else "")
+
+    def whole_run(self):
+        """`python train_eval.py`, and the share of its time that training steps take."""
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            said = subprocess.run([sys.executable, ROOT / "train_eval.py", "--save_dir", folder, "--data_dir",
+                                   self.data_dir, "--device", self.device], stdout=subprocess.PIPE, text=True, check=True)
+            minutes = (time.perf_counter() - start) / 60
+        steps = float(re.search(r"training steps took ([\d.]+) minutes", said.stdout)[1])
+        self.row("python train_eval.py", "from start to end", note=f"{minutes:.2f} minutes; training steps "
+                 f"{steps:.2f}, {steps / minutes:.1%} of it")
 
     def on_paper(self):
         """The reference on an H100-class card: counts over the data sheet's numbers, nothing measured."""

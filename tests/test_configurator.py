@@ -86,7 +86,7 @@ def test_what_depends_on_the_loss_follows_it(flags, expected):
 
 
 def test_comments_between_constants_are_no_headings_and_odd_kinds_are_refused(tmp_path):
-    (tmp_path / "script.py").write_text("# system\nepochs = 3  # passes\n# try 4 here\nmine = (1, 2)  # my own\n"
+    (tmp_path / "script.py").write_text("# run\nepochs = 3  # passes\n# try 4 here\nmine = (1, 2)  # my own\n"
                                         "\n# other\nflag = False  # another\n# end of constants\n")
     constants = configurator.read_constants(tmp_path / "script.py", {}, {})
     assert constants == {"epochs": ("system", 3, "passes"), "mine": ("system", (1, 2), "my own"),
