@@ -376,8 +376,9 @@ class Bench:
         """`python train_eval.py`, and the share of its time that training steps take."""
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            said = subprocess.run([sys.executable, ROOT / "train_eval.py", "--save_dir", folder, "--data_dir",
-                                   self.data_dir, "--device", self.device], stdout=subprocess.PIPE, text=True, check=True)
+            said = subprocess.run(
+                [sys.executable, ROOT / "train_eval.py", "--save_dir", folder, "--data_dir", self.data_dir, "--device",
+                 self.device], stdout=subprocess.PIPE, text=True, check=True)
             minutes = (time.perf_counter() - start) / 60
         steps = float(re.search(r"training steps took ([\d.]+) minutes", said.stdout)[1])
         self.row("python train_eval.py", "from start to end", note=f"{minutes:.2f} minutes; training steps "
