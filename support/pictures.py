@@ -1,7 +1,6 @@
 """Pictures that a run leaves: grids, the loss curve and two films: noise becomes digits, and a network learns to write.
 
-`python -m support.pictures [FOLDER]` makes the README's images/denoising.gif and process.png from a run's folder.
-"""
+`python -m support.pictures [FOLDER]` makes the README's images/denoising.gif and process.png from a run's folder."""
 
 import argparse
 import io
@@ -18,8 +17,9 @@ from support.machine import on_main, warning_if_it_fails
 
 COLUMNS, ROWS, README_ROWS, MOST_PIXELS = 10, 10, 6, 400  # of a film: images in a row; rows; width and height
 FRAMES, LAST_TIME = 32, 2000  # of a film: frames, at most; how long the last is held, in milliseconds
+SEED = 987_654_321  # of the noise between two steps; another than that of a run
 LIMIT, README_LIMIT = 1_000_000, 600_000  # largest size of a film, in bytes
-LEVELS, LAST_LEVELS = (16, 12, 8, 7, 6, 5, 4, 3, 2), 64  # of grey, tried in turn until a film fits; of the last frame
+LEVELS, LAST_LEVELS = (16, 8, 7, 6, 5, 4, 3, 2), 64  # of grey, tried in turn until a film fits; of the last frame
 STRIP_ROWS, STRIP_COLUMNS, STRIP_STEPS = 3, 9, 100  # of each half of the strip; sampling steps of the lower one
 
 
@@ -173,7 +173,7 @@ def _denoising(ddpm, sequence, steps):
     alpha_bar = ddpm.alpha_bar(torch.tensor(times, device=ddpm.device)).flatten().tolist()
     sequence = sequence.mean(dim=2, keepdim=True).cpu()
     angles = [math.acos(math.sqrt(value)) for value in (ddpm.alphas_cumprod[-1].item(), *alpha_bar)]
-    generator, frames, after, before, x = torch.Generator().manual_seed(0), [], 0, 0.0, torch.zeros(())
+    generator, frames, after, before, x = torch.Generator().manual_seed(SEED), [], 0, 0.0, 0.0
     for angle in torch.linspace(angles[0], 0, FRAMES, dtype=torch.float64).tolist():
         while angles[after + 1] > angle:
             x, before, after = sequence[after], alpha_bar[after], after + 1

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.utils import make_grid
 
 from dataprocess import load_data
 from diffusion import DDPM
@@ -45,8 +44,7 @@ def grey(path):
     return decode_image(str(path), ImageReadMode.GRAY)[0] / 255
 
 
-@pytest.mark.parametrize("steps", [1, 2, 6, 32, 100])
-@pytest.mark.parametrize("sampler", ["sde-dpm++", "ddim"])
+@pytest.mark.parametrize("sampler, steps", [("sde-dpm++", 1), ("sde-dpm++", 6), ("ddpm", 40)])
 def test_noise_becomes_the_final_grid(ddpm, tmp_path, sampler, steps):
     result = ddpm.sample(20, sampler=sampler, steps=steps, seed=1)
     sequence = ddpm.sample(20, sampler=sampler, steps=steps, seed=1, **sequence_options(steps))
@@ -61,10 +59,10 @@ def test_noise_becomes_the_final_grid(ddpm, tmp_path, sampler, steps):
 
 
 @pytest.mark.parametrize("times", [[832, 666, 499, 332, 166, -1], [-1], [500, -1]])
-def test_frames_between_two_steps_are_those_of_the_process(times):
+def test_frames_between_two_steps_are_those_of_the_process(monkeypatch, times):
     """Of many images of constant colour: each frame has the mean and the variance of q(x_t | x_0), at even angles."""
     process, steps = GaussianProcess(), len(times)
-    x0, generator = torch.full((100, 1, 32, 32), 0.5), torch.Generator().manual_seed(0)
+    x0, generator = torch.full((50, 1, 32, 32), 0.5), torch.Generator().manual_seed(1)
     sequence, x = [x0], x0
     for s, t in zip(times[::-1], times[-2::-1]):  # the forward process, backwards
         ratio = (process.alpha_bar(torch.tensor([t])) / process.alpha_bar(torch.tensor([s]))).item()
@@ -72,23 +70,20 @@ def test_frames_between_two_steps_are_those_of_the_process(times):
         sequence.insert(0, x)
     fake = types.SimpleNamespace(timesteps=lambda n: [999, *times[:-1]], alpha_bar=process.alpha_bar,
                                  alphas_cumprod=process.alphas_cumprod, device=process.device)
-    seen, real = [], pictures.torch
-    try:  # what is handed to the grid, before it is clipped
-        import torchvision.utils
-        make, torchvision.utils.make_grid = make_grid, lambda x, nrow: seen.append(2 * x - 1) or make_grid(x, nrow=nrow)
-        pictures._denoising(fake, torch.stack(sequence), steps)
-    finally:
-        torchvision.utils.make_grid = make
-    assert real is torch and len(seen) == pictures.FRAMES and torch.equal(seen[-1], x0)
+    seen = []  # what is handed to the grid, before it is clipped
+    monkeypatch.setattr("torchvision.utils.make_grid", lambda x, nrow: seen.append(2 * x - 1) or x[0])
+    pictures._denoising(fake, torch.stack(sequence), steps)
+    assert len(seen) == pictures.FRAMES and torch.equal(seen[-1], x0)
     first = process.alphas_cumprod[-1].sqrt().acos().item()
     for i, frame in enumerate(seen):
         angle = torch.tensor(first * (1 - i / (pictures.FRAMES - 1)))
-        assert abs(frame.mean() - 0.5 * angle.cos()) < 0.02 and abs(frame.std() - angle.sin()) < 0.01, i
+        assert (frame.mean() - 0.5 * angle.cos()).abs().item() < 0.02, i
+        assert (frame.std() - angle.sin()).abs().item() < 0.02, i
     # The noise of neighbours is as alike as in the process: corr = sqrt(alpha_bar_t / alpha_bar_s) sin(s) / sin(t).
     for i in range(1, pictures.FRAMES - 2):
         t, s = (torch.tensor(first * (1 - j / (pictures.FRAMES - 1))) for j in (i, i + 1))
         found = torch.corrcoef(torch.stack([seen[i].flatten(), seen[i + 1].flatten()]))[0, 1]
-        assert abs(found - t.cos() / s.cos() * s.sin() / t.sin()) < 0.02, i
+        assert (found - t.cos() / s.cos() * s.sin() / t.sin()).abs().item() < 0.02, i
 
 
 def test_x_t_of_every_step_and_of_some(ddpm):
@@ -103,18 +98,22 @@ def test_x_t_of_every_step_and_of_some(ddpm):
             ddpm.sample(1, steps=1, **options)
 
 
-def test_the_hardest_films_are_small_enough(tmp_path):
+def test_the_hardest_films_are_small_enough(tmp_path, monkeypatch):
     process = GaussianProcess()
     sequence = torch.randn(6, 300, 3, 32, 32)  # more than a film shows
     write_denoising(process, sequence, 6, tmp_path / "denoising.gif")
     shown, _ = frames(tmp_path / "denoising.gif")
     assert shown.shape[1:] == (342, 342) and 500_000 < (tmp_path / "denoising.gif").stat().st_size <= 1_000_000
     assert (shown[-1, 2:34, 2:34] - ((sequence[-1, 0].mean(dim=0) + 1) / 2).clamp(0, 1)).abs().max() < 1 / 63
+    monkeypatch.setattr(pictures, "LEVELS", (16, 2))  # the most and the fewest
     for step in range(34):
-        Image.effect_noise((700, 1400), 200).save(tmp_path / f"step_{step:07d}.png", compress_level=0)
+        Image.effect_noise((400, 800), 200).save(tmp_path / f"step_{step:07d}.png", compress_level=0)
     write_training_film(tmp_path)
-    assert frames(tmp_path / "training.gif")[0].shape == (32, 350, 350)
+    assert frames(tmp_path / "training.gif")[0].shape == (32, 400, 400)
     assert (tmp_path / "training.gif").stat().st_size <= 1_000_000
+    Image.effect_noise((700, 1400), 200).save(tmp_path / "step_0000099.png")
+    write_training_film(tmp_path)
+    assert frames(tmp_path / "training.gif")[0].shape == (1, 350, 350)
 
 
 def test_the_grids_of_a_run_in_order(tmp_path):
