@@ -171,6 +171,8 @@ def test_a_step_of_the_chain_has_the_same_mean_and_variance(variance, prediction
     (7, "linspace", "fixed_large"), (200, "linspace", "fixed_large")])
 def test_ddpm_is_the_same(prediction, schedule, steps, spacing, variance, monkeypatch):
     """The large variance down to t = 0 only: from higher up theirs adds noise to the image itself."""
+    if steps == 200 and (prediction, schedule) != ("v", "cosine"):
+        steps = 40
     ddpm = ours(prediction, wild=True, variance=variance, beta_schedule=schedule, timestep_spacing=spacing)
     scheduler = theirs(DDPMScheduler, ddpm, variance_type=variance, clip_sample=True)
     noises = iter(draws(steps))
@@ -182,6 +184,8 @@ def test_ddpm_is_the_same(prediction, schedule, steps, spacing, variance, monkey
 @pytest.mark.parametrize("steps, eta", [(1, 0.0), (5, 0.0), (5, 0.6), (50, 0.0), (50, 1.0), (200, 0.6)])
 def test_ddim_is_the_same(prediction, schedule, steps, eta):
     """On trailing timesteps: from other ones theirs goes back by 1000 / steps, not to the next that it visits."""
+    if steps == 200 and (prediction, schedule) != ("eps", "linear"):
+        steps = 40
     ddpm = ours(prediction, wild=True, beta_schedule=schedule)
     scheduler = theirs(DDIMScheduler, ddpm, clip_sample=True, set_alpha_to_one=True)
     images = their_images(scheduler, ddpm, steps, draws(steps), eta=eta, use_clipped_model_output=True)

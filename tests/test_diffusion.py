@@ -317,7 +317,7 @@ def test_x0_is_clipped_and_eps_explains_x_t_with_the_clipped_one():
     ("ddim", 50, 1.0), ("ddpm", 1, None), ("dpm++", 20, None), ("sde-dpm++", 20, None), ("dpm++", 2, None)])
 def test_samplers_give_the_exact_mean_and_variance(prediction, schedule, sampler, steps, eta):
     if steps == 1000 and (prediction, schedule) not in (("eps", "linear"), ("v", "cosine")):
-        steps = 250
+        steps = 100  # the schedule and the kind of prediction change nothing that more steps would show
     ddpm = gaussian(prediction, beta_schedule=schedule)
     check_moments(ddpm, sampler, steps, eta)
     if steps == 1000:  # and all steps give the data's own
@@ -339,8 +339,9 @@ def check_moments(ddpm, sampler, steps, eta=None, n=300):
     dict(prediction="v", zero_terminal_snr=True, beta_schedule="cosine", timestep_spacing="linspace")])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers_give_the_exact_mean_and_variance_under_every_setting(settings, sampler):
-    for steps in (20, 200):
-        check_moments(gaussian(**settings), sampler, steps)
+    ddpm = gaussian(**settings)
+    for steps in (20, 100):
+        check_moments(ddpm, sampler, steps)
 
 
 @pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm++", 2)])
@@ -643,7 +644,7 @@ def test_images_of_another_shape_than_the_networks_are_refused():
 
 def small_unet():
     network = UNet(base_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(8,), time_emb_dim=32,
-                   patch_size=2, num_classes=10)
+                   patch_size=4, num_classes=10)
     torch.nn.init.normal_(network.conv_out.weight, std=0.1)
     return network
 
@@ -808,7 +809,7 @@ def overridden(network):
 
 def same_shapes(network):
     """A layer that computes something else with the same weights."""
-    network.conv_in = torch.nn.Conv2d(12, 32, 3, padding=1, padding_mode="circular")
+    network.conv_in = torch.nn.Conv2d(48, 32, 3, padding=1, padding_mode="circular")
     return network
 
 
