@@ -1,6 +1,10 @@
 """Where the tests find MNIST: the folder DDPM_DATA_DIR, or data/, as train_eval.py leaves it."""
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores, so each computes with one thread
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import warnings
 from pathlib import Path
 
@@ -10,7 +14,14 @@ import train_eval
 from dataprocess import load_data
 from support import configurator
 
+LONGEST = ("train_eval", "processes", "never_lose_a_run", "metrics", "diffusion", "machine")
 DATA_DIR = os.environ.get("DDPM_DATA_DIR") or str(Path(__file__).parent.parent / "data")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that none is left to one process at the end."""
+    names = [f"test_{name}.py" for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
 
 
 def read_constants(flags):
