@@ -83,6 +83,17 @@ def one_line(error):
     return text
 
 
+def test_few_images_are_evenly_spread_never_augmented_and_keep_their_labels(mnist):
+    images, _ = load_data("mnist", mnist, channels=1, augment=True)
+    few = images.few(10)
+    assert torch.equal(few.images, images.images[::TRAIN // 10]) and torch.equal(few.labels, images.labels[::23])
+    (x0, y), (again, _) = few.batch(slice(None)), few.batch(slice(None))
+    assert torch.equal(x0, again) and x0.shape == (10, 1, 32, 32) and torch.equal(y, few.labels)
+    assert images.augment and len(images.few(10**6)) == TRAIN
+    with pytest.raises(ValueError, match="^n 0: expected"):
+        images.few(0)
+
+
 # Batches
 
 def test_batch_shapes_and_types(mnist):

@@ -550,7 +550,9 @@ def test_metrics_mix_no_devices(device):
         assert classifier.accuracy(test, cuda_labels(80)) == 1.0
         report, pairs = metrics.measure(classifier, samples, train, test, torch.zeros(70, dtype=torch.long))
         assert report["frechet"] == 0 and report["accuracy"] == 1.0 and pairs.shape == (20, 1, 32, 32)
-        assert metrics.measure(classifier, samples, train, test, cuda_labels(70), frechet_only=True)[1] is None
+        assert metrics.measure(classifier, samples, train, test, cuda_labels(70))[0]["accuracy"] == 1.0
+        train, test = (Images("mnist", x, torch.zeros(len(x), dtype=torch.long), device="cuda") for x in (train, test))
+        assert metrics.FrechetMeter(classifier, test.few(70), train.few(70))(samples) == 0
         features = torch.zeros(9, 4, device="cuda")
         for a, b in ((features, features.cpu()), (features.cpu(), features)):
             assert metrics.frechet_distance(a, b) == 0 and metrics.precision_recall(a, b)
@@ -842,21 +844,11 @@ def test_the_first_signal_is_a_request_and_the_second_ends_the_run(signum, capfd
     assert interrupt.status == 128 + signum
 
 
-def test_a_block_that_may_end_at_once():
+def test_an_error_leaves_the_handlers_as_they_were():
     before = signal.getsignal(signal.SIGINT)  # a shell ignores it in what it runs in the background
-    with machine.Interrupt() as interrupt, interrupt.after_the_step():
-        with interrupt.at_once():
-            pass
-        assert interrupt.asked() is None and not interrupt.immediate
-        with interrupt.at_once():
-            signal.raise_signal(signal.SIGINT)
-            raise AssertionError("the block has to end")
-        assert interrupt.asked() == "stop" and not interrupt.immediate
-        with pytest.raises(KeyboardInterrupt), interrupt.at_once():  # this is the second one
-            signal.raise_signal(signal.SIGINT)
-        with pytest.raises(ZeroDivisionError), interrupt.at_once():
-            1 / 0  # noqa: B018
-        assert not interrupt.immediate
+    with pytest.raises(ZeroDivisionError), machine.Interrupt() as interrupt, interrupt.after_the_step():
+        1 / 0  # noqa: B018
+    assert interrupt.immediate
     with pytest.raises(ZeroDivisionError), machine.Interrupt():
         1 / 0  # noqa: B018
     assert signal.getsignal(signal.SIGINT) is before

@@ -393,9 +393,15 @@ def test_the_pairs_are_the_samples_nearest_to_training_images_each_with_its_neig
     assert torch.equal(distances, distances.sort().values)
 
 
-def test_the_short_measure_has_the_same_distance(remembering, mnist, real):
-    short, pairs = metrics.measure(remembering, real[0], mnist[0].images, mnist[1].images, frechet_only=True)
-    assert pairs is None and short == {name: real[2][name] for name in ("samples", "frechet", "frechet_real")}
+def test_the_meter_reads_the_real_images_once_and_gives_the_same_distance(remembering, mnist, real, monkeypatch):
+    train, test = mnist
+    meter = metrics.FrechetMeter(remembering, test, train.few(100))
+    every, _ = train.batch(torch.arange(100) * len(train) // 100)
+    assert meter.real == pytest.approx(metrics.frechet_distance(
+        remembering.read(metrics.as_bytes(every[:, :1]))[0], remembering.read(test.images)[0]))
+    read = []
+    monkeypatch.setattr(meter.classifier, "read", lambda x: (read.append(len(x)), Remembering.read(remembering, x))[1])
+    assert meter(real[0]) == pytest.approx(real[2]["frechet"]) and read == [len(real[0])]
 
 
 @pytest.mark.parametrize("n, tests, missing", [
@@ -407,18 +413,15 @@ def test_what_few_images_cannot_tell_is_left_out(remembering, mnist, real, n, te
     assert set(real[2]) - set(report) == {name + suffix for name in ("frechet", "precision", "recall")[:missing]
                                           for suffix in ("", "_real")}
     assert pairs.shape == (2 * min(n, 10), 1, 32, 32)
-    short, _ = metrics.measure(remembering, samples, images, test, frechet_only=True)
-    assert short == {name: report[name] for name in ("samples", "frechet", "frechet_real") if name in report}
 
 
-@pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("n, trains, tests, message", [
     (0, 99, 99, "^0 samples: expected at least 1$"), (0, 0, 0, "^0 samples"), (1, 0, 9, "at most 0.* training images"),
     (9, 99, 8, "9 samples: expected at most 8, the number of test"), (99, 98, 99, "at most 98.* training images")])
-def test_more_samples_than_real_images_are_refused(classifier, mnist, n, trains, tests, message, short):
+def test_more_samples_than_real_images_are_refused(classifier, mnist, n, trains, tests, message):
     images = mnist[0].images
     with pytest.raises(ValueError, match=message):
-        metrics.measure(classifier, images[:n], images[:trains], images[:tests], frechet_only=short)
+        metrics.measure(classifier, images[:n], images[:trains], images[:tests])
 
 
 # Devices: a mode that plays a GPU, computes on the CPU, and refuses what a GPU refuses

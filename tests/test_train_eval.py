@@ -106,8 +106,9 @@ def test_a_run_leaves_everything_that_it_promises(trained):
         "best_model.pt", "last.previous.pt", "last.pt", "loss_curve.png", "samples",
         "tensorboard_logs"]
     assert sorted(path.name for path in (save_dir / "samples").iterdir()) == [
-        "final.png", "real.png", *(f"step_{step:07d}.png" for step in range(10, STEPS + 1, 10))]
-    for path in (save_dir / "samples").iterdir():
+        "denoising.gif", "final.png", "real.png", *(f"step_{step:07d}.png" for step in range(10, STEPS + 1, 10)),
+        "training.gif"]
+    for path in (save_dir / "samples").glob("*.png"):
         assert Image.open(path).size == (10 * 34 + 2, 7 * 34 + 2)  # seven rows of ten: a column a digit
     for words in ("320 images to train, 100 to test", "parameters, by digit", "device: cpu, ", "tensorboard --logdir",
                   "best_model.pt", "test loss ", "Fréchet distance of the last grid", "--evaluate", "minutes"):
