@@ -14,8 +14,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -875,20 +873,3 @@ def test_every_option_that_trains_trains(device, tmp_path, data_flags):
         flags = [*SMALL, *data_flags, *options.split(), "--device", device, "--epochs", 1, "--train_size", 40,
                  "--test_size", 10, "--num_samples", 2]  # few: a CPU without bf16 is slow at it
         assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path / str(i))]) == 0
-
-
-def test_the_notebook_runs_on_what_a_run_leaves(trained, monkeypatch):
-    save_dir, _, _ = trained
-    notebook = json.loads((ROOT / "explore.ipynb").read_text())
-    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert not any(cell.get("outputs") for cell in notebook["cells"])
-    trained_for_10 = DDPM.load(save_dir / "best_model.pt", "cpu")
-    best = DDPM(trained_for_10.network, variance="learned", sample_steps=3)  # as many timesteps as usual
-    best.info = trained_for_10.info
-    monkeypatch.setattr(DDPM, "load", lambda path: best)
-    matplotlib.use("Agg")
-    names = {}
-    for cell in code:
-        exec(cell, names)
-    assert names["sequence"].shape == (10, 5, 3, 32, 32)
-    plt.close("all")
