@@ -206,9 +206,11 @@ def accepted(check):
 
 
 def check_benchmark(flags, parts=()):
-    """Its flags, and these parts of it."""
+    """Its flags, and these parts of it, with the small network in place of the reference."""
+    settings = benchmark.settings
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["benchmark.py", *flags])
+        patch.setattr(benchmark, "settings", lambda name, device: settings("small", device))
         for name in {"ceilings", "counts", "small_steps", "memory_kept", "busy", "sampling", "loader", "after_backward",
                      "start_up", "growth", "reference_steps", "on_paper"} - {*parts}:
             def skip(bench):
