@@ -41,7 +41,7 @@ GLYPHS_SIZES = (20_000, 2_000)  # train, test
 # The fonts of matplotlib that have ten digits, without those that are slanted copies of others.
 GLYPHS_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif",
                 "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
-                "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmti10", "cmtt10")
+                "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmtt10", "DejaVuSans-Oblique")
 
 
 def load_data(dataset="auto", data_dir="data", *, image_size=32, channels=3, train_size=60_000, test_size=10_000,
