@@ -157,7 +157,7 @@ class EventLog:
         """The constants of the run, and which measures compare it, for TensorBoard's HParams page."""
         from torch.utils.tensorboard.summary import hparams
 
-        plain = {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in values.items()}
+        plain = {name: value if type(value) in (int, float) else str(value) for name, value in values.items()}
         for summary in hparams(plain, {f"final/{name}": 0 for name in FINAL})[:2]:  # not "finished"
             self.add("summary", summary)
 

@@ -4,10 +4,12 @@
 
 import argparse
 import io
+import itertools
 import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -91,11 +93,9 @@ def write_training_film(folder):
 
     Grids of another size than the last are left out; without a grid there is no film. A failure is only a warning.
     """
-    from torchvision.io import ImageReadMode, decode_image
-
     with warning_if_it_fails("writing a picture"):
         paths = sorted(Path(folder).glob("step_*.png"), key=lambda path: (len(path.name), path.name))
-        grids = [decode_image(str(path), ImageReadMode.GRAY)[0] for path in paths]
+        grids = [torch.from_numpy(np.array(Image.open(path).convert("L"))) for path in paths]
         grids = [grid[:grid.shape[1]] / 255 for grid in grids if grid.shape == grids[-1].shape]  # as high as wide
         if grids:
             picked = torch.linspace(0, len(grids) - 1, min(FRAMES, len(grids))).round().long().tolist()
@@ -190,11 +190,11 @@ def _denoising(ddpm, sequence, steps):
 def _write_film(frames, path, limit):
     """Frames, from 0 to 1, (height, width), as a GIF of at most `limit` bytes, with as many grey levels as fit."""
     shrink = math.ceil(max(frames[0].shape) / MOST_PIXELS)
-    frames = [torch.nn.functional.avg_pool2d(frame[None], shrink)[0] for frame in frames]
     times = [min(500, 4000 // len(frames))] * (len(frames) - 1) + [LAST_TIME]
-    for levels in LEVELS:
+    for size, levels in itertools.product((shrink, 2 * shrink, 4 * shrink), LEVELS):
         pictures = []
         for frame, most in zip(frames, [levels - 1] * (len(frames) - 1) + [LAST_LEVELS - 1]):
+            frame = torch.nn.functional.avg_pool2d(frame[None], size)[0]
             pictures.append(Image.fromarray((frame * most).round().byte().numpy(), "P"))
             pictures[-1].putpalette([round(255 * level / most) for level in range(most + 1) for _ in range(3)])
         first, *others = pictures

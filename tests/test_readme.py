@@ -165,7 +165,7 @@ def check_run(flags, data_flags):
     elif config.evaluate:
         flags = [*flags, *EVALUATION]
     elif config.resume:
-        flags = [*flags, "--device", "cpu", "--eval_every", "0"]
+        flags = [*flags, "--device", "cpu"]
     else:
         flags = [*SHORT, *flags, *SMALL]
     before = len(list(Path("checkpoints").glob("run_*")))
