@@ -17,7 +17,7 @@ NOTEBOOK = ROOT / "explore.ipynb"
 SILENT = ("setup",)  # ids of code cells that print and draw nothing
 TINY = ("--device cpu --train_size 100 --test_size 80 --base_channels 32 --channel_mult 1 --num_res_blocks 1 "
         "--time_emb_dim 32 --patch_size 4 --attention_resolutions none --epochs 1 --preview_steps 2 --num_samples 10 "
-        "--eval_every 0 --target_references 0").split()
+        "--target_references 0").split()
 KINDS = {"labels": ["--use_conditional_generation"],
          "clusters": "--no-use_conditional_generation --num_clusters 12".split(),
          "nothing": "--no-use_conditional_generation --num_clusters 0 --guidance_scale 1 --sample_steps 4".split()}

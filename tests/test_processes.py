@@ -29,9 +29,9 @@ FLAGS = ("--device cpu --train_size 171 --test_size 100 --base_channels 32 --cha
          "--time_emb_dim 32 --patch_size 4 --attention_resolutions none --batch_size 17 --epochs 2 --sample_steps 3 "
          "--preview_steps 3 --num_samples 20 --log_every 1 --sample_every 11 --save_every 5 --learning_rate 1e-4 "
          "--num_timesteps 10 --no-use_conditional_generation --sampler ddpm --guidance_scale 1 --target_references 0 "
-         "--num_clusters 8 --eval_every 0 --eval_samples 90 --bound_images 21 --bound_terms 4 --grad_clip 0").split()
+         "--num_clusters 8 --eval_samples 90 --bound_images 21 --bound_terms 4 --grad_clip 0").split()
 ALL = ("--use_conditional_generation --num_clusters 0 --use_augmentation --timestep_sampling importance "
-       "--target_references 50 --variance learned --guidance_scale 1.5 --eval_every 2 "
+       "--target_references 50 --variance learned --guidance_scale 1.5 --num_samples 70 "
        "--grad_clip 1").split()  # what draws or needs all
 TOLERANCE = 1e-4
 # The helper: each line on stdin is a list of processes to fork, [environment, argv, stdout and stderr, code, signal].
@@ -155,7 +155,7 @@ def test_processes_do_what_one_does(start, alone, tmp_path, number, name):
     assert_equal(tmp_path, folder)
     assert "samples: " in out and "test loss " in out and all(text == "" for _, *texts in others for text in texts)
     logs, logs_alone = (list(where.rglob("events.*")) for where in (tmp_path, folder))
-    assert len(logs) == len(logs_alone) == 2  # of the training, and of the last grid
+    assert len(logs) == len(logs_alone) == 6  # of the training, its four parts, the last grid
 
 
 @pytest.mark.parametrize("number, parts", [(1, 3), (2, 2)])
