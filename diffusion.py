@@ -65,10 +65,9 @@ class DDPM(GaussianProcess):
             raise ValueError(f"guidance_scale {guidance_scale}: the network is unconditional; expected 1")
         self.image_size, self.channels = int(image_size), int(channels)
         self.image_shape = (self.channels, self.image_size, self.image_size)
-        self.loss, self.sampler = loss, sampler
+        self.loss, self.sampler, self.info = loss, sampler, {}  # info: what `save` was given beside the model
         self.min_snr_gamma, self.guidance_scale = float(min_snr_gamma), float(guidance_scale)
         sample_steps = self.num_timesteps if sample_steps is None else sample_steps
-        self.info = {}  # what `save` was given beside the model
         process.check_whole("sample_steps", sample_steps, 1, self.num_timesteps, ", the number of timesteps")
         self.sample_steps = int(sample_steps)
 
@@ -222,7 +221,8 @@ class DDPM(GaussianProcess):
         y = process.check_labels(y, n, self.num_classes, self.device)
         generator = process.make_generator(seed, self.device)
         if y is None and self.num_classes is not None:
-            shares = torch.tensor(self.class_shares or [1.0] * self.num_classes, device=self.device)
+            shares = torch.ones(self.num_classes, device=self.device)
+            shares = shares if self.class_shares is None else shares.new_tensor(self.class_shares)
             y = torch.multinomial(shares, n, replacement=True, generator=generator)
         xT = torch.randn(n, *self.image_shape, generator=generator, device=self.device) if xT is None else xT
         process.check_images("xT", xT, (n, *self.image_shape))

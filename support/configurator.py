@@ -150,7 +150,7 @@ def check_kinds(values, choices):
             expected = "True or False"
         elif name in TEXTS and not (type(value) is str and value and "\0" not in value):
             expected = "text that is not empty, in quotes in the script"
-        elif name in choices and value not in choices[name]:
+        elif name in choices and value not in [*choices[name]]:  # in a dict only what can be hashed can be looked for
             expected = f"one of {', '.join(choices[name])}"
         elif name == "evaluate" and not (type(value) is bool or type(value) is str and value):
             expected = "True, False or the name of a folder"

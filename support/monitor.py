@@ -109,7 +109,7 @@ class Monitor:
         step = self.progress["step"]
         path = self.samples_dir / f"step_{step:07d}.png"
         write_grid(images, path, self.events, "samples", step)
-        if not self.announced:
+        if is_main() and not self.announced:
             minutes = (self.bar.total - self.bar.n) / self.stats.rate / 60
             self.bar.write(f"{self.stats.rate:.0f} images a second: about {minutes:.0f} minutes to go; first digits: "
                            f"{path}", file=sys.stderr)

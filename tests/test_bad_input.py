@@ -414,7 +414,7 @@ def saved_run(folder):
     """The states in best_model.pt and last.pt of a run that was stopped before its first step."""
     config, _ = train_eval.configure([*TINY, "--device=cpu", "--dataset=glyphs", f"--save_dir={folder}"])
     run = train_eval.prepare(config)
-    train_eval.save_best(run, 0, 1.0)
+    train_eval.save_best(run, 1.0)
     train_eval.save_last(config, run.state, run.progress)
     return {name: torch.load(folder / name, weights_only=True) for name in ("best_model.pt", "last.pt")}
 

@@ -89,7 +89,7 @@ def test_comments_between_constants_are_no_headings_and_odd_kinds_are_refused(tm
     (tmp_path / "script.py").write_text("# run\nepochs = 3  # passes\n# try 4 here\nmine = (1, 2)  # my own\n"
                                         "\n# other\nflag = False  # another\n# end of constants\n")
     constants = configurator.read_constants(tmp_path / "script.py", {}, {})
-    assert constants == {"epochs": ("system", 3, "passes"), "mine": ("system", (1, 2), "my own"),
+    assert constants == {"epochs": ("run", 3, "passes"), "mine": ("run", (1, 2), "my own"),
                          "flag": ("other", False, "another")}
     parser = configurator.make_parser(constants, {})
     assert vars(parser.parse_args(["--mine", "3,4", "--no-flag"])) == {"mine": (3, 4), "flag": False}
@@ -132,8 +132,8 @@ def test_a_saved_run_keeps_its_constants_and_takes_the_flags_that_are_free(capsy
 @pytest.mark.parametrize("encoding", ["cp1251", "ascii", "latin-1", "utf-8", "cp437:strict"])
 def test_no_console_is_too_small_for_our_words(encoding, tmp_path):
     """Help, an error with a strange name in it, and what a table prints."""
-    code = ("import train_eval\nfrom support import machine, monitor\nmachine.prepare_process()\n"
-            "print('\\u0424 é \\u221e')\nmonitor.print_left_out(['\\udcff', '\\u4e2d'])\n"
+    code = ("import train_eval\nfrom support import console, machine\nmachine.prepare_process()\n"
+            "print('\\u0424 é \\u221e')\nconsole.print_left_out(['\\udcff', '\\u4e2d'])\n"
             "print(monitor.table({'samples': 1, 'frechet': 1.0, 'digits': [1], 'digits_real': [1], 'classifier': ''},"
             " 1.0))\n"
             "train_eval.main(['--data_dir', '\\u4e2d\\u6587\\udcff', '--dataset', 'mnist', '--train_size', '0'])")

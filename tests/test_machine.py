@@ -390,7 +390,7 @@ def test_training_steps_never_wait_for_the_device(sampling, conditional, monkeyp
                 stats.add(*result)
             assert pretend.sent == sent and run.ema.step == 2
         pretend.may_read = True
-        assert stats.read(2, 0.1)["train/loss"] == 0
+        assert stats.read(2, 0.1)["train/batch_loss"] == 0
 
 
 def test_the_ema_stays_on_the_device():

@@ -121,7 +121,9 @@ def test_the_grids_of_a_run_in_order(tmp_path):
     assert not list(tmp_path.iterdir())  # no grid yet: no film
     last = 10_000_000  # its name is longer, and sorts before those of other steps
     for number, step in enumerate([1, *range(5000, 5000 * 49, 5000), last]):
-        write_grid(torch.full((20, 3, 8, 8), number / 25 - 1), tmp_path / f"step_{step:07d}.png")
+        images = torch.full((20, 3, 8, 8), number / 25 - 1)
+        images[1 + number % 19] = 1.0  # no two frames are equal: Pillow would make one of them
+        write_grid(images, tmp_path / f"step_{step:07d}.png")
         if number == 0:
             write_training_film(tmp_path)
             shown, times = frames(tmp_path / "training.gif")
@@ -169,12 +171,9 @@ def test_the_command_makes_the_pictures_of_the_readme(ddpm, tmp_path, monkeypatc
     assert Path("images/process.png").stat().st_size < 150_000
 
 
-@pytest.mark.parametrize("flags", [["nowhere"], ["."], ["--data_dir", ""], [".", "."]])
-def test_bad_input_of_the_command_is_one_clear_line(tmp_path, flags, ddpm):
+@pytest.mark.parametrize("flags", [["nowhere"], ["."], [".", "."]])
+def test_bad_input_of_the_command_is_one_clear_line(tmp_path, flags):
     (tmp_path / "best_model.pt").write_bytes(b"no checkpoint")
-    if "--data_dir" in flags:
-        (tmp_path / "checkpoints").mkdir()
-        ddpm.save(tmp_path / "checkpoints" / "best_model.pt")
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r}); from support import pictures; " \
            f"sys.exit(pictures.main({flags!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)

@@ -180,14 +180,18 @@ def test_grids_during_training_are_ema_weights_in_few_steps_a_column_a_digit(tra
 def test_a_grid_asks_for_the_digits_in_turn_and_for_the_same_noise():
     def asked(*flags):
         config, _ = train_eval.configure([*SMALL, "--seed", "7", *flags])
-        model = SimpleNamespace(sample=lambda n, y, **options: (n, y, options), num_classes=10)
-        return train_eval.draw(config, model, 20, steps=3)
+        model = SimpleNamespace(num_classes=10, sample=lambda n, y, **options: (
+            seen.append((n, y, options)), torch.zeros(n, 1, 2, 2))[1])
+        return seen, train_eval.draw(config, model, 20, steps=3)[1]
+
+    seen = []
 
     asked_for = {"seed": 7, "steps": 3, "rows": slice(0, 20)}
-    (n, y, options), labels = asked("--use_conditional_generation")
+    ((n, y, options),), labels = asked("--use_conditional_generation")
     assert n == 20 and y.tolist() == [*range(10), *range(10)] and options == asked_for
     assert torch.equal(labels, y)
-    assert asked("--no-use_conditional_generation", "--num_clusters", "0") == ((20, None, asked_for), None)
+    seen.clear()
+    assert asked("--no-use_conditional_generation", "--num_clusters", "0") == ([(20, None, asked_for)], None)
 
 
 def test_a_training_step_gives_the_network_labels_and_bf16_and_clips_the_gradient():
@@ -384,10 +388,11 @@ def test_a_window_tells_what_its_steps_did(monkeypatch, capsys):
     window.add(torch.tensor([1.0, 2.0, 3.0]), torch.ones(3), torch.tensor([0, 249, 250]), torch.tensor(4.0))
     window.add(torch.tensor([5.0]), one, torch.tensor([999]), torch.tensor(6.0))
     assert window.read(2, 0.1) == {
-        "train/loss": 3.5, "train/grad_norm": 5.0, "train/images_per_second": 2.0,
-        "train_loss_by_t/quartile_1": 1.5, "train_loss_by_t/quartile_2": 3.0, "train_loss_by_t/quartile_4": 5.0}
+        "train/batch_loss": 3.5, "train/grad_norm": 5.0, "train/images_per_second": 2.0,
+        "train_batch_loss_by_t/quartile_1": 1.5, "train_batch_loss_by_t/quartile_2": 3.0,
+        "train_batch_loss_by_t/quartile_4": 5.0}
     window.add(torch.tensor([7.0]), one, torch.tensor([600]), torch.tensor(1.0))
-    assert window.read(3, 0.1)["train_loss_by_t/quartile_3"] == 7.0  # it began anew
+    assert window.read(3, 0.1)["train_batch_loss_by_t/quartile_3"] == 7.0  # it began anew
     window.add(torch.tensor([1.0]), one, torch.tensor([0]), torch.tensor(1.0))
     window.add(torch.tensor([1.0]), one, torch.tensor([0]), torch.tensor(float("inf")))
     with pytest.raises(SystemExit) as exit_:
@@ -398,7 +403,7 @@ def test_a_window_tells_what_its_steps_did(monkeypatch, capsys):
     window.start()
     window.add(torch.tensor([4.0, 1.0]), torch.tensor([0.5, 1.5]), torch.tensor([0, 1]), torch.tensor(1.0))
     scalars = window.read(6, 0.1)  # timesteps drawn by importance weigh less
-    assert scalars["train/loss"] == 1.75 and scalars["train_loss_by_t/quartile_1"] == 1.75
+    assert scalars["train/batch_loss"] == 1.75 and scalars["train_batch_loss_by_t/quartile_1"] == 1.75
 
 
 def test_importance_sampling_draws_the_timesteps_weighs_the_losses_and_learns_from_them():
@@ -535,7 +540,7 @@ def test_evaluate_writes_its_table_as_json_in_tensorboard_and_the_nearest_pairs(
     assert "90 samples" in out and f"{expected['accuracy']:.4f}" in out and path.parent == save_dir
     assert all(f"{expected[name]:.4f}" in out for name in ("precision", "recall_real", "copies", "nearest_1st"))
     events, curves = scalars(save_dir)
-    assert curves["evaluation/frechet"][STEPS] == pytest.approx(expected["frechet"])
+    assert curves["final/frechet"][STEPS] == pytest.approx(expected["frechet"])
     assert "samples/nearest" in events.Tags()["images"]
     drawn = torch.from_numpy(np.array(Image.open(picture)))[..., 0]
     assert torch.equal(drawn[2:34, 2:34], pairs[0, 0]) and torch.equal(drawn[2:34, 36:68], pairs[1, 0])
