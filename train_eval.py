@@ -43,7 +43,7 @@ use_augmentation = cuda  # small random shifts, rotations and scales; they help 
 
 # network
 use_conditional_generation = not cuda  # train on labels too, so you can ask for a digit; it also learns faster
-num_clusters = 0 if cuda or use_conditional_generation else 64  # without labels: train on clusters instead; 0 is off
+num_clusters = 0 if cuda or use_conditional_generation else 256  # without labels: train on clusters instead; 0 is off
 base_channels = 128 if cuda else 32  # width of the first level; a multiple of 32
 channel_mult = (1, 2, 4, 8) if cuda else (1, 2, 4)  # width of each level, as multiples of base_channels
 num_res_blocks = 2 if cuda else 1  # residual blocks per level

@@ -175,7 +175,7 @@ def check_together(config):
                          "--no-use_conditional_generation")
     if config.guidance_scale != 1 and not config.use_conditional_generation and not config.num_clusters:
         raise ValueError(f"guidance_scale {config.guidance_scale}: guidance needs labels; expected 1, or "
-                         "--use_conditional_generation, or --num_clusters 64")
+                         "--use_conditional_generation, or --num_clusters 256")
     if not config.evaluate:
         if config.target_references and config.loss != "mse":
             raise ValueError(f"target_references {config.target_references} with loss {config.loss!r}: their mean is "

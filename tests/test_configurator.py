@@ -132,7 +132,7 @@ def test_a_saved_run_keeps_its_constants_and_takes_the_flags_that_are_free(capsy
 @pytest.mark.parametrize("encoding", ["cp1251", "ascii", "latin-1", "utf-8", "cp437:strict"])
 def test_no_console_is_too_small_for_our_words(encoding, tmp_path):
     """Help, an error with a strange name in it, and what a table prints."""
-    code = ("import train_eval\nfrom support import console, machine\nmachine.prepare_process()\n"
+    code = ("import train_eval\nfrom support import console, machine, monitor\nmachine.prepare_process()\n"
             "print('\\u0424 é \\u221e')\nconsole.print_left_out(['\\udcff', '\\u4e2d'])\n"
             "print(monitor.table({'samples': 1, 'frechet': 1.0, 'digits': [1], 'digits_real': [1], 'classifier': ''},"
             " 1.0))\n"

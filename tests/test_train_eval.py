@@ -745,7 +745,7 @@ def test_the_device_decides_the_values_below_it():
     assert config.timestep_std == 1.0
     config, _ = train_eval.configure(["--device", "cpu", "--no-use_conditional_generation", "--loss", "l1"])
     assert (config.sampler, config.sample_steps, config.target_references) == ("sde-dpm++", 6, 0)
-    assert config.timestep_std == 0.8 and config.num_clusters == 64 and config.guidance_scale == 1.1
+    assert config.timestep_std == 0.8 and config.num_clusters == 256 and config.guidance_scale == 1.1
     config, _ = train_eval.configure(["--device", "cpu", "--no-use_conditional_generation", "--num_clusters", "0"])
     assert (config.sample_steps, config.guidance_scale, config.timestep_std) == (25, 1, 0.6)
 
