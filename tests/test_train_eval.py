@@ -541,7 +541,7 @@ def test_evaluate_writes_its_table_as_json_in_tensorboard_and_the_nearest_pairs(
     assert all(f"{expected[name]:.4f}" in out for name in ("precision", "recall_real", "copies", "nearest_1st"))
     events, curves = scalars(save_dir)
     assert curves["final/frechet"][STEPS] == pytest.approx(expected["frechet"])
-    assert "samples/nearest" in events.Tags()["images"]
+    assert "nearest" in events.Tags()["images"]
     drawn = torch.from_numpy(np.array(Image.open(picture)))[..., 0]
     assert torch.equal(drawn[2:34, 2:34], pairs[0, 0]) and torch.equal(drawn[2:34, 36:68], pairs[1, 0])
 
