@@ -370,8 +370,7 @@ def draw_final(run):
 def evaluate_model(config, given):
     """Measure best_model.pt of save_dir: test loss, bits per dimension, samples. Returns True."""
     with configurator.input_errors():
-        path = Path(config.save_dir) / "best_model.pt"
-        ddpm = DDPM.load(path, "cpu")
+        ddpm = DDPM.load(path := Path(config.save_dir) / "best_model.pt", "cpu")
         info = ddpm.info
         if not {"config", "step", "log", "warning"} <= info.keys():
             raise ValueError(f"{path}: not written by train_eval.py; load it with DDPM.load")
@@ -442,8 +441,9 @@ def measure(config, samples, y, train_images, test_images):
 
 def load_classifier(config, train_images):
     """The classifier whose features measure samples of this data set."""
-    return metrics.load_classifier(config.dataset, train_images.images, train_images.labels, config.data_dir,
-                                   device=config.device, progress=console.at_a_terminal())
+    with configurator.input_errors():  # assets/ may be damaged
+        return metrics.load_classifier(config.dataset, train_images.images, train_images.labels, config.data_dir,
+                                       device=config.device, progress=console.at_a_terminal())
 
 
 if __name__ == "__main__":

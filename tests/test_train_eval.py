@@ -578,6 +578,19 @@ def test_a_folder_of_pngs_is_measured_as_a_model_is(data_flags, tmp_path, capsys
     assert "epochs, sampler: not used with --evaluate FOLDER; leave it out" in line
 
 
+def test_a_damaged_classifier_is_one_clear_line_before_training_and_before_measuring(trained, capsys, monkeypatch,
+                                                                                     tmp_path):
+    def damaged(*args, **options):
+        raise ValueError("assets/classifier.pt: not a readable checkpoint")
+
+    monkeypatch.setattr(metrics, "load_classifier", damaged)
+    save_dir, flags, _ = trained
+    for command_ in ([*flags, "--save_dir", tmp_path], ["--evaluate", "--save_dir", save_dir, "--device", "cpu",
+                                                        "--bound_images", 2, "--bound_terms", 2, "--eval_samples", 4]):
+        assert "assets/classifier.pt: not a readable" in refused(capsys, *command_)
+    assert not (tmp_path / "last.pt").exists()
+
+
 @pytest.mark.parametrize("size", [1, 64, 65])
 def test_too_few_images_to_measure_with_cost_a_line_and_not_the_run(data_flags, tmp_path, capsys, size):
     flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--test_size", size, "--epochs", 1, "--num_samples", 65]
