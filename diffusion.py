@@ -207,7 +207,7 @@ class DDPM(GaussianProcess):
             batch_size: images that the network sees at once. The noise is drawn for all n, so batches change no image.
 
         Returns:
-            Images in [-1, 1], float32: (n, C, H, W), or (steps, n, C, H, W) with `return_sequence`.
+            Images in [-1, 1], float32: (n, C, H, W), or (steps / return_every, n, C, H, W) with `return_sequence`.
 
         Raises:
             ValueError: an argument does not fit the model.
@@ -215,8 +215,9 @@ class DDPM(GaussianProcess):
         eta, order, guidance_scale = _sampling_defaults(self, n, sampler, eta, guidance_scale, xT, start, batch_size)
         if steps is None:  # from a lower start the same share of the model's steps
             steps = max(1, round(self.sample_steps * (1 if start is None else (start + 1) / self.num_timesteps)))
-        timesteps = self.timesteps(steps, start)
-        process.check_choice("return_sequence", str(return_sequence), ("False", "True", "xt"))
+        timesteps, rows = self.timesteps(steps, start), slice(None) if rows is None else rows
+        if return_sequence not in (False, True, "xt"):
+            raise ValueError(f"return_sequence {checks.shown(return_sequence)}: expected False, True or 'xt'")
         process.check_whole("return_every", return_every, 1, note=" step")
         y = process.check_labels(y, n, self.num_classes, self.device)
         generator = process.make_generator(seed, self.device)
@@ -226,7 +227,6 @@ class DDPM(GaussianProcess):
             y = torch.multinomial(shares, n, replacement=True, generator=generator)
         xT = torch.randn(n, *self.image_shape, generator=generator, device=self.device) if xT is None else xT
         process.check_images("xT", xT, (n, *self.image_shape))
-        rows = slice(None) if rows is None else rows
         sequence, xT, y = [], xT[rows].to(self.device, torch.float32), None if y is None else y[rows]
         with (torch.no_grad(), evaluating(self),
               tqdm(total=len(xT) * len(timesteps), unit="call", disable=not progress, leave=False) as progress_bar):

@@ -140,7 +140,9 @@ def load_classifier(dataset, images, labels, folder, *, device="cpu", progress=F
         path = Path(folder).expanduser() / f"classifier-{digest[:16]}.pt"
         try:
             classifier.load_state_dict(load_checkpoint(path, ()))
-        except Exception:  # the file is missing or damaged; training takes some minutes
+        except Exception:  # the file is missing or damaged
+            print(f"training the classifier that measures {dataset}, which takes some minutes, once: {path}",
+                  file=sys.stderr)
             classifier = train_classifier(images, labels, device=device, progress=progress)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,7 @@ min_snr_gamma = 0.0  # cap on the SNR that weights the mse loss; 5 is usual, 0 t
 # training
 batch_size = 16  # images per step, of all processes together
 grad_accumulation = 1  # parts that a batch is computed in, one after the other; more take less memory
-timestep_sampling = "uniform" if cuda or loss == "vlb" or variance == "learned" else "logit-normal"  # law of timesteps
+timestep_sampling = "uniform" if cuda or loss == "vlb" or variance == "learned" else "logit-normal"  # how t is drawn
 timestep_std = 1.0 if use_conditional_generation else 0.8 if num_clusters else 0.6  # how widely logit-normal spreads
 epochs = 50 if cuda else 2  # passes over the training images; more give better digits
 learning_rate = 1e-4 if cuda else 1e-3  # peak learning rate of AdamW
@@ -238,14 +238,14 @@ def train(run, interrupt):
                 with watch.doing("saving"):
                     save_last(config, run.state, progress)
                 console.print_saved(progress, asked)
-            if stopped := asked == "stop":
+            if stopped := asked == "stop" or last and interrupt.asked() == "stop":  # in the last look or save
                 break
             if looking or saving:
                 watch.stats.start()  # so that images per second leave these out
-    pictures.write_training(config, progress)
     if not Path(config.save_dir, "best_model.pt").exists():  # stopped before the first look
         with run.ema.applied():
             save_best(run, math.nan)
+    pictures.write_training(config, progress)
     if stopped:
         console.print_stopped(config, progress)
     return not stopped
@@ -291,7 +291,8 @@ def train_step(config, model, state, x0, y, references=None):
 def make_meter(run):
     """What measures the grids during training, or None. Other data sets than MNIST train its classifier once."""
     if min(run.config.num_samples, len(run.train_images), len(run.test_images)) <= metrics.NUM_FEATURES:
-        return console.print_unmeasured(metrics.NUM_FEATURES)
+        console.print_unmeasured(metrics.NUM_FEATURES)
+        return None
     with warning_if_it_fails("measuring samples"):
         return metrics.FrechetMeter(load_classifier(run.config, run.train_images), run.test_images.few(2000),
                                     run.train_images.few(run.config.num_samples))
@@ -300,14 +301,13 @@ def make_meter(run):
 def look(run, watch, meter):
     """Look at the EMA weights: losses of a few fixed images, a grid of samples and its Fréchet distance.
 
-    The lowest test loss so far makes them best_model.pt. What fails is only a warning.
+    The lowest test loss so far makes them best_model.pt. A measurement that fails is only a warning.
     """
     config, ddpm, progress, value = run.config, run.ddpm, run.progress, math.nan
-    with watch.doing("drawing samples"), run.ema.applied():
+    with watch.doing("evaluating"), run.ema.applied():
         with warning_if_it_fails("the test loss"):
-            fixed, value = (test_loss(config, ddpm, images.few(FEW_IMAGES))
-                            for images in (run.train_images, run.test_images))
-            watch.log_losses(fixed, value)
+            value = test_loss(config, ddpm, run.test_images.few(FEW_IMAGES))
+            watch.log_losses(test_loss(config, ddpm, run.train_images.few(FEW_IMAGES)), value)
         if value < progress["best_loss"] or progress["best_loss"] == math.inf:  # no test loss so far
             save_best(run, value)
             progress["best_loss"] = min(progress["best_loss"], value)  # a NaN leaves it as it is
@@ -327,12 +327,12 @@ def save_best(run, value):
     """Save the weights now in the network, with their test loss. Call this only inside `ema.applied()`."""
     config, progress = run.config, run.progress
     run.ddpm.save(Path(config.save_dir) / "best_model.pt", config=vars(config), step=progress["step"], test_loss=value,
-                  epoch=progress["step"] / run.steps_per_epoch, warning=progress["warning"], log=progress["log"])
+                  warning=progress["warning"], log=progress["log"])
 
 
 @torch.no_grad()
 def test_loss(config, ddpm, images):
-    """Mean loss over images, with plain targets and the same noise and timesteps each time, so that runs compare."""
+    """Mean loss with plain targets, without clusters, and with the same noise and timesteps each time."""
     ddpm.eval()
     generator = torch.Generator().manual_seed(0)
     n = len(images)

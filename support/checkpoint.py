@@ -316,7 +316,9 @@ def _restore(config, state, progress, saved, total_steps):
         if name in saved:  # a last.pt of an older version lacks the state of uniform timesteps, which is empty
             part.load_state_dict(saved[name])
     match_layouts(state["optimizer"])
-    progress.update({name: saved[name] for name in progress if name in saved})  # older ones have fewer curves
+    progress.update({name: saved[name] for name in progress if name in saved})
+    if "fixed_curve" not in saved:  # an older one, whose losses were of all test images
+        progress["best_loss"] = math.inf
     torch.set_rng_state(saved["rng"]["cpu"])
     if "cuda" in saved["rng"] and torch.device(config.device).type == "cuda":
         torch.cuda.set_rng_state(saved["rng"]["cuda"], config.device)

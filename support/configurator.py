@@ -20,7 +20,7 @@ WHOLE = {  # smallest and largest
     "num_heads": (1, MOST), "patch_size": (1, MOST), "num_timesteps": (1, MOST), "target_references": (0, MOST),
     "batch_size": (1, MOST), "grad_accumulation": (1, MOST), "epochs": (1, MOST), "warmup_steps": (0, MOST),
     "ema_start": (0, MOST), "num_clusters": (0, MOST),
-    "ema_update_rate": (1, MOST), "sample_steps": (1, MOST), "num_samples": (1, 10_000), "preview_steps": (1, MOST),
+    "ema_update_rate": (1, MOST), "sample_steps": (1, MOST), "num_samples": (1, 1000), "preview_steps": (1, MOST),
     "eval_samples": (1, MOST), "bound_images": (2, MOST), "bound_terms": (2, MOST),
     "log_every": (1, 100_000), "sample_every": (1, MOST), "save_every": (1, MOST)}
 NUMBERS = {
@@ -150,7 +150,7 @@ def check_kinds(values, choices):
             expected = "True or False"
         elif name in TEXTS and not (type(value) is str and value and "\0" not in value):
             expected = "text that is not empty, in quotes in the script"
-        elif name in choices and value not in [*choices[name]]:  # in a dict only what can be hashed can be looked for
+        elif name in choices and value not in [*choices[name]]:  # a dict would hash it
             expected = f"one of {', '.join(choices[name])}"
         elif name == "evaluate" and not (type(value) is bool or type(value) is str and value):
             expected = "True, False or the name of a folder"

@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from support.machine import describe_precision, is_main, on_main
 
 def at_a_terminal():
     """Whether a person sees a bar move: this is the main process, and its errors go to a terminal."""
-    return is_main() and sys.stderr.isatty()
+    return is_main() and sys.stderr is not None and sys.stderr.isatty()
 
 
 def progress_bar(**options):
@@ -32,7 +32,8 @@ class _Lines:
     def write(self, text):
         """Write a state, without the characters that move the cursor."""
         if text.strip():
-            print(text.strip(), file=sys.stderr)
+            with suppress(OSError):  # a log that cannot be written stops no run
+                print(text.strip(), file=sys.stderr, flush=True)
 
     def flush(self):
         """Lines are written at once."""
@@ -41,8 +42,8 @@ class _Lines:
 def print_start(run):
     """One screen: the data, the model, the machine, where things go and how to watch."""
     config, folder = run.config, Path(run.config.save_dir)
-    kind = ("by digit" if config.use_conditional_generation else
-            f"by {config.num_clusters} clusters of similar images" if config.num_clusters else "unconditional")
+    kind = ("with labels" if config.use_conditional_generation else
+            f"with {config.num_clusters} clusters in place of labels" if config.num_clusters else "without labels")
     threads = f", {torch.get_num_threads()} threads" if config.device == "cpu" else ""
     print(f"data:   {config.dataset}, {len(run.train_images):,} images to train, {len(run.test_images):,} to test\n"
           f"model:  {sum(p.numel() for p in run.ddpm.parameters()):,} parameters, {kind}, predicts "
@@ -56,8 +57,8 @@ def print_start(run):
 
 def print_unmeasured(least):
     """Print that the grids of a run cannot be measured."""
-    print(f"the grids are not measured during training: that takes more than {least} samples (num_samples), training "
-          "and test images")
+    print(f"grids are not measured during training: the Fréchet distance needs more than {least} samples "
+          "(num_samples), training images and test images")
 
 
 def print_end(run, loss, info):
@@ -66,17 +67,18 @@ def print_end(run, loss, info):
     print_test_loss(config, loss, info)
     if progress["frechet_curve"]:
         print(f"Fréchet distance of the last grid {progress['frechet_curve'][-1][1]:.3f} ({config.num_samples} samples "
-              "in few steps)")
+              f"in {config.preview_steps} steps; compare it with those of other grids alone)")
     print(f"next:   {shell_command('--evaluate', save_dir=config.save_dir)}   (measure it: minutes on a CPU)\n"
           f"        {tensorboard_command(config.save_dir)}\n"
-          "        jupyter notebook explore.ipynb   (draw with it)\n"
-          f"training steps took {run.state['stats'].seconds / 60:.2f} minutes")
+          + ("        explore.ipynb, in Jupyter or VS Code   (take it apart in pictures)\n"
+             if config.save_dir == "checkpoints" else "") +
+          f"training steps took {run.state['stats'].seconds / 60:.2f} minutes since this start")
 
 
 def print_test_loss(config, loss, info):
-    """Print the test loss, and which weights it is of: they were chosen by the loss of some of these images."""
+    """Print the test loss. Some of these images have chosen the weights, so it is slightly too low."""
     print(f"test loss {loss:.5f} ({config.test_size:,} images of {config.dataset}; EMA weights of step "
-          f"{info['step']:,}, the best look)")
+          f"{info['step']:,})")
 
 
 def print_bits(config, bits, images, terms):
@@ -89,7 +91,7 @@ def print_bits(config, bits, images, terms):
 def print_left_out(names):
     """Print which files of a folder were not read."""
     if names:
-        print(f"not read, since they are no PNGs: {', '.join(names[:10])}"
+        print(f"left out, since they are not PNGs: {', '.join(names[:10])}"
               + (f" and {len(names) - 10} more" if len(names) > 10 else ""))
 
 

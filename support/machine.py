@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 
 import torch
@@ -311,7 +311,9 @@ class Interrupt:
             return  # torchrun sends what the terminal has sent already; it kills after half a minute
         if again or self.immediate:
             raise KeyboardInterrupt
-        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+        if sys.stderr is not None:  # else 2 may be another file
+            with suppress(OSError):  # the `tee` behind a pipe ends by the same Ctrl-C
+                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
     def asked(self):
         """What this process, or another one of the run, was asked for: 'stop', 'save' or None."""
@@ -346,7 +348,8 @@ def warning_if_it_fails(what):
             raise
         warning = f"{what} failed ({in_one_line(error)}); the run goes on without it"
         if warning not in WARNED:
-            print(f"\n{warning}", file=sys.stderr)
+            with suppress(OSError):  # the log may lie on the disk that is full
+                print(f"\n{warning}", file=sys.stderr, flush=True)
         WARNED.add(warning)
 
 

@@ -1,4 +1,4 @@
-"""What a run shows of itself: TensorBoard, grids of images, the loss curve and the table of measures."""
+"""What a run records: TensorBoard, statistics of its steps and the table of measures."""
 
 import json
 import math
@@ -109,9 +109,9 @@ class Monitor:
         step = self.progress["step"]
         path = self.samples_dir / f"step_{step:07d}.png"
         write_grid(images, path, self.events, "samples", step)
-        if is_main() and not self.announced:
+        if is_main() and not self.announced and self.bar.n < self.bar.total:
             minutes = (self.bar.total - self.bar.n) / self.stats.rate / 60
-            self.bar.write(f"{self.stats.rate:.0f} images a second: about {minutes:.0f} minutes to go; first digits: "
+            self.bar.write(f"{self.stats.rate:.0f} images a second: about {minutes:.0f} minutes to go; digits so far: "
                            f"{path}", file=sys.stderr)
             self.announced = True
 
@@ -155,11 +155,15 @@ class EventLog:
 
     def add_hparams(self, values):
         """The constants of the run, and which measures compare it, for TensorBoard's HParams page."""
-        from torch.utils.tensorboard.summary import hparams
+        if not self.works:
+            return
+        with warning_if_it_fails("TensorBoard's log"):
+            from torch.utils.tensorboard.summary import hparams
 
-        plain = {name: value if type(value) in (int, float) else str(value) for name, value in values.items()}
-        for summary in hparams(plain, {f"final/{name}": 0 for name in FINAL})[:2]:  # not "finished"
-            self.add("summary", summary)
+            plain = {name: value if type(value) in (int, float) else str(value).encode(errors="replace").decode()
+                     for name, value in values.items()}
+            for summary in hparams(plain, {f"final/{name}": 0 for name in FINAL})[:2]:  # not "finished"
+                self.add("summary", summary)
 
     def close(self):
         """Write what is left, and close the files."""
@@ -247,16 +251,16 @@ class RunningStats:
 
     def state_dict(self):
         """The steps since the last entry, so that a run that is stopped between two goes on to the same curve."""
-        return {"steps": self.steps[:, :self.count].clone(), "quartiles": self.quartiles.clone()}
+        return {"steps": self.steps[:, :self.count].clone(), "quartiles": self.quartiles.clone(),
+                "every": self.steps.shape[1]}
 
     def load_state_dict(self, state):
-        """Go on from a `state_dict`; if the entries are now closer together than that, begin anew."""
+        """Go on from a `state_dict`; if the entries have another distance now, begin anew."""
         self.start()
-        count = state["steps"].shape[1]
-        if count < self.steps.shape[1]:
+        if state.get("every") == self.steps.shape[1]:
+            self.count = count = state["steps"].shape[1]
             self.steps[:, :count] = state["steps"]
             self.quartiles.copy_(state["quartiles"])
-            self.count = count
 
 
 def table(result, accuracy):
@@ -306,11 +310,11 @@ def report(config, measured, info=None, **known):
     picture = unused(make_folder(save_dir / "samples") / f"nearest{name}.png")
     known |= {"dataset": config.dataset, "classifier_accuracy": accuracy}
     if info:
-        known |= {"seed": config.seed, "epoch": info["epoch"], "step": info["step"]}
+        known |= {"seed": config.seed, "step": info["step"]}
         with EventLog(save_dir, info["log"]) as events:
-            for tag, value in (result | known).items():
-                if isinstance(value, (int, float)):
-                    events.add("scalar", f"final/{tag}", value, info["step"])
+            for tag in dict.fromkeys((*FINAL, *MEASURES)):
+                if tag in result or tag in known:
+                    events.add("scalar", f"final/{tag}", (result | known)[tag], info["step"])
             write_grid(pairs, picture, events, "nearest", info["step"])
     else:
         write_grid(pairs, picture)

@@ -1,6 +1,7 @@
 """Pictures that a run leaves: grids, the loss curve and two films: noise becomes digits, and a network learns to write.
 
-`python -m support.pictures [FOLDER]` makes the README's images/denoising.gif and process.png from a run's folder."""
+`python -m support.pictures [FOLDER]` makes the README's images/denoising.gif and process.png from a run's folder.
+"""
 
 import argparse
 import io
@@ -40,7 +41,8 @@ def write_grid(images, path, events=None, tag=None, step=None):
 @on_main
 def write_training(config, progress):
     """What training did: loss_curve.png, and samples/training.gif of the grids. A failure is only a warning."""
-    plot_losses(config, progress, Path(config.save_dir) / "loss_curve.png")
+    with warning_if_it_fails("writing a picture"):
+        plot_losses(config, progress, Path(config.save_dir) / "loss_curve.png")
     write_training_film(Path(config.save_dir) / "samples")
 
 
@@ -95,11 +97,18 @@ def write_training_film(folder):
     """
     with warning_if_it_fails("writing a picture"):
         paths = sorted(Path(folder).glob("step_*.png"), key=lambda path: (len(path.name), path.name))
-        grids = [torch.from_numpy(np.array(Image.open(path).convert("L"))) for path in paths]
-        grids = [grid[:grid.shape[1]] / 255 for grid in grids if grid.shape == grids[-1].shape]  # as high as wide
-        if grids:
-            picked = torch.linspace(0, len(grids) - 1, min(FRAMES, len(grids))).round().long().tolist()
-            _write_film([grids[i] for i in picked], Path(folder) / "training.gif", LIMIT)
+        sizes = [_size(path) for path in paths]
+        paths = [path for path, size in zip(paths, sizes) if size == sizes[-1]]
+        if paths:
+            picked = torch.linspace(0, len(paths) - 1, min(FRAMES, len(paths))).round().long().tolist()
+            grids = [torch.from_numpy(np.array(Image.open(paths[i]).convert("L"))) for i in picked]
+            _write_film([grid[:grid.shape[1]] / 255 for grid in grids], Path(folder) / "training.gif", LIMIT)
+
+
+def _size(path):
+    """Width and height of a picture."""
+    with Image.open(path) as picture:
+        return picture.size
 
 
 def film_strip(ddpm, x0, y, path):
@@ -188,7 +197,7 @@ def _denoising(ddpm, sequence, steps):
 
 
 def _write_film(frames, path, limit):
-    """Frames, from 0 to 1, (height, width), as a GIF of at most `limit` bytes, with as many grey levels as fit."""
+    """Frames, from 0 to 1, (height, width), as a GIF of at most `limit` bytes, if it can be, in many grey levels."""
     shrink = math.ceil(max(frames[0].shape) / MOST_PIXELS)
     times = [min(500, 4000 // len(frames))] * (len(frames) - 1) + [LAST_TIME]
     for size, levels in itertools.product((shrink, 2 * shrink, 4 * shrink), LEVELS):

@@ -1,15 +1,17 @@
 """What a person watches: commands that can be pasted, the table of measures, statistics of the steps."""
 
 import shlex
+import signal
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from support import machine
-from support.console import shell_command, shown_at_both_ends, tensorboard_command
-from support.monitor import EventLog, table
+from support.console import at_a_terminal, progress_bar, shell_command, shown_at_both_ends, tensorboard_command
+from support.monitor import EventLog, RunningStats, table
 from support.pictures import plot_losses, write_grid
 
 
@@ -68,3 +70,47 @@ def test_without_pictures_and_logs_a_run_goes_on_and_says_so_once(tmp_path, caps
     assert said.count("writing a picture failed (OSError") == 1 and said.count("TensorBoard's log failed (OSError") == 1
     assert "Traceback" not in said and (tmp_path / "a.png").read_bytes() == old
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "tensorboard_logs"]
+
+
+@pytest.mark.parametrize("every, kept", [(50, True), (40, False), (60, False)])
+def test_statistics_of_a_resumed_run_go_on_if_its_entries_have_the_same_distance(every, kept):
+    def stats(log_every):
+        return RunningStats(SimpleNamespace(num_timesteps=10, log_every=log_every, device="cpu"))
+
+    def add(window, loss):
+        window.add(torch.tensor([loss]), torch.ones(1), torch.tensor([5]), torch.tensor(1.0))
+
+    before, after = stats(50), stats(every)
+    for _ in range(39):
+        add(before, 3.0)
+    after.load_state_dict(before.state_dict())
+    add(after, 3.0 if kept else 1.0)
+    assert after.count == (40 if kept else 1)
+    assert after.read(40, 0.1)["train/batch_loss"] == pytest.approx(3.0 if kept else 1.0)
+
+
+def test_a_log_that_cannot_be_written_or_is_closed_stops_no_run(monkeypatch, tmp_path):
+    def broken(*args):
+        raise BrokenPipeError
+
+    for stderr in (None, SimpleNamespace(write=broken, flush=broken, isatty=lambda: False)):
+        monkeypatch.setattr("sys.stderr", stderr)
+        machine.WARNED.clear()
+        assert not at_a_terminal()
+        with progress_bar(total=3, desc="training") as bar:
+            bar.update(3)
+        with machine.warning_if_it_fails("a picture"):
+            raise OSError(28, "No space left on device")
+        with machine.Interrupt() as interrupt, interrupt.after_the_step():
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupt.asked() == "stop"
+
+
+def test_constants_of_any_kind_reach_the_page_that_compares_runs(tmp_path):
+    events = EventLog(tmp_path, "log")
+    events.add_hparams({"save_dir": "\udcff", "channel_mult": (1, 2), "epochs": 3, "bf16": True, "y": None})
+    events.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard_logs" / "log")).Reload()
+    start = found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"channel_mult" in start and b"(1, 2)" in start and b"bf16" in start
+    assert b"final/frechet" in found.SummaryMetadata("_hparams_/experiment").plugin_data.content

@@ -108,8 +108,8 @@ def test_a_run_leaves_everything_that_it_promises(trained):
         "training.gif"]
     for path in (save_dir / "samples").glob("*.png"):
         assert Image.open(path).size == (10 * 34 + 2, 7 * 34 + 2)  # seven rows of ten: a column a digit
-    for words in ("320 images to train, 100 to test", "parameters, by digit", "device: cpu, ", "tensorboard --logdir",
-                  "best_model.pt", "test loss ", "Fréchet distance of the last grid", "--evaluate", "minutes"):
+    for words in ("320 images to train, 100 to test", "parameters, with labels", "device: cpu, ", "best_model.pt",
+                  "tensorboard --logdir", "test loss ", "Fréchet distance of the last grid", "--evaluate", "minutes"):
         assert words in done.stdout, words
     lines = done.stderr.splitlines()  # no terminal: lines, and few of them
     assert "\r" not in done.stderr and len(lines) < 5 and lines[-1].startswith("training: 640 of 640 images, ")
@@ -569,7 +569,7 @@ def test_a_folder_of_pngs_is_measured_as_a_model_is(data_flags, tmp_path, capsys
     again = json.loads((tmp_path / "run" / "evaluation_mine-2.json").read_text())
     assert again["samples"] == 60 and again["samples_from"] == str(tmp_path / "else" / "mine")
     assert "frechet" not in again and again["precision"] > 0.3 and "left out, since there are too few images" in out
-    assert "not read, since they are no PNGs: notes.txt\n" in out
+    assert "left out, since they are not PNGs: notes.txt\n" in out
     sizes[3] = 59
     line = refused(capsys, *data_flags, *sizes, "--evaluate", tmp_path / "else" / "mine")
     assert "60 PNGs; expected at most 59" in line
@@ -595,7 +595,7 @@ def test_a_damaged_classifier_is_one_clear_line_before_training_and_before_measu
 def test_too_few_images_to_measure_with_cost_a_line_and_not_the_run(data_flags, tmp_path, capsys, size):
     flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--test_size", size, "--epochs", 1, "--num_samples", 65]
     assert train_eval.main([*map(str, flags)]) == 0
-    assert ("the grids are not measured during training" in capsys.readouterr().out) == (size < 65)
+    assert ("grids are not measured during training" in capsys.readouterr().out) == (size < 65)
     assert any((tmp_path / "tensorboard_logs").glob("*/samples")) == (size >= 65)
     assert train_eval.main(["--evaluate", "--save_dir", str(tmp_path), "--device", "cpu", "--bound_images", "2"]) == 0
     out, written = capsys.readouterr().out, json.loads((tmp_path / "evaluation.json").read_text())
