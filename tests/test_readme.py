@@ -271,7 +271,7 @@ def check_pip(rest):
     assert rest[:2] == ["install", "-r"], f"pip {shlex.join(rest)}: no test knows this command"
     for path in rest[2:]:
         lines = (ROOT / path).read_text().splitlines()
-        assert all(re.match(r"-r \S+$|[\w-]+[>=]=[\d.]+( +#.*)?$|#", line) for line in lines), path
+        assert all(re.match(r"-r \S+$|[\w-]+([>=]=|<)[\d.]+( +#.*)?$|#", line) for line in lines), path
 
 
 @pytest.mark.parametrize("page, block", [(page, block) for page, text in PAGES.items()
