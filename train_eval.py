@@ -65,14 +65,14 @@ zero_terminal_snr = False  # end the schedule in pure noise; only for prediction
 min_snr_gamma = 0.0  # cap on the SNR that weights the mse loss; 5 is usual, 0 turns the weights off
 
 # training
+epochs = 50 if cuda else 2  # passes over the training images; more give better digits
 batch_size = 16  # images per step, of all processes together
+learning_rate = 1e-4 if cuda else 1e-3  # peak learning rate of AdamW
+warmup_steps = 0 if cuda else 100  # steps in which the learning rate rises to its peak; at most a tenth of the run
 grad_accumulation = 1  # parts that a batch is computed in, one after the other; more take less memory
 timestep_sampling = "uniform" if cuda or loss == "vlb" or variance == "learned" else "logit-normal"  # how t is drawn
 timestep_std = 1.0 if use_conditional_generation else 0.8 if num_clusters else 0.6  # how widely logit-normal spreads
-epochs = 50 if cuda else 2  # passes over the training images; more give better digits
-learning_rate = 1e-4 if cuda else 1e-3  # peak learning rate of AdamW
 weight_decay = 1e-4  # AdamW's weight decay
-warmup_steps = 0 if cuda else 100  # steps in which the learning rate rises to its peak; at most a tenth of the run
 use_scheduler = True  # lower the learning rate to zero over the run, along a cosine
 grad_clip = 1.0  # largest norm of the gradient; 0 turns clipping off
 ema_decay = 0.999 if cuda else 0.997  # decay of the averaged weights; samples are drawn with them
