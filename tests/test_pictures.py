@@ -5,10 +5,10 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_image
 
 from dataprocess import load_data
 from diffusion import DDPM
@@ -41,7 +41,7 @@ def frames(path):
 
 
 def grey(path):
-    return decode_image(str(path), ImageReadMode.GRAY)[0] / 255
+    return torch.from_numpy(np.array(Image.open(path).convert("L"))) / 255
 
 
 @pytest.mark.parametrize("sampler, steps", [("sde-dpm++", 1), ("sde-dpm++", 6), ("ddpm", 40)])
