@@ -93,20 +93,19 @@ class DDPM(GaussianProcess):
             reduction: 'mean' for a scalar, 'none' for one loss per image, (N,).
 
         Raises:
-            ValueError: references with a loss whose minimum is not the mean, or x0, y, t or eps of another shape.
+            ValueError: references with a loss whose minimum is not the mean, or an argument of another type or shape.
         """
         process.check_images("x0", x0, (None, *self.image_shape))
         n = len(x0)
         y = process.check_labels(y, n, self.num_classes, self.device, no_label=True)
         process.check_choice("reduction", reduction, ("mean", "none"))
-        if references is not None and self.loss != "mse":
-            raise ValueError(f"references with loss {self.loss!r}: expected 'mse', whose minimum is the mean")
-        if references is not None and y is not None and references[1] is None:
-            raise ValueError("references without labels: expected theirs, since y is given")
+        checks.check_references(references, self.loss, y)
         t = torch.randint(self.num_timesteps, (n,), device=x0.device) if t is None else t
         eps = torch.randn_like(x0) if eps is None else eps
         process.check_timesteps(t, n)
         process.check_images("eps", eps, x0.shape)
+        if drop is not None:
+            checks.check_tensor("drop", drop, (torch.bool,), (n,))
         drop = draw_dropped(n, x0.device) if y is not None and self.training and drop is None else drop
         y_seen = y if y is None or drop is None else torch.where(drop, self.num_classes, y)  # by the network
         batch = x0
@@ -218,6 +217,7 @@ class DDPM(GaussianProcess):
         timesteps, rows = self.timesteps(steps, start), slice(None) if rows is None else rows
         if return_sequence not in (False, True, "xt"):
             raise ValueError(f"return_sequence {checks.shown(return_sequence)}: expected False, True or 'xt'")
+        checks.check_switch("progress", progress)
         process.check_whole("return_every", return_every, 1, note=" step")
         y = process.check_labels(y, n, self.num_classes, self.device)
         generator = process.make_generator(seed, self.device)

@@ -264,6 +264,10 @@ class FrechetMeter:
         """The distance of samples, uint8, (N, C, H, W); N must be above the number of features, 64, to mean much."""
         return frechet_distance(self.classifier.read(samples)[0], self.features)
 
+    def count_read(self, samples, labels):
+        """How many samples, in [-1, 1] or uint8, (N, C, H, W), the classifier reads as their labels, int64, (N,)."""
+        return (self.classifier.read(as_bytes(samples))[1].argmax(dim=1) == labels.cpu()).sum().item()
+
 
 def measure(classifier, samples, train, test, labels=None, seed=0):
     """Compare samples with real images.

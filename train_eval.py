@@ -39,7 +39,7 @@ train_size = 60_000  # use the first N training images; fewer make a run short
 test_size = 10_000  # use the first N test images
 image_size = 32  # height and width that images are resized to, in pixels
 channels = 3  # 3 repeats the grey image as RGB, 1 keeps it grey
-use_augmentation = cuda  # small random shifts, rotations and scales; they help in long runs
+use_augmentation = cuda  # small random shifts, rotations and scales; for long runs
 
 # network
 use_conditional_generation = not cuda  # train on labels too, so you can ask for a digit; it also learns faster
@@ -48,7 +48,7 @@ base_channels = 128 if cuda else 32  # width of the first level; a multiple of 3
 channel_mult = (1, 2, 4, 8) if cuda else (1, 2, 4)  # width of each level, as multiples of base_channels
 num_res_blocks = 2 if cuda else 1  # residual blocks per level
 attention_resolutions = (8, 16) if cuda else (8,)  # heights of the feature maps that get attention
-dropout = 0.1 if cuda else 0.0  # dropout probability in each residual block; it helps in long runs
+dropout = 0.1 if cuda else 0.0  # dropout probability in each residual block; for long runs
 time_emb_dim = 512 if cuda else 256  # width of the time embedding
 num_heads = 1  # heads in each attention layer
 adaptive_norm = not cuda  # the time embedding scales and shifts features after a norm instead of being added
@@ -83,7 +83,7 @@ ema_update_rate = 1  # steps between updates of the averaged weights
 sampler = "ddpm" if cuda else "sde-dpm++"  # ddpm, ddim, dpm++ or sde-dpm++
 sample_steps = 1000 if cuda else 6 if use_conditional_generation or num_clusters else 25  # sampling steps
 timestep_spacing = "trailing"  # which timesteps a short sampler visits: trailing, or linspace down to t = 0
-guidance_scale = 1.0 if cuda else 1.2 if use_conditional_generation else 1.1 if num_clusters else 1.0  # 1 is none
+guidance_scale = 1.0 if cuda else 1.2 if use_conditional_generation else 1.1 if num_clusters else 1.0  # 1 is off
 num_samples = 100  # images in a grid
 preview_steps = 20 if cuda else 5  # sampling steps of the grids during training
 
@@ -98,7 +98,7 @@ sample_every = 2500 if cuda else 750  # steps between looks: a grid, its Fréche
 save_every = 5000 if cuda else 500  # steps between saves of last.pt; Ctrl-C and the end save it too
 
 # hardware
-bf16 = has_bf16(device)  # compute in bfloat16; faster where the hardware has it, slower elsewhere
+bf16 = has_bf16(device)  # compute in bfloat16, where the hardware has it; slower elsewhere
 use_compile = cuda  # torch.compile the network: minutes at the start, then faster steps; rarely pays on a CPU
 # end of constants
 
@@ -214,7 +214,7 @@ def train(run, interrupt):
     config, progress, stopped = run.config, run.progress, False
     epoch, start = divmod(progress["step"], run.steps_per_epoch)
     console.print_start(run)
-    meter = make_meter(run)
+    run.meter = make_meter(run)
     machine.compile_network(config, run.ddpm)
     model = machine.parallel(config, run.ddpm)
     with (interrupt.after_the_step(),
@@ -233,7 +233,7 @@ def train(run, interrupt):
             elif asked:
                 watch.stats.check(step, rate)
             if looking:  # before the save: a run that is killed in between looks again
-                look(run, watch, meter)
+                look(run, watch)
             if saving or asked:
                 with watch.doing("saving"):
                     save_last(config, run.state, progress)
@@ -298,7 +298,7 @@ def make_meter(run):
                                     run.train_images.few(run.config.num_samples))
 
 
-def look(run, watch, meter):
+def look(run, watch):
     """Look at the EMA weights: losses of a few fixed images, a grid of samples and its Fréchet distance.
 
     The lowest test loss so far makes them best_model.pt. A measurement that fails is only a warning.
@@ -315,8 +315,8 @@ def look(run, watch, meter):
             images, _ = draw(config, ddpm, config.num_samples, sampler="sde-dpm++", steps=config.preview_steps,
                              guidance_scale=1.0)
             watch.log_samples(images)
-            if meter:
-                watch.log_frechet(meter(metrics.as_bytes(images)), meter.real)
+            if run.meter:
+                watch.log_frechet(run.meter(metrics.as_bytes(images)), run.meter.real)
 
 
 # Evaluate
@@ -362,8 +362,7 @@ def draw_final(run):
     ddpm = machine.place(DDPM.load(Path(run.config.save_dir) / "best_model.pt", run.config.device), run.config)
     machine.compile_network(run.config, ddpm, training=False)
     loss = test_loss(run.config, ddpm, run.test_images)
-    draw_grid(run.config, ddpm, loss)
-    console.print_end(run, loss, ddpm.info)
+    console.print_end(run, loss, ddpm.info, *draw_grid(run.config, ddpm, loss))
     return True
 
 
@@ -371,8 +370,7 @@ def evaluate_model(config, given):
     """Measure best_model.pt of save_dir: test loss, bits per dimension, samples. Returns True."""
     with configurator.input_errors():
         ddpm = DDPM.load(path := Path(config.save_dir) / "best_model.pt", "cpu")
-        info = ddpm.info
-        if not {"config", "step", "log", "warning"} <= info.keys():
+        if not {"config", "step", "log", "warning"} <= (info := ddpm.info).keys():
             raise ValueError(f"{path}: not written by train_eval.py; load it with DDPM.load")
         config = configurator.adopt(config, given, info["config"], configurator.FREE_TO_EVALUATE, CHOICES)
         configurator.check_together(config)
@@ -413,10 +411,11 @@ def sampling(config):
 
 
 def draw_grid(config, ddpm, loss):
-    """A grid by the config's sampler and a film of its sampling, in new files and, with the loss, in TensorBoard."""
-    sequence, _ = draw(config, ddpm, config.num_samples, progress=console.at_a_terminal(), **sampling(config),
+    """A grid by the config's sampler, returned with its labels, and its film: new files. TensorBoard gets the loss."""
+    sequence, y = draw(config, ddpm, config.num_samples, progress=console.at_a_terminal(), **sampling(config),
                        **pictures.sequence_options(config.sample_steps))
     monitor.write_final(config, ddpm, sequence, loss)
+    return sequence[-1], y
 
 
 def bits_per_dim(config, ddpm, test_images):

@@ -138,3 +138,20 @@ def check_shares(shares, num_classes):
         raise ValueError(f"class_shares {shown(shares)}: expected a number from 0 for each of the network's "
                          f"{num_classes or 0} classes, not all 0")
     return [float(share) for share in shares]
+
+
+def check_references(references, loss, y):
+    """ValueError unless these are None, or images and their labels that this loss can use beside labels `y`."""
+    if references is None:
+        return
+    if loss != "mse":
+        raise ValueError(f"references with loss {loss!r}: expected 'mse', whose minimum is the mean")
+    if not isinstance(references, (tuple, list)) or len(references) != 2:
+        raise ValueError(f"references {shown(references)}: expected two things, images and their labels or None")
+    images, labels = references
+    if not isinstance(images, torch.Tensor) or images.ndim != 4:
+        raise ValueError(f"references {shown(images)}: expected images, a tensor (M, C, H, W)")
+    if y is not None and labels is None:
+        raise ValueError("references without labels: expected theirs, since y is given")
+    if y is not None:
+        check_tensor("labels of references", labels, (torch.int64,), (len(images),))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from support.machine import describe_precision, is_main, on_main
+from support.machine import describe_precision, is_main, on_main, warning_if_it_fails
 
 
 def at_a_terminal():
@@ -49,7 +49,7 @@ def print_start(run):
           f"model:  {sum(p.numel() for p in run.ddpm.parameters()):,} parameters, {kind}, predicts "
           f"{config.prediction}\n"
           f"device: {config.device}{threads}; {describe_precision(config)}\n"
-          f"run:    {run.total_steps:,} steps of {config.batch_size} images, {run.progress['step']:,} done; process "
+          f"run:    {run.total_steps:,} steps of {config.batch_size} images, {run.progress['step']:,} done; PID "
           f"{os.getpid()}; Ctrl-C saves and stops\n"
           f"files:  {folder / 'best_model.pt'}, {folder / 'last.pt'}, {folder / 'samples'}\n"
           f"watch:  {tensorboard_command(config.save_dir)}")
@@ -61,17 +61,22 @@ def print_unmeasured(least):
           "(num_samples), training images and test images")
 
 
-def print_end(run, loss, info):
-    """What a run has reached, and what to do next."""
+def print_end(run, loss, info, grid, y):
+    """What a run has reached, and what to do next; `grid` is the final one, and `y` its labels or None."""
     config, progress = run.config, run.progress
     print_test_loss(config, loss, info)
+    if run.meter and y is not None:
+        with warning_if_it_fails("measuring samples"):
+            print(f"final grid: {run.meter.count_read(grid, y)} of {len(y)} read as the digit asked for")
     if progress["frechet_curve"]:
-        print(f"Fréchet distance of the last grid {progress['frechet_curve'][-1][1]:.3f} ({config.num_samples} samples "
-              f"in {config.preview_steps} steps; compare it with those of other grids alone)")
-    print(f"next:   {shell_command('--evaluate', save_dir=config.save_dir)}   (measure it: minutes on a CPU)\n"
+        print(f"last grid during training: Fréchet distance {progress['frechet_curve'][-1][1]:.3f} "
+              f"({config.num_samples} samples in {config.preview_steps} steps; compares only with such grids)")
+    again = "--resume", "--epochs", str(2 * config.epochs)
+    print(f"next:   {shell_command('--evaluate', save_dir=config.save_dir)}   (Fréchet distance, precision and recall "
+          f"of {config.eval_samples:,} samples in {config.sample_steps} steps)\n"
+          f"        {shell_command(*again, save_dir=config.save_dir)}   (train on, as long again)\n"
           f"        {tensorboard_command(config.save_dir)}\n"
-          + ("        explore.ipynb, in Jupyter or VS Code   (take it apart in pictures)\n"
-             if config.save_dir == "checkpoints" else "") +
+          "        explore.ipynb, in Jupyter or VS Code, takes the model apart in pictures\n"
           f"training steps took {run.state['stats'].seconds / 60:.2f} minutes since this start")
 
 

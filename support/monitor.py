@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from support.configurator import FREE_TO_EVALUATE, NOT_SAVED
 from support.console import at_a_terminal, progress_bar
 from support.files import make_folder, unused, write_text
 from support.machine import is_main, on_main, warning_if_it_fails
@@ -27,9 +28,8 @@ MEASURES = {  # of metrics.measure: the words of the table
     "rarest_digit": "share of the rarest digit", "commonest_digit": "share of the commonest digit",
     "colour": "deviation from grey, in grey levels", "nearest": "to the nearest training image, in grey levels",
     "nearest_1st": "the same, first percentile", "copies": "share nearer than 99 % of test digits"}
-
-
 FINAL = ("test_loss", "frechet", "precision", "recall", "accuracy", "bits_per_dim")  # measures that compare runs
+DECIDES_FIGURES = FREE_TO_EVALUATE - NOT_SAVED - {"device", "data_dir", "bf16", "use_compile", "num_samples"}
 
 
 class Monitor:
@@ -153,8 +153,8 @@ class EventLog:
                 (writer.file_writer.add_summary if kind == "summary" else getattr(writer, f"add_{kind}"))(*what)
                 self.works = True
 
-    def add_hparams(self, values):
-        """The constants of the run, and which measures compare it, for TensorBoard's HParams page."""
+    def add_hparams(self, values, part="."):
+        """The constants of the run, or of a part, and which measures compare it, for TensorBoard's HParams page."""
         if not self.works:
             return
         with warning_if_it_fails("TensorBoard's log"):
@@ -163,7 +163,7 @@ class EventLog:
             plain = {name: value if type(value) in (int, float) else str(value).encode(errors="replace").decode()
                      for name, value in values.items()}
             for summary in hparams(plain, {f"final/{name}": 0 for name in FINAL})[:2]:  # not "finished"
-                self.add("summary", summary)
+                self.add("summary", summary, part=part)
 
     def close(self):
         """Write what is left, and close the files."""
@@ -299,8 +299,8 @@ def write_final(config, ddpm, sequence, test_loss):
 def report(config, measured, info=None, **known):
     """What train_eval.measure gave as a table, as JSON and as a picture of the nearest pairs, all in new files.
 
-    `info` is that of the model that drew the samples; the measures then go to TensorBoard too. `known` goes into the
-    JSON.
+    `info` is that of the model that drew the samples; the measures then go to TensorBoard too, and if the run's own
+    constants did not draw them, as a part of their own. `known` goes into the JSON.
     """
     result, pairs, accuracy = measured
     print(table(result, accuracy))  # first, in case that a file cannot be written
@@ -312,9 +312,12 @@ def report(config, measured, info=None, **known):
     if info:
         known |= {"seed": config.seed, "step": info["step"]}
         with EventLog(save_dir, info["log"]) as events:
+            part = "."
+            if any(getattr(config, name) != info["config"].get(name) for name in DECIDES_FIGURES):
+                events.add_hparams(vars(config), part := path.stem)  # a row of its own, not figures beside other flags
             for tag in dict.fromkeys((*FINAL, *MEASURES)):
                 if tag in result or tag in known:
-                    events.add("scalar", f"final/{tag}", (result | known)[tag], info["step"])
+                    events.add("scalar", f"final/{tag}", (result | known)[tag], info["step"], part=part)
             write_grid(pairs, picture, events, "nearest", info["step"])
     else:
         write_grid(pairs, picture)

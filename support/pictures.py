@@ -152,12 +152,13 @@ def main(argv=None):
 
     parser = argparse.ArgumentParser(prog="python -m support.pictures", description="Make the pictures of the README.")
     parser.add_argument("folder", nargs="?", default="checkpoints", help="folder of a run, with its best_model.pt")
-    parser.add_argument("--data_dir", default="data", help="folder of the data")
+    parser.add_argument("--data_dir", help="folder of the data (default: that of the run)")
     args = parser.parse_args(argv)
     try:
         ddpm = DDPM.load(Path(args.folder) / "best_model.pt")
         config, steps, n = ddpm.info.get("config") or {}, ddpm.sample_steps, COLUMNS * README_ROWS
-        real = load_data(config.get("dataset", "auto"), args.data_dir, image_size=ddpm.image_size,
+        data_dir = args.data_dir or config.get("data_dir", "data")
+        real = load_data(config.get("dataset", "auto"), data_dir, image_size=ddpm.image_size,
                          channels=ddpm.channels, augment=False)[1]
         (x0, y), digits = real.batch(slice(STRIP_ROWS)), config.get("use_conditional_generation")
         sequence = ddpm.sample(n, torch.arange(n) % 10 if digits else None, steps=steps, seed=0, progress=True,

@@ -191,7 +191,7 @@ ARGUMENTS = [
     *settings(lambda **options: model().sample(**dict(n=2) | options), n=(0, *NO_WHOLE), steps=(0, 11, True, "3", 2.0),
               sampler=("euler", 3, True, ["ddpm"]), eta=(-0.1, 1.5, True, "0", NAN, INF), batch_size=(0, *NO_WHOLE),
               guidance_scale=(True, "1", NAN, INF, [1.0], 10**400), seed=(-1, HUGE, True, "0", 1.5, [0]),
-              xT=(3, [0.0], X.long(), X[:1], X[0], with_value(X, NAN), with_value(X, INF)),
+              xT=(3, [0.0], X.long(), X[:1], X[0], with_value(X, NAN), with_value(X, INF)), progress=NO_SWITCH,
               start=(-1, 10, True, "", "3", 2.0, HUGE)),
     *[(lambda call=call, y=y: call(y), "y ") for y in
       (-1, 3, True, 1.0, "3", [0, None], [0, 3], [0, 1, 2], [], HUGE, {0, 1}, [[0, 1]], torch.tensor([0, NAN]))
@@ -222,7 +222,12 @@ ARGUMENTS = [
     *settings(lambda **options: model()(**dict(x0=X) | options),
               x0=(None, 3, [0.0], X.byte(), X[0], X[..., :4], with_value(X, NAN)),
               y=(-1, 4, [0, 4], [0], "1", 1.5, True, {1}), t=(3, [0, 9], T + 1, T - 1, T.int(), T[:1]),
-              eps=(3, X.long(), X[:1], with_value(X, NAN)), reduction=("sum", None, 1, ["mean"])),
+              eps=(3, X.long(), X[:1], with_value(X, NAN)), reduction=("sum", None, 1, ["mean"]),
+              drop=(3, "no", [True, False], T, T[:1] > 0),
+              references=(5, "no", X, (X,), (X, T, T), (X[0], None))),
+    (lambda: model()(X, references=(None, None)), "references None"),
+    *[(lambda labels=labels: model()(X, [0, 1], references=(X, labels)), "labels of references ")
+      for labels in (3, [0, 1], T[:1], T.float(), X)],
     *settings(lambda **options: unet()(**dict(xt=X, t=T) | options),
               xt=(None, 3, X.double(), X.byte(), X[0], X[..., :4]), t=(None, 3, [0, 9], T.float(), T.int(), T[:1]),
               y=(0, [0, 1], T[:1], T.float(), torch.tensor([0, 4]), torch.tensor([-1, 0]))),

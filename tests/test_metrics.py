@@ -403,6 +403,8 @@ def test_the_meter_reads_the_real_images_once_and_gives_the_same_distance(rememb
     read = []
     monkeypatch.setattr(meter.classifier, "read", lambda x: (read.append(len(x)), Remembering.read(remembering, x))[1])
     assert meter(real[0]) == pytest.approx(real[2]["frechet"]) and read == [len(real[0])]
+    assert meter.count_read(real[0], real[1]) == round(real[2]["accuracy"] * len(real[0]))
+    assert meter.count_read(real[0] / 127.5 - 1, (real[1] + 1) % 10) < meter.count_read(real[0], real[1])
 
 
 @pytest.mark.parametrize("n, tests, missing", [

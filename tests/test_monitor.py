@@ -9,7 +9,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from support import machine
+import train_eval
+from support import machine, monitor
 from support.console import at_a_terminal, progress_bar, shell_command, shown_at_both_ends, tensorboard_command
 from support.monitor import EventLog, RunningStats, table
 from support.pictures import plot_losses, write_grid
@@ -114,3 +115,20 @@ def test_constants_of_any_kind_reach_the_page_that_compares_runs(tmp_path):
     start = found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert b"channel_mult" in start and b"(1, 2)" in start and b"bf16" in start
     assert b"final/frechet" in found.SummaryMetadata("_hparams_/experiment").plugin_data.content
+
+
+@pytest.mark.parametrize("flag, part", [({}, ""), ({"sampler": "ddim"}, "evaluation"), ({"seed": 1}, "evaluation"),
+                                        ({"eval_samples": 9}, "evaluation"), ({"device": "cuda"}, "")])
+def test_figures_stand_beside_the_constants_that_they_are_of(flag, part, tmp_path):
+    """What other flags drew is a row of its own on the page that compares runs."""
+    config = vars(train_eval.configure(["--device", "cpu"])[0]) | {"save_dir": str(tmp_path)}
+    result = {"samples": 1, "frechet": 2.0, "classifier": "mnist", "digits": [1.0], "digits_real": [1.0]}
+    monitor.report(SimpleNamespace(**config | flag), (result, torch.zeros(20, 1, 32, 32, dtype=torch.uint8), 0.5),
+                   {"config": config, "step": 3, "log": "log"}, bits_per_dim=4.0)
+    logs = tmp_path / "tensorboard_logs" / "log"
+    for folder in {logs, logs / part}:
+        found = EventAccumulator(str(folder)).Reload().Tags()["scalars"]
+        assert found == (["final/frechet", "final/bits_per_dim"] if folder == logs / part else [])
+    if part:
+        start = EventAccumulator(str(logs / part)).Reload().SummaryMetadata("_hparams_/session_start_info")
+        assert next(iter(flag)).encode() in start.plugin_data.content
