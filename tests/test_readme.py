@@ -214,7 +214,7 @@ def check_benchmark(flags, parts=()):
         patch.setattr(sys, "argv", ["benchmark.py", *flags])
         patch.setattr(benchmark, "settings", lambda name, device: settings("small", device))
         for name in {"ceilings", "counts", "small_steps", "memory_kept", "busy", "sampling", "loader", "after_backward",
-                     "start_up", "growth", "reference_steps", "on_paper"} - {*parts}:
+                     "start_up", "growth", "reference_steps", "on_paper", "whole_run"} - {*parts}:
             def skip(bench):
                 pass
             patch.setattr(benchmark.Bench, name, skip)
