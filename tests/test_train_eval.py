@@ -91,8 +91,9 @@ def trained(tmp_path_factory, data_flags):
     """A whole run, conditional, with every option that takes part in the bits."""
     save_dir = tmp_path_factory.mktemp("run")
     flags = [*SMALL, *data_flags, "--use_augmentation", "--dropout", 0.1, "--use_conditional_generation",
-             "--ema_start", 5, "--variance", "learned", "--timestep_sampling", "importance", "--num_timesteps", 10,
-             "--num_samples", 70, "--num_heads", 2]  # so few timesteps that importance sampling is warm in an epoch
+             "--ema_start", 5, "--variance", "learned", "--timestep_sampling", "importance", "--num_samples", 70,
+             "--num_heads", 2, "--target_references", 64,
+             "--num_timesteps", 10]  # so few that importance sampling is warm in an epoch
     done = run(*flags, "--save_dir", save_dir)
     assert done.returncode == 0, done.stderr
     return save_dir, flags, done
