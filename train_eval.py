@@ -73,6 +73,7 @@ grad_accumulation = 1  # parts that a batch is computed in, one after the other;
 timestep_sampling = "uniform" if cuda or loss == "vlb" or variance == "learned" else "logit-normal"  # how t is drawn
 timestep_std = 1.0 if use_conditional_generation else 0.8 if num_clusters else 0.6  # how widely logit-normal spreads
 weight_decay = 1e-4  # AdamW's weight decay
+adam_beta2 = 0.999 if cuda else 0.95  # decay of AdamW's average of squared gradients; lower ones suit short runs
 use_scheduler = True  # lower the learning rate to zero over the run, along a cosine
 grad_clip = 1.0  # largest norm of the gradient; 0 turns clipping off
 ema_decay = 0.999 if cuda else 0.997  # decay of the averaged weights; samples are drawn with them
@@ -164,8 +165,8 @@ def prepare(config, saved=None):
         torch.manual_seed(config.seed)
         ddpm = build(config, train_images.use_clusters(config.num_clusters) if config.num_clusters else None)
         ema = EMA(ddpm.network, config.ema_decay, config.ema_start, config.ema_update_rate)
-    optimizer = torch.optim.AdamW(ddpm.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(ddpm.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2),
+                                  weight_decay=config.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(train_images) / config.batch_size)
     total_steps = steps_per_epoch * config.epochs
     warmup = max(1, min(config.warmup_steps, total_steps // 10))

@@ -25,7 +25,8 @@ WHOLE = {  # smallest and largest
     "log_every": (1, 100_000), "sample_every": (1, MOST), "save_every": (1, MOST)}
 NUMBERS = {
     "dropout": (0, 1), "min_snr_gamma": (0, INF), "timestep_std": (0, INF), "learning_rate": (0, INF),
-    "weight_decay": (0, INF), "grad_clip": (0, INF), "ema_decay": (0, 1), "guidance_scale": (0, INF)}
+    "weight_decay": (0, INF), "adam_beta2": (0, 0.99999), "grad_clip": (0, INF), "ema_decay": (0, 1),
+    "guidance_scale": (0, INF)}
 TUPLES = {"channel_mult", "attention_resolutions"}
 SWITCHES = {"bf16", "use_compile", "resume", "use_augmentation", "use_conditional_generation", "adaptive_norm",
             "zero_terminal_snr", "use_scheduler"}
