@@ -38,7 +38,7 @@ def test_every_constant_has_a_kind():
     ("grad_clip", None, "a number"), ("grad_clip", "1", "a number"), ("learning_rate", "1e-3", "a number"),
     ("learning_rate", math.nan, "at least 0"), ("weight_decay", math.inf, "at least 0"), ("dropout", (0,), "a number"),
     ("ema_decay", np.float64(0.9), "a number"), ("guidance_scale", True, "a number"), ("dropout", 1.5, "at most 1"),
-    ("min_snr_gamma", torch.tensor(5.0), "a number"),
+    ("min_snr_gamma", torch.tensor(5.0), "a number"), ("adam_beta2", 1, "at most 0.99999"),
     ("channel_mult", [1, 2], "a tuple of whole numbers"), ("channel_mult", 2, "a tuple of whole numbers"),
     ("attention_resolutions", (8.0,), "a tuple of whole numbers"), ("channel_mult", (1, True), "a tuple of"),
     ("use_scheduler", 1, "True or False"), ("resume", "yes", "True or False"), ("bf16", None, "True or False"),

@@ -165,6 +165,7 @@ def test_best_model_holds_the_ema_weights_of_the_best_epoch(trained):
 def test_adamw_has_the_constants_and_its_fused_form(trained):
     (group,) = torch.load(trained[0] / "last.pt", weights_only=True)["optimizer"]["param_groups"]
     assert group["weight_decay"] == 1e-4 and group["fused"] and group["initial_lr"] == PEAK
+    assert tuple(group["betas"]) == (0.9, read_constants({"device": "cpu"})["adam_beta2"][1])
 
 
 def test_grids_during_training_are_ema_weights_in_few_steps_a_column_a_digit(trained, tmp_path):
@@ -748,8 +749,9 @@ def test_the_device_decides_the_values_below_it():
     constants = read_constants({"device": "cuda", "bf16": True})
     values = {name: value for name, (_, value, _) in constants.items()}
     reference = dict(
-        batch_size=16, epochs=50, learning_rate=1e-4, weight_decay=1e-4, use_scheduler=True, image_size=32, channels=3,
-        num_timesteps=1000, base_channels=128, num_res_blocks=2, channel_mult=(1, 2, 4, 8), dropout=0.1,
+        batch_size=16, epochs=50, learning_rate=1e-4, weight_decay=1e-4, adam_beta2=0.999, use_scheduler=True,
+        image_size=32, channels=3, num_timesteps=1000, base_channels=128, num_res_blocks=2, channel_mult=(1, 2, 4, 8),
+        dropout=0.1,
         time_emb_dim=512, attention_resolutions=(8, 16), patch_size=1, use_conditional_generation=False,
         ema_decay=0.999, ema_start=5000, ema_update_rate=1, train_size=60_000, test_size=10_000, use_augmentation=True,
         beta_schedule="linear", prediction="eps", loss="mse", sampler="ddpm", sample_steps=1000, warmup_steps=0,
