@@ -273,7 +273,7 @@ def table(result, accuracy):
         if name in result:
             real = result.get(f"{name}_real")
             lines.append(f"  {text:48}{result[name]:10.4f}" + (f"{real:10.4f}" if real is not None else ""))
-    lines.append(f"real: as many training images, from which the classifier learned; in rows on nearness, test images\n"
+    lines.append("real: as many training images, which the classifier learned from; nearest: test images\n"
                  f"classifier: {result['classifier']}, {accuracy:.2%} test accuracy; compare only figures by the same")
     missing = [MEASURES[name] for name in ("frechet", "precision", "recall") if name not in result]
     if missing:
