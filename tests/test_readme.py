@@ -132,7 +132,7 @@ def test_a_command_does_what_it_should(command, here, data_flags, monkeypatch, c
     elif program == "python" and rest[0] == "train_eval.py":
         check_run(rest[1:], data_flags)
     elif program == "python" and rest[0] == "tests/benchmark.py":
-        check_benchmark(rest[1:], ["on_paper"])
+        check_benchmark(rest[1:], ["whole_run" if "--whole_run" in rest else "on_paper"])
     elif (program, *rest) == ("python", "-m", "support.train_classifier"):
         check_train_classifier(monkeypatch, here)
     elif (program, *rest[:2]) == ("python", "-m", "support.pictures"):
@@ -209,7 +209,7 @@ def accepted(check):
 
 def check_benchmark(flags, parts=()):
     """Its flags, and these parts of it, with the small network in place of the reference."""
-    settings = benchmark.settings
+    settings, run = benchmark.settings, subprocess.run
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["benchmark.py", *flags])
         patch.setattr(benchmark, "settings", lambda name, device: settings("small", device))
@@ -218,6 +218,7 @@ def check_benchmark(flags, parts=()):
             def skip(bench):
                 pass
             patch.setattr(benchmark.Bench, name, skip)
+        patch.setattr(subprocess, "run", lambda command, **options: run([*command, *SHORT, *SMALL], **options))
         if not parts:
             patch.setattr(benchmark, "print_table", lambda bench: None)
         benchmark.main()
