@@ -22,7 +22,7 @@ from ema import EMA  # noqa: E402
 from support import configurator, machine  # noqa: E402
 from support.monitor import RunningStats  # noqa: E402
 from timesteps import UniformSampler  # noqa: E402
-from unet import Attention, GroupNorm  # noqa: E402
+from unet import Attention  # noqa: E402
 
 NAMES = {"ours": "ours, as train_eval.py runs it", "plain": "the same network, plain fp32 eager",
          "diffusers": "diffusers UNet2DModel", "denoising_diffusion_pytorch": "denoising_diffusion_pytorch Unet"}
@@ -63,8 +63,6 @@ def make(kind, config):
     for module in ddpm.modules():
         if isinstance(module, Attention):
             module.forward = MethodType(fused_attention, module)
-        elif isinstance(module, GroupNorm):
-            module.forward = MethodType(nn.GroupNorm.forward, module)
     return ddpm
 
 

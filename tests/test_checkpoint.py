@@ -22,6 +22,7 @@ from support.files import unused, write_text
 from timesteps import UniformSampler
 
 ROOT = Path(__file__).parent.parent
+PLAIN, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 SMALL = ("--device cpu --base_channels 32 --channel_mult 1,2 --num_res_blocks 1 --time_emb_dim 32 --patch_size 4 "
          "--attention_resolutions 4 --dataset glyphs").split()
 
@@ -55,7 +56,7 @@ def test_a_tensor_that_carries_an_object_is_not_saved(tmp_path):
     lambda saved: saved["config"].pop("epochs"),
     lambda saved: saved.update(ema=None), lambda saved: saved.update(network={"x": torch.ones(1)})])
 def test_a_last_pt_that_does_not_fit_is_one_line(tmp_path, change):
-    config, ddpm, optimizer, state = trained(["--save_dir", str(tmp_path)])
+    config, ddpm, optimizer, state = trained(PLAIN, ["--save_dir", str(tmp_path)])
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, total_iters=1)
     state = {**state, "network": ddpm.network, "warmup": warmup}
     checkpoint.save_last(config, state, {"step": 2})
@@ -223,11 +224,11 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 # Another memory layout
 
 
-def trained(flags, steps=2):
-    """A model, its optimiser and the state of `train_step` after some steps."""
+def trained(layout, flags=(), steps=2):
+    """A model in a memory layout, its optimiser and the state of `train_step` after some steps."""
     config, _ = train_eval.configure([*SMALL, *flags])
     torch.manual_seed(0)
-    ddpm = train_eval.build(config)
+    ddpm = train_eval.build(config).to(memory_format=layout)
     optimizer = torch.optim.AdamW(ddpm.parameters(), lr=0.01, fused=True)
     state = {"optimizer": optimizer, "ema": EMA(ddpm.network, start=0), "timesteps": UniformSampler(1000)}
     for i in range(steps):
@@ -236,11 +237,11 @@ def trained(flags, steps=2):
     return config, ddpm, optimizer, state
 
 
-@pytest.mark.parametrize("before, after", [("--no-bf16", "--bf16"), ("--bf16", "--no-bf16")])
+@pytest.mark.parametrize("before, after", [(PLAIN, CHANNELS_LAST), (CHANNELS_LAST, PLAIN)])
 def test_a_step_after_going_on_in_another_layout_is_the_step_with_all_laid_out_alike(before, after):
-    """Fused AdamW on a CPU goes through memory and does not look at strides."""
-    _, ddpm, optimizer, state = trained([before])
-    _, other, optimizer_after, state_after = trained([after], steps=0)
+    """A GPU has another layout than a CPU. Fused AdamW on a CPU goes through memory and does not look at strides."""
+    _, ddpm, optimizer, state = trained(before)
+    _, other, optimizer_after, state_after = trained(after, steps=0)
     other.load_state_dict(ddpm.state_dict())
     optimizer_after.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     match_layouts(optimizer_after)
@@ -260,11 +261,11 @@ def test_a_step_after_going_on_in_another_layout_is_the_step_with_all_laid_out_a
 
 
 def test_restore_matches_the_layouts(tmp_path):
-    config, ddpm, optimizer, state = trained(["--no-bf16", "--save_dir", str(tmp_path)])
+    config, ddpm, optimizer, state = trained(PLAIN, ["--save_dir", str(tmp_path)])
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, total_iters=1)
     checkpoint.save_last(config, {**state, "network": ddpm.network, "warmup": warmup}, {"step": 2})
     saved = load_checkpoint(tmp_path / "last.pt", ["config"])
-    config, other, optimizer, state = trained(["--bf16", "--save_dir", str(tmp_path)], steps=0)
+    config, other, optimizer, state = trained(CHANNELS_LAST, ["--save_dir", str(tmp_path)], steps=0)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, total_iters=1)
     progress = {"step": 0}
     checkpoint.restore(config, {**state, "network": other.network, "warmup": warmup}, progress, saved, 10)
