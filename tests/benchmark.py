@@ -222,7 +222,8 @@ class Bench:
     def steps(self, part, model, config):
         """Ours against each other, two at a time: the reference would not fit four times."""
         mine, found = [], {}
-        for kind in list(NAMES)[1:]:
+        names = {kind: name for kind, name in NAMES.items() if kind != "fp32" or config.bf16}
+        for kind in list(names)[1:]:
             try:
                 pair = [stepper("ours", config), stepper(kind, config)]
             except ImportError as error:
@@ -236,7 +237,7 @@ class Bench:
             if self.cuda:
                 torch.cuda.empty_cache()
         all_ours = count("ours", config)[0]
-        for kind, name in NAMES.items():
+        for kind, name in names.items():
             if isinstance(found.get(kind), str):
                 self.row(part, name, note=found[kind])
                 continue
@@ -467,7 +468,7 @@ def steps_here(device, kind, model, changes, steps, keep, seconds=math.inf, pati
     what imports took. `keep` is with freed memory kept, `patient` with `patient_threads`, as train_eval.py has them.
     It stops after so many `seconds`; the median is of the second half.
     """
-    if kind not in ("ours", "plain"):
+    if kind not in ("ours", "fp32", "plain"):
         library(kind)
     if keep:
         machine.keep_freed_memory()

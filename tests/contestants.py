@@ -24,8 +24,9 @@ from support.monitor import RunningStats  # noqa: E402
 from timesteps import UniformSampler  # noqa: E402
 from unet import Attention  # noqa: E402
 
-NAMES = {"ours": "ours, as train_eval.py runs it", "plain": "the same network, plain fp32 eager",
-         "diffusers": "diffusers UNet2DModel", "denoising_diffusion_pytorch": "denoising_diffusion_pytorch Unet"}
+NAMES = {"ours": "ours, as train_eval.py runs it", "fp32": "ours in fp32",
+         "plain": "the same network, plain fp32 eager", "diffusers": "diffusers UNet2DModel",
+         "denoising_diffusion_pytorch": "denoising_diffusion_pytorch Unet"}
 
 
 def settings(model, device):
@@ -55,7 +56,7 @@ def precision(config):
 
 def make(kind, config):
     """The model of a contestant: a DDPM around its network."""
-    if kind == "ours":
+    if kind in ("ours", "fp32"):
         return train_eval.build(config)
     if kind != "plain":
         return DDPM(Peer(kind, config), image_size=config.image_size, channels=config.channels).to(config.device)
@@ -140,6 +141,8 @@ def speed(kind):
 
 def stepper(kind, config):
     """A function without arguments that does one training step, on one batch."""
+    if kind == "fp32":
+        kind, config = "ours", changed(config, bf16=False)
     speed(kind)
     ddpm = make(kind, config)
     x0 = torch.rand(config.batch_size, config.channels, config.image_size, config.image_size,
