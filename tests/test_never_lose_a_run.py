@@ -29,14 +29,14 @@ import metrics
 import train_eval
 from support import checkpoint, machine
 
-NETWORK = ("--device cpu --channels 1 --base_channels 32 --channel_mult 1 --num_res_blocks 1 --time_emb_dim 8 "
-           "--patch_size 4 --attention_resolutions none --sample_steps 2 --preview_steps 2 --num_samples 4 "
+NETWORK = ("--device cpu --no-bf16 --channels 1 --base_channels 32 --channel_mult 1 --num_res_blocks 1 --time_emb_dim "
+           "8 --patch_size 4 --attention_resolutions none --sample_steps 2 --preview_steps 2 --num_samples 4 "
            "--epochs 2").split()
 FLAGS = [*NETWORK, *("--train_size 240 --test_size 20 --image_size 16 --batch_size 8 --use_conditional_generation "
                      "--use_augmentation --dropout 0.1 --timestep_sampling importance --num_timesteps 20 "
                      "--target_references 32 --log_every 4 --sample_every 6 --save_every 5").split()]
 STEPS = 60  # two epochs of 30
-RESUME = ["--resume", "--device", "cpu"]
+RESUME = "--resume --device cpu --no-bf16".split()
 
 
 # The server and its processes

@@ -15,7 +15,7 @@ from diffusion import DDPM
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "explore.ipynb"
 SILENT = ("setup",)  # ids of code cells that print and draw nothing
-TINY = ("--device cpu --train_size 100 --test_size 80 --base_channels 32 --channel_mult 1 --num_res_blocks 1 "
+TINY = ("--device cpu --no-bf16 --train_size 100 --test_size 80 --base_channels 32 --channel_mult 1 --num_res_blocks 1 "
         "--time_emb_dim 32 --patch_size 4 --attention_resolutions none --epochs 1 --preview_steps 2 --num_samples 10 "
         "--target_references 0").split()
 KINDS = {"labels": ["--use_conditional_generation"],

@@ -25,11 +25,12 @@ ROOT = Path(__file__).parent.parent
 STEPS = 22  # eleven in an epoch: ten batches of 17 images, and one of 1, which is fewer than the processes
 # AdamW divides each gradient by its own size, rounding included: with a peak of 1e-3 weights differ by up to 8e-4 after
 # 30 steps. So the peak is 1e-4 here.
-FLAGS = ("--device cpu --train_size 171 --test_size 100 --base_channels 32 --channel_mult 1 --num_res_blocks 1 "
-         "--time_emb_dim 32 --patch_size 4 --attention_resolutions none --batch_size 17 --epochs 2 --sample_steps 3 "
-         "--preview_steps 3 --num_samples 20 --log_every 1 --sample_every 11 --save_every 5 --learning_rate 1e-4 "
-         "--num_timesteps 10 --no-use_conditional_generation --sampler ddpm --guidance_scale 1 --target_references 0 "
-         "--num_clusters 8 --eval_samples 90 --bound_images 21 --bound_terms 4 --grad_clip 0").split()
+FLAGS = ("--device cpu --no-bf16 --train_size 171 --test_size 100 --base_channels 32 --channel_mult 1 "
+         "--num_res_blocks 1 --time_emb_dim 32 --patch_size 4 --attention_resolutions none --batch_size 17 --epochs "
+         "2 --sample_steps 3 --preview_steps 3 --num_samples 20 --log_every 1 --sample_every 11 --save_every 5 "
+         "--learning_rate 1e-4 --num_timesteps 10 --no-use_conditional_generation --sampler ddpm --guidance_scale 1 "
+         "--target_references 0 --num_clusters 8 --eval_samples 90 --bound_images 21 --bound_terms 4 "
+         "--grad_clip 0").split()
 ALL = ("--use_conditional_generation --num_clusters 0 --use_augmentation --timestep_sampling importance "
        "--target_references 50 --variance learned --guidance_scale 1.5 --num_samples 70 "
        "--grad_clip 1").split()  # what draws or needs all
@@ -178,7 +179,7 @@ def test_a_folder_is_measured_as_by_one_process(start, alone, tmp_path):
         here = tmp_path / str(number)
         here.mkdir()
         shutil.copy(folder / "best_model.pt", here)
-        done = start.run(number, "--evaluate", "--save_dir", here, "--device", "cpu")
+        done = start.run(number, "--evaluate", "--save_dir", here, "--device", "cpu", "--no-bf16")
         assert [status for status, _, _ in done] == [0] * number, done
         assert "bits per dimension" in done[0][1] and all(out == "" for _, out, _ in done[1:])
         figures.append(json.loads((here / "evaluation.json").read_text()))
@@ -200,7 +201,7 @@ def test_a_stopped_run_goes_on_with_another_number(start, alone, tmp_path, name,
         assert "another process of the run has ended" in line and "--resume" in line
     assert state(tmp_path)["step"] == saved
     assert done[0][2].count("saved at step") == [signum for _, signum in kill.values()].count(signal.SIGUSR1)
-    start.train(then, tmp_path, "--resume", "--device", "cpu")
+    start.train(then, tmp_path, "--resume", "--device", "cpu", "--no-bf16")
     assert_equal(tmp_path, folder)
 
 

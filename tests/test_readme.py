@@ -43,8 +43,8 @@ PROGRAMS = ("python", "pip", "ruff", "torchrun", "tensorboard", "kill")
 # A short run: flags that a command may replace, and flags that replace those of a command.
 SHORT = ("--channel_mult 1 --num_res_blocks 1 --time_emb_dim 32 --patch_size 4 --attention_resolutions none "
          "--sample_steps 3 --preview_steps 3 --num_samples 10 --save_every 1").split()
-SMALL = ("--device cpu --train_size 70 --test_size 70 --base_channels 32 --batch_size 35 --epochs 1").split()
-EVALUATION = "--device cpu --num_samples 10 --eval_samples 70 --bound_images 2 --bound_terms 2".split()
+SMALL = ("--device cpu --train_size 70 --test_size 70 --base_channels 32 --batch_size 35 --epochs 1 --no-bf16").split()
+EVALUATION = "--device cpu --no-bf16 --num_samples 10 --eval_samples 70 --bound_images 2 --bound_terms 2".split()
 # Code in the text that is no name, file or command of ours.
 OTHERS = {"diffusers", "UNet2DModel", "Unet", "torch.profiler", "DataLoader",  # other libraries
           "total_params: 452364806",  # the reference's log

@@ -34,9 +34,11 @@ from timesteps import ImportanceSampler, make_timesteps
 from unet import UNet
 
 ROOT = Path(__file__).parent.parent
-SMALL = ("--device cpu --train_size 320 --test_size 100 --base_channels 32 --channel_mult 1 --num_res_blocks 1 "
-         "--time_emb_dim 32 --patch_size 4 --attention_resolutions none --batch_size 16 --epochs 2 --sample_steps 3 "
-         "--preview_steps 4 --num_samples 20 --log_every 5 --sample_every 10 --save_every 10").split()
+CPU = "--device cpu --no-bf16".split()  # the same on every CPU
+SMALL = [*CPU, *(
+    "--train_size 320 --test_size 100 --base_channels 32 --channel_mult 1 --num_res_blocks 1 --time_emb_dim 32 "
+    "--patch_size 4 --attention_resolutions none --batch_size 16 --epochs 2 --sample_steps 3 --preview_steps 4 "
+    "--num_samples 20 --log_every 5 --sample_every 10 --save_every 10").split()]
 UNLABELLED = "--no-use_conditional_generation --num_clusters 0 --guidance_scale 1".split()
 STEPS = 40
 PEAK = read_constants({"device": "cpu"})["learning_rate"][1]
@@ -287,7 +289,7 @@ def test_an_evaluation_may_visit_other_timesteps(trained, monkeypatch):
     monkeypatch.setattr(train_eval, "draw", lambda config, ddpm, n, **options: (
         seen.append(ddpm.timestep_spacing), draw(config, ddpm, n, **options))[1])
     for spacing in ("linspace", "trailing"):
-        train_eval.main(["--evaluate", "--save_dir", str(save_dir), "--device", "cpu", "--timestep_spacing", spacing])
+        train_eval.main(["--evaluate", "--save_dir", str(save_dir), *CPU, "--timestep_spacing", spacing])
     assert seen == ["linspace", "linspace", "trailing", "trailing"]  # the grid, and what is measured
 
 
@@ -352,7 +354,7 @@ def test_the_bf16_step_is_the_float32_step_within_its_error():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: not run")
 def test_on_cuda_a_step_never_waits_for_the_device_and_agrees_with_the_cpu(data_flags):
-    flags = [flag for flag in SMALL if flag not in ("--device", "cpu")] + ["--timestep_sampling", "importance"]
+    flags = [flag for flag in SMALL if flag not in CPU] + ["--timestep_sampling", "importance"]
     config, _ = train_eval.configure([*flags, "--device", "cuda", "--use_conditional_generation"])
     ddpm = train_eval.build(config)
     ema = EMA(ddpm.network)
@@ -442,7 +444,7 @@ def test_a_seed_decides_the_run_to_the_bit_and_another_seed_another_run(trained,
 def test_a_finished_run_can_be_made_longer(trained, tmp_path, data_flags):
     flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--log_every", 1, "--warmup_steps", 100]
     assert train_eval.main([*map(str, flags), "--epochs", "1"]) == 0
-    assert train_eval.main(["--save_dir", str(tmp_path), "--resume", "--device", "cpu", "--epochs", "2"]) == 0
+    assert train_eval.main(["--save_dir", str(tmp_path), "--resume", *CPU, "--epochs", "2"]) == 0
     _, curves = scalars(tmp_path)
     losses = scalars(tmp_path, "test")[1]["eval/loss"]
     assert list(losses) == [10, 20, 30, 40] and losses[40] < losses[20]
@@ -465,7 +467,7 @@ def test_another_peak_while_the_rate_still_rises_keeps_the_share_of_the_rise(tmp
     flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--log_every", 1, "--sample_every", 1000, "--epochs", 20]
     assert train_eval.main([*map(str, flags)]) == 130  # last.pt is of step 10 of 400; the rate rises for 40
     left[0] = 3
-    resume = ["--save_dir", str(tmp_path), "--resume", "--device", "cpu", "--learning_rate", "2e-3"]
+    resume = ["--save_dir", str(tmp_path), "--resume", *CPU, "--learning_rate", "2e-3"]
     assert train_eval.main(resume) == 130
     _, curves = scalars(tmp_path)
     for k in (11, 12, 13):
@@ -482,7 +484,7 @@ def test_a_last_pt_of_an_older_version_still_goes_on(whole, tmp_path):
     del saved["config"]["timestep_spacing"], saved["fixed_curve"], saved["frechet_curve"]
     torch.save(saved, tmp_path / "last.pt")
     shutil.copy(save_dir / "best_model.pt", tmp_path)
-    assert train_eval.main(["--resume", "--save_dir", str(tmp_path), "--device", "cpu", "--epochs", "3"]) == 0
+    assert train_eval.main(["--resume", "--save_dir", str(tmp_path), *CPU, "--epochs", "3"]) == 0
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 60
 
 
@@ -500,7 +502,7 @@ def test_evaluate_draws_and_measures_the_best_model_again(trained, capsys):
     save_dir, _, done = trained
     before = (save_dir / "samples" / "final.png").read_bytes()
     (save_dir / "samples" / "final.png").unlink()
-    assert train_eval.main(["--evaluate", "--save_dir", str(save_dir), "--device", "cpu"]) == 0
+    assert train_eval.main(["--evaluate", "--save_dir", str(save_dir), *CPU]) == 0
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if line.startswith("bits per dimension")]
     ddpm = DDPM.load(save_dir / "best_model.pt", "cpu")
@@ -510,7 +512,7 @@ def test_evaluate_draws_and_measures_the_best_model_again(trained, capsys):
                     f"{bits.prior:.4f}, KL terms {bits.kl:.4f}, decoder {bits.decoder:.4f} (100 images, 10 of 10 "
                     "terms)")
     assert (save_dir / "samples" / "final.png").read_bytes() == before
-    assert train_eval.main(["--evaluate", "--save_dir", str(save_dir), "--device", "cpu"]) == 0
+    assert train_eval.main(["--evaluate", "--save_dir", str(save_dir), *CPU]) == 0
     again = capsys.readouterr().out
     paths = [[Path(re.search(rf"{name}: (\S+)", text)[1]) for text in (out, again)] for name in ("samples", "measures")]
     for first, second in paths:
@@ -523,7 +525,7 @@ def test_evaluate_draws_and_measures_the_best_model_again(trained, capsys):
 def test_evaluate_writes_its_table_as_json_in_tensorboard_and_the_nearest_pairs(trained, capsys):
     """The figures are those of `metrics.measure` for the samples that the model draws."""
     save_dir, _, done = trained
-    assert train_eval.main(["--evaluate", "--save_dir", str(save_dir), "--device", "cpu", "--eval_samples", "90",
+    assert train_eval.main(["--evaluate", "--save_dir", str(save_dir), *CPU, "--eval_samples", "90",
                             "--guidance_scale", "2"]) == 0
     out = capsys.readouterr().out
     path, picture = (Path(re.search(rf"{name}: (\S+)", out)[1]) for name in ("measures", "nearest pairs"))
@@ -587,7 +589,7 @@ def test_a_damaged_classifier_is_one_clear_line_before_training_and_before_measu
 
     monkeypatch.setattr(metrics, "load_classifier", damaged)
     save_dir, flags, _ = trained
-    for command_ in ([*flags, "--save_dir", tmp_path], ["--evaluate", "--save_dir", save_dir, "--device", "cpu",
+    for command_ in ([*flags, "--save_dir", tmp_path], ["--evaluate", "--save_dir", save_dir, *CPU,
                                                         "--bound_images", 2, "--bound_terms", 2, "--eval_samples", 4]):
         assert "assets/classifier.pt: not a readable" in refused(capsys, *command_)
     assert not (tmp_path / "last.pt").exists()
@@ -599,7 +601,7 @@ def test_too_few_images_to_measure_with_cost_a_line_and_not_the_run(data_flags, 
     assert train_eval.main([*map(str, flags)]) == 0
     assert ("grids are not measured during training" in capsys.readouterr().out) == (size < 65)
     assert any((tmp_path / "tensorboard_logs").glob("*/samples")) == (size >= 65)
-    assert train_eval.main(["--evaluate", "--save_dir", str(tmp_path), "--device", "cpu", "--bound_images", "2"]) == 0
+    assert train_eval.main(["--evaluate", "--save_dir", str(tmp_path), *CPU, "--bound_images", "2"]) == 0
     out, written = capsys.readouterr().out, json.loads((tmp_path / "evaluation.json").read_text())
     assert written["samples"] == size and ("frechet" in written) == (size >= 65) and ("recall" in written) == (size > 3)
     assert ("left out, since there are too few images: Fr" in out) == (size < 65)
@@ -649,7 +651,7 @@ def test_ctrl_c_in_a_look_waits_for_it_and_the_run_goes_on_to_the_same_bits(whol
         patch.setattr(train_eval, "save_best", pressed)
         assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path)]) == 130
     assert "stopped at step 21; everything is saved" in capsys.readouterr().out  # the step after the look
-    assert train_eval.main(["--resume", "--save_dir", str(tmp_path), "--device", "cpu"]) == 0
+    assert train_eval.main(["--resume", "--save_dir", str(tmp_path), *CPU]) == 0
     assert same(state(tmp_path), state(save_dir))
     assert same(*(torch.load(run / "best_model.pt", weights_only=True)["weights"] for run in (tmp_path, save_dir)))
 
@@ -666,7 +668,7 @@ def test_without_any_test_loss_the_newest_weights_are_kept(whole, tmp_path, monk
     assert DDPM.load(tmp_path / "best_model.pt", "cpu").info["step"] == 1
     monkeypatch.setattr(train_eval, "test_loss", fail)
     monkeypatch.setattr(train_eval, "draw_final", lambda run: True)  # it measures the loss too
-    assert train_eval.main(["--resume", "--save_dir", str(tmp_path), "--device", "cpu"]) == 0
+    assert train_eval.main(["--resume", "--save_dir", str(tmp_path), *CPU]) == 0
     assert DDPM.load(tmp_path / "best_model.pt", "cpu").info["step"] == 40
 
 
@@ -676,7 +678,7 @@ def test_ctrl_c_before_the_first_step_leaves_a_run_that_goes_on(whole, tmp_path,
         patch.setattr(Monitor, "log_config", lambda *args: os.kill(os.getpid(), signal.SIGINT))
         assert train_eval.main([*map(str, flags), "--save_dir", str(tmp_path)]) == 130
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
-    assert train_eval.main(["--resume", "--save_dir", str(tmp_path), "--device", "cpu"]) == 0
+    assert train_eval.main(["--resume", "--save_dir", str(tmp_path), *CPU]) == 0
     assert same(state(tmp_path), state(save_dir))
 
 
@@ -879,7 +881,7 @@ def test_glyphs_stand_in_for_missing_mnist_with_a_warning_at_both_ends(tmp_path,
     assert capsys.readouterr().err.count("THIS IS NOT MNIST") == 2
     assert DDPM.load(tmp_path / "run" / "best_model.pt", "cpu").info["config"]["dataset"] == "glyphs"
     monkeypatch.setattr(metrics, "train_classifier", lambda *args, **options: metrics.Classifier(10))
-    assert train_eval.main(["--evaluate", "--save_dir", str(tmp_path / "run"), "--device", "cpu",
+    assert train_eval.main(["--evaluate", "--save_dir", str(tmp_path / "run"), *CPU,
                             "--bound_images", "2", "--bound_terms", "2"]) == 0
     again = capsys.readouterr()
     assert again.err.count("THIS IS NOT MNIST") == 2 and "images of glyphs" in again.out
