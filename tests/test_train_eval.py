@@ -597,7 +597,8 @@ def test_a_damaged_classifier_is_one_clear_line_before_training_and_before_measu
 
 @pytest.mark.parametrize("size", [1, 64, 65])
 def test_too_few_images_to_measure_with_cost_a_line_and_not_the_run(data_flags, tmp_path, capsys, size):
-    flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--test_size", size, "--epochs", 1, "--num_samples", 65]
+    flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--train_size", 80, "--test_size", size, "--epochs", 1,
+             "--num_samples", 65]
     assert train_eval.main([*map(str, flags)]) == 0
     assert ("grids are not measured during training" in capsys.readouterr().out) == (size < 65)
     assert any((tmp_path / "tensorboard_logs").glob("*/samples")) == (size >= 65)
@@ -621,12 +622,12 @@ def test_a_look_that_fails_is_a_warning_and_loses_nothing(data_flags, tmp_path, 
     monkeypatch.setattr(what, fail)
     monkeypatch.setattr(train_eval, "draw_final", lambda run: True)  # it draws too
     monkeypatch.setattr(metrics, "train_classifier", lambda *args, **options: metrics.Classifier(10))
-    flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--epochs", 1, "--num_samples", 65]
+    flags = [*SMALL, *data_flags, "--save_dir", tmp_path, "--epochs", 1, "--train_size", 160, "--num_samples", 65]
     assert train_eval.main([*map(str, flags)]) == 0
     err = capsys.readouterr().err
     assert f"{words} ({type(error).__name__}" in err and "the run goes on" in err and "long story" not in err
-    assert state(tmp_path)["step"] == 20 and (state(tmp_path)["best_loss"] == math.inf) == (what[-9:] == "test_loss")
-    assert DDPM.load(tmp_path / "best_model.pt", "cpu").info["step"] == 20
+    assert state(tmp_path)["step"] == 10 and (state(tmp_path)["best_loss"] == math.inf) == (what[-9:] == "test_loss")
+    assert DDPM.load(tmp_path / "best_model.pt", "cpu").info["step"] == 10
 
 
 @pytest.fixture(scope="module")
