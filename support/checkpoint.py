@@ -316,6 +316,7 @@ def _restore(config, state, progress, saved, total_steps):
         if name in saved:  # a last.pt of an older version lacks the state of uniform timesteps, which is empty
             part.load_state_dict(saved[name])
     match_layouts(state["optimizer"])
+    config.adam_beta2 = state["optimizer"].param_groups[0]["betas"][1]  # an older run has no such constant
     progress.update({name: saved[name] for name in progress if name in saved})
     if "fixed_curve" not in saved:  # an older one, whose losses were of all test images
         progress["best_loss"] = math.inf

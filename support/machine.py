@@ -34,7 +34,7 @@ def describe_precision(config):
     """Which precision the products of a run have, and why, for a person: 'bf16, which this device has units for'."""
     units = has_bf16(config.device)
     if config.bf16:
-        return "bf16, " + ("which this device has units for" if units else "as asked, without units for it")
+        return "bf16, " + ("which this device has units for" if units else "without units for it: --no-bf16 is faster")
     return "fp32, " + ("as asked" if units else "since this device has no bf16 units")
 
 

@@ -776,7 +776,8 @@ def test_bf16_is_asked_of_the_device_in_question(monkeypatch):
 
 
 @pytest.mark.parametrize("bf16, units, words", [
-    (True, True, "bf16, which this device has units for"), (True, False, "bf16, as asked, without units for it"),
+    (True, True, "bf16, which this device has units for"),
+    (True, False, "bf16, without units for it: --no-bf16 is faster"),
     (False, True, "fp32, as asked"), (False, False, "fp32, since this device has no bf16 units")])
 def test_the_precision_is_said_with_its_reason(bf16, units, words, monkeypatch):
     monkeypatch.setattr(machine, "has_bf16", lambda device: units)

@@ -481,11 +481,14 @@ def test_a_last_pt_of_an_older_version_still_goes_on(whole, tmp_path):
     save_dir, flags = whole
     saved = torch.load(save_dir / "last.pt", weights_only=True)
     assert saved.pop("timesteps") == {} and saved["ema"].pop("buffers") == {}
-    del saved["config"]["timestep_spacing"], saved["fixed_curve"], saved["frechet_curve"]
+    del saved["config"]["timestep_spacing"], saved["fixed_curve"], saved["frechet_curve"], saved["config"]["adam_beta2"]
+    saved["optimizer"]["param_groups"][0]["betas"] = (0.9, 0.999)
     torch.save(saved, tmp_path / "last.pt")
     shutil.copy(save_dir / "best_model.pt", tmp_path)
     assert train_eval.main(["--resume", "--save_dir", str(tmp_path), *CPU, "--epochs", "3"]) == 0
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 60
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    (group,) = last["optimizer"]["param_groups"]
+    assert last["step"] == 60 and last["config"]["adam_beta2"] == group["betas"][1] == 0.999  # AdamW's own
 
 
 def test_an_earlier_run_is_moved_aside_never_overwritten(trained, tmp_path, data_flags, capsys):
