@@ -99,7 +99,7 @@ sample_every = 2500 if cuda else 750  # steps between looks: a grid, its Fréche
 save_every = 5000 if cuda else 500  # steps between saves of last.pt; Ctrl-C and the end save it too
 
 # hardware
-bf16 = has_bf16(device)  # compute in bfloat16, where the hardware has it; slower elsewhere
+bf16 = has_bf16(device)  # compute in bfloat16, where that pays: GPUs since Ampere, CPUs with AMX
 use_compile = cuda  # torch.compile the network: minutes at the start, then faster steps; rarely pays on a CPU
 # end of constants
 

@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from contestants import (  # noqa: E402
     NAMES,
     changed,
+    flipped,
     library,
     make,
     make_pipeline,
@@ -222,7 +223,9 @@ class Bench:
     def steps(self, part, model, config):
         """Ours against each other, two at a time: the reference would not fit four times."""
         mine, found = [], {}
-        names = {kind: name for kind, name in NAMES.items() if kind != "fp32" or config.bf16}
+        units = getattr(torch.cpu, "get_capabilities", dict)()
+        both = config.bf16 or not self.cuda and units.get("avx512_bf16", False)
+        names = {kind: name for kind, name in NAMES.items() if both or kind != "flipped"}
         for kind in list(names)[1:]:
             try:
                 pair = [stepper("ours", config), stepper(kind, config)]
@@ -247,7 +250,8 @@ class Bench:
                 self.timed(part, name, config, operations, mine, **common)
                 continue
             ours, theirs = found[kind]
-            self.timed(part, name, plain(config), operations, theirs, ours, **common,
+            theirs_is = flipped(config) if kind == "flipped" else plain(config)
+            self.timed(part, name, theirs_is, operations, theirs, ours, **common,
                        equal_ops=ratio(ours, theirs)["ratio"] * all_ours / operations)
 
     # Sampling
@@ -468,7 +472,7 @@ def steps_here(device, kind, model, changes, steps, keep, seconds=math.inf, pati
     what imports took. `keep` is with freed memory kept, `patient` with `patient_threads`, as train_eval.py has them.
     It stops after so many `seconds`; the median is of the second half.
     """
-    if kind not in ("ours", "fp32", "plain"):
+    if kind not in ("ours", "flipped", "plain"):
         library(kind)
     if keep:
         machine.keep_freed_memory()

@@ -24,7 +24,7 @@ from support.monitor import RunningStats  # noqa: E402
 from timesteps import UniformSampler  # noqa: E402
 from unet import Attention  # noqa: E402
 
-NAMES = {"ours": "ours, as train_eval.py runs it", "fp32": "ours in fp32",
+NAMES = {"ours": "ours, as train_eval.py runs it", "flipped": "ours in the other precision, bf16 or fp32",
          "plain": "the same network, plain fp32 eager", "diffusers": "diffusers UNet2DModel",
          "denoising_diffusion_pytorch": "denoising_diffusion_pytorch Unet"}
 
@@ -49,6 +49,11 @@ def plain(config):
     return changed(config, bf16=False, use_compile=False)
 
 
+def flipped(config):
+    """The same in the other precision."""
+    return changed(config, bf16=not config.bf16)
+
+
 def precision(config):
     """What the products are computed in: which ceiling counts."""
     return "bf16" if config.bf16 else "tf32" if torch.device(config.device).type == "cuda" else "fp32"
@@ -56,7 +61,7 @@ def precision(config):
 
 def make(kind, config):
     """The model of a contestant: a DDPM around its network."""
-    if kind in ("ours", "fp32"):
+    if kind in ("ours", "flipped"):
         return train_eval.build(config)
     if kind != "plain":
         return DDPM(Peer(kind, config), image_size=config.image_size, channels=config.channels).to(config.device)
@@ -141,8 +146,8 @@ def speed(kind):
 
 def stepper(kind, config):
     """A function without arguments that does one training step, on one batch."""
-    if kind == "fp32":
-        kind, config = "ours", changed(config, bf16=False)
+    if kind == "flipped":
+        kind, config = "ours", flipped(config)
     speed(kind)
     ddpm = make(kind, config)
     x0 = torch.rand(config.batch_size, config.channels, config.image_size, config.image_size,

@@ -777,8 +777,8 @@ def test_bf16_is_asked_of_the_device_in_question(monkeypatch):
 
 @pytest.mark.parametrize("bf16, units, words", [
     (True, True, "bf16, which this device has units for"),
-    (True, False, "bf16, without units for it: --no-bf16 is faster"),
-    (False, True, "fp32, as asked"), (False, False, "fp32, since this device has no bf16 units")])
+    (True, False, "bf16, as asked; --no-bf16 is faster without units for it, and beside other programs"),
+    (False, True, "fp32, as asked"), (False, False, "fp32, since this device has no bf16 units that pay")])
 def test_the_precision_is_said_with_its_reason(bf16, units, words, monkeypatch):
     monkeypatch.setattr(machine, "has_bf16", lambda device: units)
     assert machine.describe_precision(argparse.Namespace(device="cpu", bf16=bf16)) == words
@@ -786,7 +786,7 @@ def test_the_precision_is_said_with_its_reason(bf16, units, words, monkeypatch):
 
 def test_bf16_of_a_cpu_or_of_no_device(monkeypatch):
     for found, expected in (({"amx_bf16": True}, True), ({"amx_bf16": False}, False), ({}, False),
-                            ({"amx_bf16": False, "avx512_bf16": True}, True)):
+                            ({"amx_bf16": False, "avx512_bf16": True}, False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
         assert machine.has_bf16("cpu") is expected
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch
