@@ -66,6 +66,11 @@ def faults(notebook, size):
     return found
 
 
+def figures(notebook):
+    """The number of figures that the stored outputs hold."""
+    return sum(output.output_type == "display_data" for cell in code_cells(notebook) for output in cell.outputs)
+
+
 def run_here(notebook, folder, monkeypatch):
     """Execute the code cells in this process: what they print, and the number of figures that they show."""
     shown = []
@@ -91,19 +96,18 @@ def test_the_notebook_runs_on_what_a_run_leaves(kind, tmp_path, data_flags, monk
         (save_dir / "last.pt").unlink()  # a folder with the model alone
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    pictures = sum(output.output_type == "display_data" for cell in code_cells(notebook) for output in cell.outputs)
+    expected = figures(notebook)
     if kind == "labels":
         NotebookClient(notebook, timeout=600, kernel_name="python3",
                        resources={"metadata": {"path": tmp_path}}).execute()
-        text, drawn = printed(notebook), sum(output.output_type == "display_data" for cell in code_cells(notebook)
-                                             for output in cell.outputs)
+        text, drawn = printed(notebook), figures(notebook)
     else:  # without a kernel, whose start takes longer than the cells
         text, drawn = run_here(notebook, tmp_path, monkeypatch)
     parameters = sum(parameter.numel() for parameter in DDPM.load(save_dir / "best_model.pt").network.parameters())
     assert f"{parameters:,} parameters" in text
     missing = {"labels": 0, "clusters": 1, "nothing": 2}[kind]  # cells that say what they need
     assert text.count("This cell needs") == missing, text
-    assert drawn == pictures - missing
+    assert drawn == expected - missing
 
 
 def test_the_stored_outputs_are_whole_and_fit_the_web():
