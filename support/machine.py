@@ -40,7 +40,7 @@ def describe_precision(config):
     if config.bf16:
         return "bf16, " + ("which this device has units for" if pays else
                            "as asked; --no-bf16 is faster without units for it, and beside other programs")
-    return "fp32, " + ("as asked" if pays else "since this device has no bf16 units that pay")
+    return "fp32, " + ("as asked" if pays else "since bf16 does not pay on this device")
 
 
 def check_device(device):

@@ -778,7 +778,7 @@ def test_bf16_is_asked_of_the_device_in_question(monkeypatch):
 @pytest.mark.parametrize("bf16, units, words", [
     (True, True, "bf16, which this device has units for"),
     (True, False, "bf16, as asked; --no-bf16 is faster without units for it, and beside other programs"),
-    (False, True, "fp32, as asked"), (False, False, "fp32, since this device has no bf16 units that pay")])
+    (False, True, "fp32, as asked"), (False, False, "fp32, since bf16 does not pay on this device")])
 def test_the_precision_is_said_with_its_reason(bf16, units, words, monkeypatch):
     monkeypatch.setattr(machine, "has_bf16", lambda device: units)
     assert machine.describe_precision(argparse.Namespace(device="cpu", bf16=bf16)) == words
