@@ -34,18 +34,48 @@ DATASETS = ("auto", "mnist", "fashion_mnist", "kmnist", "glyphs")
 
 # Names of classes in torchvision.datasets, and of the folders in `data_dir` where they keep their files.
 TORCHVISION_NAMES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
-FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 DOWNLOAD_TIMEOUT = 10  # seconds without a byte before a download is given up
 
 GLYPHS_SIZES = (20_000, 2_000)  # train, test
 # The fonts of matplotlib that have ten digits, without those that are slanted copies of others.
-GLYPHS_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif",
-                "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
-                "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmtt10", "DejaVuSans-Oblique")
+GLYPHS_FONTS = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-Italic",
+    "STIXGeneral",
+    "STIXGeneralBol",
+    "STIXGeneralItalic",
+    "STIXGeneralBolIta",
+    "cmr10",
+    "cmb10",
+    "cmss10",
+    "cmtt10",
+    "DejaVuSans-Oblique",
+)
 
 
-def load_data(dataset="auto", data_dir="data", *, image_size=32, channels=3, train_size=60_000, test_size=10_000,
-              augment=True, seed=0, device="cpu"):
+def load_data(
+    dataset="auto",
+    data_dir="data",
+    *,
+    image_size=32,
+    channels=3,
+    train_size=60_000,
+    test_size=10_000,
+    augment=True,
+    seed=0,
+    device="cpu",
+):
     """Load a data set. Files that are missing are downloaded first.
 
     Args:
@@ -70,7 +100,9 @@ def load_data(dataset="auto", data_dir="data", *, image_size=32, channels=3, tra
     check_path("data_dir", data_dir)
     check_switch("augment", augment)
     check_whole("seed", seed, 0, math.inf)
-    sizes = dict(image_size=image_size, channels=channels, train_size=train_size, test_size=test_size)
+    sizes = dict(
+        image_size=image_size, channels=channels, train_size=train_size, test_size=test_size
+    )
     for name, value in sizes.items():
         check_whole(name, value, 1)
     check_device(device)
@@ -82,22 +114,32 @@ def load_data(dataset="auto", data_dir="data", *, image_size=32, channels=3, tra
         failure = _download(name, raw, missing) if missing else None
         cure = f"put {', '.join(FILES)} into {printable(raw)}"
         if failure and dataset == name:
-            raise ValueError(f"dataset {name}: neither found nor downloaded; {cure}, or go on without it: --dataset "
-                             f"glyphs. The download says: {failure}")
+            raise ValueError(
+                f"dataset {name}: neither found nor downloaded; {cure}, or go on without it: --dataset "
+                f"glyphs. The download says: {failure}"
+            )
         if failure:
             name = "glyphs"
-            warning = _frame("THIS IS NOT MNIST but 'glyphs', digits drawn from fonts. No number from this run can be "
-                             f"compared with one for MNIST. For MNIST {cure} and start again.",
-                             f"It was not found there, and the download says: {failure}")
+            warning = _frame(
+                "THIS IS NOT MNIST but 'glyphs', digits drawn from fonts. No number from this run can be "
+                f"compared with one for MNIST. For MNIST {cure} and start again.",
+                f"It was not found there, and the download says: {failure}",
+            )
 
     def split(train, size):
         if name == "glyphs":
-            images, labels = _draw_glyphs(min(size, GLYPHS_SIZES[0 if train else 1]), seed=0 if train else 1)
+            images, labels = _draw_glyphs(
+                min(size, GLYPHS_SIZES[0 if train else 1]), seed=0 if train else 1
+            )
         else:
             images, labels = _read(raw, *(FILES[:2] if train else FILES[2:]))
         # Resized once, as uint8: a float copy of the whole set would take four times the memory.
-        images = F.interpolate(images[:size, None], size=(image_size, image_size), mode="bilinear", antialias=True)
-        return Images(name, images[:, 0], labels[:size], channels, augment and train, seed, device, warning)
+        images = F.interpolate(
+            images[:size, None], size=(image_size, image_size), mode="bilinear", antialias=True
+        )
+        return Images(
+            name, images[:, 0], labels[:size], channels, augment and train, seed, device, warning
+        )
 
     return split(True, train_size), split(False, test_size)
 
@@ -116,7 +158,9 @@ class Images:
 
     num_classes = 10
 
-    def __init__(self, name, images, labels, channels=3, augment=False, seed=0, device="cpu", warning=None):
+    def __init__(
+        self, name, images, labels, channels=3, augment=False, seed=0, device="cpu", warning=None
+    ):
         if not isinstance(name, str):
             raise ValueError(f"name {shown(name)}: expected text")
         check_whole("channels", channels, 1)
@@ -173,7 +217,15 @@ class Images:
         check_whole("n", n, 1)
         n = min(n, len(self))
         index = torch.arange(n, device=self.device) * len(self) // n
-        return Images(self.name, self.images[index], self.labels[index], self.channels, False, self.seed, self.device)
+        return Images(
+            self.name,
+            self.images[index],
+            self.labels[index],
+            self.channels,
+            False,
+            self.seed,
+            self.device,
+        )
 
     def use_clusters(self, k, rounds=25):
         """Give k clusters of similar images in place of labels: k-means on their pixels at 16x16.
@@ -182,12 +234,16 @@ class Images:
         decides them. Returns the shares of the clusters, a list of k numbers.
         """
         check_whole("num_clusters", k, 1, len(self), ", the number of training images")
-        x = F.adaptive_avg_pool2d(self.images.float()[:, None], 16).flatten(1)  # finer pixels say hardly more
+        x = F.adaptive_avg_pool2d(self.images.float()[:, None], 16).flatten(
+            1
+        )  # finer pixels say hardly more
         first = np.random.default_rng(self.seed).permutation(len(x))[:k]
         centres = x[torch.from_numpy(first).to(x.device)]
         for _ in range(rounds):
             # |x - c|^2 without |x|^2, which is the same for all centres.
-            distances = (centres.square().sum(dim=1) - 2 * part @ centres.T for part in x.split(4096))
+            distances = (
+                centres.square().sum(dim=1) - 2 * part @ centres.T for part in x.split(4096)
+            )
             self.y = torch.cat([part.argmin(dim=1) for part in distances])
             count = self.y.bincount(minlength=k)
             sums = torch.zeros_like(centres).index_add_(0, self.y, x)
@@ -236,8 +292,10 @@ def _check_files(raw):
     counts = {file: _check_file(raw / file) for file in FILES if os.path.exists(raw / file)}
     for images, labels in (FILES[:2], FILES[2:]):
         if images in counts and labels in counts and counts[images] != counts[labels]:
-            raise ValueError(f"{printable(raw / labels)}: {counts[labels]} labels, expected {counts[images]}, one for "
-                             f"each image in {images}; move both away, and the next run downloads them")
+            raise ValueError(
+                f"{printable(raw / labels)}: {counts[labels]} labels, expected {counts[images]}, one for "
+                f"each image in {images}; move both away, and the next run downloads them"
+            )
     return [file for file in FILES if file not in counts]
 
 
@@ -251,36 +309,49 @@ def _check_file(path):
         with open(path, "rb") as file:
             start, length = file.read(header.size), os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise ValueError(f"{printable(path)}: {error.strerror}; expected a file that can be read") from error
+        raise ValueError(
+            f"{printable(path)}: {error.strerror}; expected a file that can be read"
+        ) from error
     if len(start) < header.size:
-        raise ValueError(f"{printable(path)}: {length} bytes, expected a header of {header.size} and data; {advice}")
+        raise ValueError(
+            f"{printable(path)}: {length} bytes, expected a header of {header.size} and data; {advice}"
+        )
     magic, count, *size = header.unpack(start)
     if (magic, *size) != fixed:
-        raise ValueError(f"{printable(path)}: header has {magic, *size}, expected {fixed} for {kind}; {advice}")
+        raise ValueError(
+            f"{printable(path)}: header has {magic, *size}, expected {fixed} for {kind}; {advice}"
+        )
     expected = header.size + max(count, 1) * math.prod(size)
     if length != expected:
-        raise ValueError(f"{printable(path)}: {length} bytes for {count} {kind} by its header, expected {expected}; "
-                         f"{advice}")
+        raise ValueError(
+            f"{printable(path)}: {length} bytes for {count} {kind} by its header, expected {expected}; "
+            f"{advice}"
+        )
     return count
 
 
 def _download(name, raw, missing):
     """Let torchvision download the `missing` files of a data set. Returns None, or in one line why it failed."""
     import torchvision
+
     try:
         raw.mkdir(parents=True, exist_ok=True)
         # Files leave this folder when they are whole, so an interrupted download leaves no half of a file.
         staging = tempfile.TemporaryDirectory(dir=raw, prefix="download-")
     except OSError as error:
-        raise ValueError(f"data_dir: {printable(raw)} cannot be written ({error.strerror}), and {name} is to be "
-                         "downloaded there; name another, or go on without it: --dataset glyphs") from error
+        raise ValueError(
+            f"data_dir: {printable(raw)} cannot be written ({error.strerror}), and {name} is to be "
+            "downloaded there; name another, or go on without it: --dataset glyphs"
+        ) from error
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         with staging:
             staged = Path(staging.name, *raw.parts[-2:])
             staged.mkdir(parents=True)
-            for archive in raw.glob("*.gz"):  # put there by hand: torchvision uses those that are whole
+            for archive in raw.glob(
+                "*.gz"
+            ):  # put there by hand: torchvision uses those that are whole
                 shutil.copy(archive, staged)
             getattr(torchvision.datasets, TORCHVISION_NAMES[name])(staging.name, download=True)
             for file in missing:
@@ -296,9 +367,12 @@ def _download(name, raw, missing):
 def _read(raw, images, labels):
     """Two checked files -> uint8 (N, 28, 28), int64 (N,)."""
     from torchvision.datasets.mnist import read_image_file, read_label_file
+
     y = read_label_file(raw / labels)
     if y.max() >= Images.num_classes:
-        raise ValueError(f"{printable(raw / labels)}: has the label {y.max()}, expected 0 to {Images.num_classes - 1}")
+        raise ValueError(
+            f"{printable(raw / labels)}: has the label {y.max()}, expected 0 to {Images.num_classes - 1}"
+        )
     return read_image_file(raw / images), y
 
 
@@ -316,10 +390,19 @@ def _draw_glyphs(n, seed):
     images, labels = [], []
     for _ in range(math.ceil(n / 1000)):
         y = torch.rand(100, 10, generator=generator).argsort(dim=1).flatten()
-        x = bank[torch.randint(len(bank), y.shape, generator=generator), y][:, None]  # (1000, 1, 56, 56)
-        size, narrow, slant, turn = uniform(0.8, 1.0), uniform(0.8, 1.1), uniform(-0.1, 0.4), uniform(-0.1, 0.1)
+        x = bank[torch.randint(len(bank), y.shape, generator=generator), y][
+            :, None
+        ]  # (1000, 1, 56, 56)
+        size, narrow, slant, turn = (
+            uniform(0.8, 1.0),
+            uniform(0.8, 1.1),
+            uniform(-0.1, 0.4),
+            uniform(-0.1, 0.1),
+        )
         shift_x, shift_y = uniform(-0.1, 0.1), uniform(-0.1, 0.1)
-        theta = torch.stack([1 / (size * narrow), slant, shift_x, turn, 1 / size, shift_y], dim=1).view(-1, 2, 3)
+        theta = torch.stack(
+            [1 / (size * narrow), slant, shift_x, turn, 1 / size, shift_y], dim=1
+        ).view(-1, 2, 3)
         grid = F.affine_grid(theta, (len(y), 1, 28, 28), align_corners=False)
         x = F.grid_sample(x, grid, align_corners=False)  # (1000, 1, 28, 28)
         blur, gain = uniform(0, 1).view(-1, 1, 1, 1), uniform(1, 1.5).view(-1, 1, 1, 1)
@@ -333,26 +416,36 @@ def _glyph_bank():
     """Each digit in each font and stroke, at twice MNIST's size: float, (fonts * strokes, 10, 56, 56), 0 to 1."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
+
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     bank = []
     for font in GLYPHS_FONTS:
-        font = ImageFont.truetype(str(folder / f"{font}.ttf"), 120, layout_engine=ImageFont.Layout.BASIC)
+        font = ImageFont.truetype(
+            str(folder / f"{font}.ttf"), 120, layout_engine=ImageFont.Layout.BASIC
+        )
         for stroke in (0, 2, 4):
             for digit in "0123456789":
                 drawn = Image.new("L", (200, 200))
                 ImageDraw.Draw(drawn).text((40, 20), digit, 255, font, stroke_width=stroke)
                 drawn = drawn.crop(drawn.getbbox())
                 scale = 40 / max(drawn.size)
-                drawn = drawn.resize([max(1, round(side * scale)) for side in drawn.size], Image.Resampling.BOX)
+                drawn = drawn.resize(
+                    [max(1, round(side * scale)) for side in drawn.size], Image.Resampling.BOX
+                )
                 glyph = Image.new("L", (56, 56))
                 glyph.paste(drawn, ((56 - drawn.width) // 2, (56 - drawn.height) // 2))
                 bank.append(np.asarray(glyph))
     bank = torch.from_numpy(np.stack(bank)).view(-1, 10, 56, 56).float() / 255
-    return F.avg_pool2d(bank, 3, stride=1, padding=1)  # blurred, since later only a quarter of the pixels is sampled
+    return F.avg_pool2d(
+        bank, 3, stride=1, padding=1
+    )  # blurred, since later only a quarter of the pixels is sampled
 
 
 def _frame(*paragraphs):
     """Text in a frame of stars."""
-    lines = [line for text in paragraphs
-             for line in textwrap.wrap(text, 96, break_long_words=False, break_on_hyphens=False)]
+    lines = [
+        line
+        for text in paragraphs
+        for line in textwrap.wrap(text, 96, break_long_words=False, break_on_hyphens=False)
+    ]
     return "\n".join(["*" * 100, *(f"* {line}" for line in lines), "*" * 100])

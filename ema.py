@@ -33,9 +33,10 @@ class EMA:
     def __init__(self, module, decay=0.999, start=5000, update_rate=1):
         check_module("module", module)
         for name, value, kind, low, expected in (
-                ("ema_decay", decay, Real, 0, "a number from 0 to below 1"),
-                ("ema_start", start, Integral, 0, "a whole number of steps, 0 or more"),
-                ("ema_update_rate", update_rate, Integral, 1, "a whole number of steps, 1 or more")):
+            ("ema_decay", decay, Real, 0, "a number from 0 to below 1"),
+            ("ema_start", start, Integral, 0, "a whole number of steps, 0 or more"),
+            ("ema_update_rate", update_rate, Integral, 1, "a whole number of steps, 1 or more"),
+        ):
             valid = isinstance(value, kind) and not isinstance(value, bool)
             if not valid or not value >= low or name == "ema_decay" and value >= 1:
                 raise ValueError(f"{name} {' '.join(repr(value).split())}: expected {expected}")
@@ -55,7 +56,10 @@ class EMA:
     def update(self):
         """Call this after every optimiser step."""
         # This comparison runs at every step, so it has to be cheap: 0.06 ms for 300 parameters.
-        if list(map(DTYPE, self.parameters)) != self.dtypes or list(map(DEVICE, self.parameters)) != self.devices:
+        if (
+            list(map(DTYPE, self.parameters)) != self.dtypes
+            or list(map(DEVICE, self.parameters)) != self.devices
+        ):
             self._follow()
         self.step += 1
         if self.step <= self.start:
@@ -74,7 +78,9 @@ class EMA:
             ValueError: if parameters or buffers of the module were added, removed, replaced or reshaped.
         """
         self._check_and_follow()
-        weights, buffers = ([x.detach().clone() for x in xs] for xs in (self.parameters, self._module_buffers()))
+        weights, buffers = (
+            [x.detach().clone() for x in xs] for xs in (self.parameters, self._module_buffers())
+        )
         try:
             with torch.no_grad():
                 _copy(self.parameters, self.shadow)
@@ -92,8 +98,11 @@ class EMA:
             ValueError: if parameters or buffers of the module were added, removed, replaced or reshaped.
         """
         self._check_and_follow()
-        return {"step": self.step, "shadow": dict(zip(self.names, self.shadow)),
-                "buffers": {name: buffer for (name, _, _), buffer in zip(self.owners, self.buffers)}}
+        return {
+            "step": self.step,
+            "shadow": dict(zip(self.names, self.shadow)),
+            "buffers": {name: buffer for (name, _, _), buffer in zip(self.owners, self.buffers)},
+        }
 
     def load_state_dict(self, state):
         """Go on from a `state_dict`. An old one without "buffers" gets the present buffers of the module.
@@ -106,20 +115,31 @@ class EMA:
             raise ValueError("EMA state: expected a dictionary with 'step' and 'shadow'")
         step = state["step"]
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-            raise ValueError(f"EMA state: step {' '.join(repr(step).split())}: expected a whole number, 0 or more")
+            raise ValueError(
+                f"EMA state: step {' '.join(repr(step).split())}: expected a whole number, 0 or more"
+            )
         buffer_names = [name for name, _, _ in self.owners]
         saved = {"buffers": dict(zip(buffer_names, self._module_buffers()))} | state
-        for key, names, ours in (("shadow", self.names, self.shadow), ("buffers", buffer_names, self.buffers)):
+        for key, names, ours in (
+            ("shadow", self.names, self.shadow),
+            ("buffers", buffer_names, self.buffers),
+        ):
             theirs = saved[key]
-            if not isinstance(theirs, dict) or not all(isinstance(x, torch.Tensor) for x in theirs.values()):
+            if not isinstance(theirs, dict) or not all(
+                isinstance(x, torch.Tensor) for x in theirs.values()
+            ):
                 raise ValueError(f"EMA state: {key}: expected a dictionary of tensors")
             if different := theirs.keys() ^ set(names):
-                raise ValueError(f"EMA state: {key}: its names are not those of this module, such as "
-                                 f"{min(map(repr, different))}")
+                raise ValueError(
+                    f"EMA state: {key}: its names are not those of this module, such as "
+                    f"{min(map(repr, different))}"
+                )
             for name, tensor in zip(names, ours):
                 if theirs[name].shape != tensor.shape:
-                    raise ValueError(f"EMA state: {key}: {name!r} has shape {tuple(theirs[name].shape)}; expected "
-                                     f"{tuple(tensor.shape)}")
+                    raise ValueError(
+                        f"EMA state: {key}: {name!r} has shape {tuple(theirs[name].shape)}; expected "
+                        f"{tuple(tensor.shape)}"
+                    )
         self.step = step
         with torch.no_grad():
             _copy(self.shadow, [saved["shadow"][name] for name in self.names])
@@ -128,44 +148,70 @@ class EMA:
     def _follow(self):
         """Give each shadow tensor the device, dtype and memory layout of its parameter."""
         with torch.no_grad():
-            self.shadow = [s if _alike(s, p) else torch.empty_like(p).copy_(s)
-                           for s, p in zip(self.shadow, self.parameters)]
-        self.dtypes, self.devices = list(map(DTYPE, self.parameters)), list(map(DEVICE, self.parameters))
+            self.shadow = [
+                s if _alike(s, p) else torch.empty_like(p).copy_(s)
+                for s, p in zip(self.shadow, self.parameters)
+            ]
+        self.dtypes, self.devices = (
+            list(map(DTYPE, self.parameters)),
+            list(map(DEVICE, self.parameters)),
+        )
 
     def _module_buffers(self):
         """The buffers as they are now: `Module.to` puts new objects in their place."""
         buffers = [getattr(owner, key, None) for _, owner, key in self.owners]
         for (name, _, _), buffer in zip(self.owners, buffers):
             if buffer is None:
-                raise ValueError(f"EMA: the module has lost its buffer {name!r}; make a new EMA of the changed module")
+                raise ValueError(
+                    f"EMA: the module has lost its buffer {name!r}; make a new EMA of the changed module"
+                )
         return buffers
 
     def _check_and_follow(self):
         """Compare the module with the one that the EMA was made of, then follow its device, dtype and memory layout."""
         now, then = dict(self.module.named_parameters()), dict(zip(self.names, self.parameters))
         changed = {name for name in now.keys() | then.keys() if now.get(name) is not then.get(name)}
-        changed |= {name for name, p, s in zip(self.names, self.parameters, self.shadow) if p.shape != s.shape}
+        changed |= {
+            name
+            for name, p, s in zip(self.names, self.parameters, self.shadow)
+            if p.shape != s.shape
+        }
         changed |= {name for name, _, _ in set(_buffer_owners(self.module)) ^ set(self.owners)}
         if not changed:
             buffers = self._module_buffers()
-            changed = {o[0] for o, b, s in zip(self.owners, buffers, self.buffers) if b.shape != s.shape}
+            changed = {
+                o[0] for o, b, s in zip(self.owners, buffers, self.buffers) if b.shape != s.shape
+            }
         if changed:
-            raise ValueError("EMA: parameters or buffers of the module were added, removed, replaced or reshaped after "
-                             f"the EMA was made, such as {min(changed)!r}; make a new EMA of the changed module")
+            raise ValueError(
+                "EMA: parameters or buffers of the module were added, removed, replaced or reshaped after "
+                f"the EMA was made, such as {min(changed)!r}; make a new EMA of the changed module"
+            )
         self._follow()
-        self.buffers = [s if _alike(s, b) else torch.empty_like(b).copy_(s) for s, b in zip(self.buffers, buffers)]
+        self.buffers = [
+            s if _alike(s, b) else torch.empty_like(b).copy_(s)
+            for s, b in zip(self.buffers, buffers)
+        ]
 
 
 def _buffer_owners(module):
     """(name, owner, key) of all persistent buffers, which are those in the module's state: the buffer is owner.key."""
     saved = module.state_dict().keys()
     names = [name for name, _ in module.named_buffers(remove_duplicate=False) if name in saved]
-    return [(name, module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    return [
+        (name, module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+        for name in names
+    ]
 
 
 def _alike(a, b):
     """Whether two tensors have the same device, dtype, shape and memory layout."""
-    return a.device == b.device and a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+    return (
+        a.device == b.device
+        and a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+    )
 
 
 def _copy(targets, sources):

@@ -31,8 +31,18 @@ class BitsPerDim(NamedTuple):
     rmse: torch.Tensor
 
 
-def bits_per_dim(ddpm, x0, y=None, *, terms=None, generator=None, rows=None, gather=None, progress=False,
-                 batch_size=256):
+def bits_per_dim(
+    ddpm,
+    x0,
+    y=None,
+    *,
+    terms=None,
+    generator=None,
+    rows=None,
+    gather=None,
+    progress=False,
+    batch_size=256,
+):
     """The variational bound on -log2 p(x0) of 8-bit images, per dimension (DDPM sec. 3.3 and 4.1).
 
     Args:
@@ -67,11 +77,17 @@ def bits_per_dim(ddpm, x0, y=None, *, terms=None, generator=None, rows=None, gat
     check_whole("terms", terms, min(2, T), T, ", the number of timesteps")
     cube = (T - 1) * torch.linspace(0, 1, terms, dtype=torch.float64) ** 3
     edges = [0, *torch.maximum(1 + cube.round(), 1.0 + torch.arange(terms)).long().tolist()]
-    intervals = list(zip(edges, edges[1:]))[::-1]  # from noise to the decoder, which is the interval (0, 1)
+    intervals = list(zip(edges, edges[1:]))[
+        ::-1
+    ]  # from noise to the decoder, which is the interval (0, 1)
     bits, errors = [prior_term(ddpm, x0.to(ddpm.device))], []
     start, stop, _ = slice(rows.start, rows.stop).indices(len(x0)) if rows else (0, len(x0), 1)
-    with (torch.no_grad(),
-          tqdm(total=(stop - start) * terms, unit="call", disable=not progress, leave=False) as progress_bar):
+    with (
+        torch.no_grad(),
+        tqdm(
+            total=(stop - start) * terms, unit="call", disable=not progress, leave=False
+        ) as progress_bar,
+    ):
         for low, high in intervals:
             # For all images at once, so that batches do not change the noise.
             t = torch.randint(low, high, (len(x0),), generator=generator, device=ddpm.device)
@@ -81,17 +97,31 @@ def bits_per_dim(ddpm, x0, y=None, *, terms=None, generator=None, rows=None, gat
                 part = slice(first, min(first + batch_size, stop))
                 x = x0[part].to(ddpm.device)
                 xt = ddpm.q_sample(x, t[part], noise[part])
-                predicted, _, variance_fraction = ddpm.denoise(xt, t[part], None if y is None else y[part])
-                parts.append(((high - low) * bound_term(ddpm, x, xt, t[part], predicted, variance_fraction).double(),
-                              (x - predicted).square().flatten(1).mean(dim=1).double()))
+                predicted, _, variance_fraction = ddpm.denoise(
+                    xt, t[part], None if y is None else y[part]
+                )
+                parts.append(
+                    (
+                        (high - low)
+                        * bound_term(ddpm, x, xt, t[part], predicted, variance_fraction).double(),
+                        (x - predicted).square().flatten(1).mean(dim=1).double(),
+                    )
+                )
                 progress_bar.update(len(x))
             for found, values in zip((bits, errors), zip(*parts)):
                 found.append(torch.cat(values) if gather is None else gather(torch.cat(values)))
     bits, errors = torch.stack(bits), torch.stack(errors)  # (1 + terms, N), (terms, N)
     mean, total = bits.mean(dim=1), bits.sum(dim=0)
     error = (total.std() / math.sqrt(len(x0))).item() if len(x0) > 1 else math.nan
-    return BitsPerDim(total.mean().item(), error, mean[0].item(), mean[1:-1].sum().item(), mean[-1].item(),
-                      mean[:-1].cumsum(0).cpu(), 127.5 * errors.mean(dim=1).sqrt().cpu())
+    return BitsPerDim(
+        total.mean().item(),
+        error,
+        mean[0].item(),
+        mean[1:-1].sum().item(),
+        mean[-1].item(),
+        mean[:-1].cumsum(0).cpu(),
+        127.5 * errors.mean(dim=1).sqrt().cpu(),
+    )
 
 
 def bound_term(process, x0, xt, t, x0_predicted, variance_fraction=None):
@@ -103,7 +133,9 @@ def bound_term(process, x0, xt, t, x0_predicted, variance_fraction=None):
     true_log_variance = process.log_variances(t, t - 1)[0]
     log_variance = process.log_variance(t, t - 1, variance_fraction)
     difference = true_log_variance - log_variance
-    kl = (difference.exp() - 1 - difference + (true_mean - mean).square() * (-log_variance).exp()) / 2
+    kl = (
+        difference.exp() - 1 - difference + (true_mean - mean).square() * (-log_variance).exp()
+    ) / 2
     nll = -discrete_log_likelihood(x0, mean, log_variance)
     terms = torch.where((t == 0)[:, None, None, None], nll, kl.to(nll.dtype))
     return terms.flatten(1).mean(dim=1) / math.log(2)
@@ -112,7 +144,9 @@ def bound_term(process, x0, xt, t, x0_predicted, variance_fraction=None):
 def prior_term(process, x0):
     """KL(q(x_T | x_0) || N(0, 1)), in bits per dimension, float64, (N,)."""
     alpha_bar = process.alphas_cumprod[-1]
-    return ((alpha_bar * (x0.double().square() - 1) - torch.log1p(-alpha_bar)) / 2).flatten(1).mean(1) / math.log(2)
+    return ((alpha_bar * (x0.double().square() - 1) - torch.log1p(-alpha_bar)) / 2).flatten(1).mean(
+        1
+    ) / math.log(2)
 
 
 def discrete_log_likelihood(x0, mean, log_variance):
@@ -124,9 +158,14 @@ def discrete_log_likelihood(x0, mean, log_variance):
     """
     scale = (-log_variance.double() / 2).exp()
     off = x0.double() - mean.double()
-    upper, lower = (1 / 255 - off.abs()) * scale, (-1 / 255 - off.abs()) * scale  # mirrored: both on the lower side
+    upper, lower = (
+        (1 / 255 - off.abs()) * scale,
+        (-1 / 255 - off.abs()) * scale,
+    )  # mirrored: both on the lower side
     upper, lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
     inside = upper + torch.log1p(-torch.exp(lower - upper))
     darkest = torch.special.log_ndtr((off + 1 / 255) * scale)
     brightest = torch.special.log_ndtr((1 / 255 - off) * scale)
-    return torch.where(x0 < -0.999, darkest, torch.where(x0 > 0.999, brightest, inside)).to(x0.dtype)
+    return torch.where(x0 < -0.999, darkest, torch.where(x0 > 0.999, brightest, inside)).to(
+        x0.dtype
+    )

@@ -31,7 +31,9 @@ SIZE = 32  # height and width of the classifier's input, in pixels
 NUM_FEATURES = 64  # width of the classifier's last hidden layer
 NEIGHBOURS = 3  # k of precision and recall, as in 1904.06991
 VERSION = 2  # version of the classifier and its training; a new number makes every cached classifier invalid
-MNIST_CLASSIFIER = Path(__file__).parent / "assets" / "classifier.pt"  # by `python -m support.train_classifier`
+MNIST_CLASSIFIER = (
+    Path(__file__).parent / "assets" / "classifier.pt"
+)  # by `python -m support.train_classifier`
 
 
 class Classifier(nn.Module):
@@ -50,13 +52,26 @@ class Classifier(nn.Module):
         check_whole("num_classes", num_classes, 1)
 
         def layer(width_in, width_out, size=3, stride=1):
-            return [nn.Conv2d(width_in, width_out, size, stride, padding=size // 2, bias=False),
-                    nn.BatchNorm2d(width_out), nn.ReLU()]
+            return [
+                nn.Conv2d(width_in, width_out, size, stride, padding=size // 2, bias=False),
+                nn.BatchNorm2d(width_out),
+                nn.ReLU(),
+            ]
 
         self.body = nn.Sequential(
-            *layer(1, 32, size=5, stride=2), *layer(32, 32), *layer(32, 64, stride=2), *layer(64, 64), *layer(64, 64),
-            *layer(64, 128, stride=2), *layer(128, 128), nn.Flatten(), nn.Dropout(0.2),
-            nn.Linear(128 * 16, NUM_FEATURES, bias=False), nn.BatchNorm1d(NUM_FEATURES), nn.ReLU())
+            *layer(1, 32, size=5, stride=2),
+            *layer(32, 32),
+            *layer(32, 64, stride=2),
+            *layer(64, 64),
+            *layer(64, 64),
+            *layer(64, 128, stride=2),
+            *layer(128, 128),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(128 * 16, NUM_FEATURES, bias=False),
+            nn.BatchNorm1d(NUM_FEATURES),
+            nn.ReLU(),
+        )
         self.head = nn.Linear(NUM_FEATURES, num_classes)
         self.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
 
@@ -74,7 +89,9 @@ class Classifier(nn.Module):
         _check_images("images", images)
         self.eval()
         device = self.head.weight.device
-        features = torch.cat([self.body(_grey(batch.to(device))) for batch in images.split(int(batch_size))])
+        features = torch.cat(
+            [self.body(_grey(batch.to(device))) for batch in images.split(int(batch_size))]
+        )
         return features.cpu().double(), self.head(features).cpu().double().softmax(dim=1)
 
     def accuracy(self, images, labels):
@@ -103,13 +120,21 @@ def train_classifier(images, labels, *, seed=0, device="cpu", epochs=5, progress
         classifier = Classifier(int(labels.max()) + 1).to(device).train()
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=rate, fused=True)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 2))
-        with tqdm(total=epochs * len(images), unit="img", desc="classifier", disable=not progress, leave=False) as bar:
+        with tqdm(
+            total=epochs * len(images),
+            unit="img",
+            desc="classifier",
+            disable=not progress,
+            leave=False,
+        ) as bar:
             for _ in range(epochs):
                 for index in torch.randperm(len(images)).split(batch_size):
                     if len(index) == 1:
                         continue  # BatchNorm needs two images
                     x = torch.cat([distort(part) for part in images[index].to(device).split(8)])
-                    loss = F.cross_entropy(classifier.head(classifier.body(x)), labels[index].to(device))
+                    loss = F.cross_entropy(
+                        classifier.head(classifier.body(x)), labels[index].to(device)
+                    )
                     loss.backward()
                     optimizer.step()
                     optimizer.zero_grad()
@@ -141,15 +166,19 @@ def load_classifier(dataset, images, labels, folder, *, device="cpu", progress=F
         try:
             classifier.load_state_dict(load_checkpoint(path, ()))
         except Exception:  # the file is missing or damaged
-            print(f"training the classifier that measures {dataset}, which takes some minutes, once: {path}",
-                  file=sys.stderr)
+            print(
+                f"training the classifier that measures {dataset}, which takes some minutes, once: {path}",
+                file=sys.stderr,
+            )
             classifier = train_classifier(images, labels, device=device, progress=progress)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_checkpoint(path, classifier.state_dict())
             except OSError as error:
-                print(f"{one_line(error)}; this run uses its classifier all the same, and the next trains it again",
-                      file=sys.stderr)
+                print(
+                    f"{one_line(error)}; this run uses its classifier all the same, and the next trains it again",
+                    file=sys.stderr,
+                )
     classifier.name = f"{dataset}-{_digest(*classifier.state_dict().values())[:8]}"
     return classifier.to(device).eval()
 
@@ -179,7 +208,9 @@ def frechet_distance(a, b):
     for features in (a, b):
         n, dim = features.shape
         if n <= dim:
-            raise ValueError(f"{n} images: their covariance of {dim} features is singular; expected at least {dim + 1}")
+            raise ValueError(
+                f"{n} images: their covariance of {dim} features is singular; expected at least {dim + 1}"
+            )
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -209,16 +240,25 @@ def precision_recall(samples, real, k=NEIGHBOURS):
     samples = samples.to(real.device)
     for features in (samples, real):
         if len(features) <= k:
-            raise ValueError(f"{len(features)} images: expected at least {k + 1}, because precision and recall "
-                             f"need {k} neighbours")
+            raise ValueError(
+                f"{len(features)} images: expected at least {k + 1}, because precision and recall "
+                f"need {k} neighbours"
+            )
 
     def distances(a, b):  # in parts, to limit memory; without matrix products, because those round
         for part in a.split(1000):
             yield torch.cdist(part, b, compute_mode="donot_use_mm_for_euclid_dist")
 
     def among(points, members):
-        radii = torch.cat([d.kthvalue(k + 1, dim=1).values for d in distances(members, members)])  # +1: itself
-        return torch.cat([(d <= radii).any(dim=1) for d in distances(points, members)]).double().mean().item()
+        radii = torch.cat(
+            [d.kthvalue(k + 1, dim=1).values for d in distances(members, members)]
+        )  # +1: itself
+        return (
+            torch.cat([(d <= radii).any(dim=1) for d in distances(points, members)])
+            .double()
+            .mean()
+            .item()
+        )
 
     return among(samples, real), among(real, samples)
 
@@ -235,13 +275,19 @@ def nearest(images, others):
     images, others = (_grey(x).flatten(1) for x in (images.to(others.device), others))
     squares = others.square().sum(dim=1)
     index = torch.cat([(squares - 2 * part @ others.T).argmin(dim=1) for part in images.split(500)])
-    difference = 127.5 * (images - others[index]).cpu().double()  # computed again, because the products above round
+    difference = (
+        127.5 * (images - others[index]).cpu().double()
+    )  # computed again, because the products above round
     return difference.square().mean(dim=1).sqrt(), index.cpu()
 
 
 def as_bytes(images):
     """Images in [-1, 1] as a PNG keeps them, uint8; what is uint8 stays."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).byte() if images.is_floating_point() else images
+    return (
+        ((images + 1) * 127.5).round().clamp(0, 255).byte()
+        if images.is_floating_point()
+        else images
+    )
 
 
 class FrechetMeter:
@@ -266,7 +312,9 @@ class FrechetMeter:
 
     def count_read(self, samples, labels):
         """How many samples, in [-1, 1] or uint8, (N, C, H, W), the classifier reads as their labels, int64, (N,)."""
-        return (self.classifier.read(as_bytes(samples))[1].argmax(dim=1) == labels.cpu()).sum().item()
+        return (
+            (self.classifier.read(as_bytes(samples))[1].argmax(dim=1) == labels.cpu()).sum().item()
+        )
 
 
 def measure(classifier, samples, train, test, labels=None, seed=0):
@@ -312,9 +360,13 @@ def measure(classifier, samples, train, test, labels=None, seed=0):
     check_whole("seed", seed, 0, 2**32 - 1)
     for name, real in (("training", train), ("test", test)):
         if n > len(real):
-            raise ValueError(f"{n} samples: expected at most {len(real)}, the number of {name} images to compare with")
+            raise ValueError(
+                f"{n} samples: expected at most {len(real)}, the number of {name} images to compare with"
+            )
     generator = torch.Generator().manual_seed(seed)
-    train_index, test_index = (torch.randperm(len(x), generator=generator)[:n].to(x.device) for x in (train, test))
+    train_index, test_index = (
+        torch.randperm(len(x), generator=generator)[:n].to(x.device) for x in (train, test)
+    )
     real = train[train_index]
     features, probabilities = classifier.read(samples)
     features_real, probabilities_real = classifier.read(real)
@@ -324,11 +376,18 @@ def measure(classifier, samples, train, test, labels=None, seed=0):
         report["frechet"] = frechet_distance(features, features_test)
         report["frechet_real"] = frechet_distance(features_real, features_test)
     features_test = features_test[test_index.cpu()]
-    for suffix, x, p in (("", features, probabilities), ("_real", features_real, probabilities_real)):
+    for suffix, x, p in (
+        ("", features, probabilities),
+        ("_real", features_real, probabilities_real),
+    ):
         if n > NEIGHBOURS:
-            report["precision" + suffix], report["recall" + suffix] = precision_recall(x, features_test)
+            report["precision" + suffix], report["recall" + suffix] = precision_recall(
+                x, features_test
+            )
         report["confidence" + suffix] = p.max(dim=1).values.mean().item()
-        report["digits" + suffix] = (p.argmax(dim=1).bincount(minlength=p.shape[1]).double() / n).tolist()
+        report["digits" + suffix] = (
+            p.argmax(dim=1).bincount(minlength=p.shape[1]).double() / n
+        ).tolist()
     if labels is not None:
         report["accuracy"] = (probabilities.argmax(dim=1) == labels.cpu()).double().mean().item()
     report["colour"] = _colour(samples)
@@ -339,17 +398,30 @@ def measure(classifier, samples, train, test, labels=None, seed=0):
         report["nearest_1st" + suffix] = d.quantile(0.01).item()
     report["copies"] = (distances < report["nearest_1st_real"]).double().mean().item()
     first = distances.argsort()[:10]
-    pairs = torch.stack([_grey(samples[first.to(samples.device)]).cpu(),
-                         _grey(train[index[first].to(train.device)]).cpu()], dim=1).flatten(0, 1)
+    pairs = torch.stack(
+        [
+            _grey(samples[first.to(samples.device)]).cpu(),
+            _grey(train[index[first].to(train.device)]).cpu(),
+        ],
+        dim=1,
+    ).flatten(0, 1)
     return report, ((pairs + 1) * 127.5).round().byte()
 
 
 def _check_images(name, images, least=1):
     """ValueError if these are not images, uint8, (N, H, W) or (N, C, H, W), at least so many."""
-    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.ndim not in (3, 4):
-        raise ValueError(f"{name} {shown(images)}: expected a tensor of uint8, (N, H, W) or (N, C, H, W)")
+    if (
+        not isinstance(images, torch.Tensor)
+        or images.dtype != torch.uint8
+        or images.ndim not in (3, 4)
+    ):
+        raise ValueError(
+            f"{name} {shown(images)}: expected a tensor of uint8, (N, H, W) or (N, C, H, W)"
+        )
     if len(images) < least or 0 in images.shape[1:]:
-        raise ValueError(f"{name} of shape {tuple(images.shape)}: expected at least {least} image, of pixels")
+        raise ValueError(
+            f"{name} of shape {tuple(images.shape)}: expected at least {least} image, of pixels"
+        )
 
 
 def _check_labels(images, labels):

@@ -10,7 +10,14 @@ import math
 import torch
 from torch import nn
 
-from support.checks import check_choice, check_number, check_switch, check_values, check_whole, shown
+from support.checks import (
+    check_choice,
+    check_number,
+    check_switch,
+    check_values,
+    check_whole,
+    shown,
+)
 
 BETA_SCHEDULES = ("linear", "cosine")
 PREDICTIONS = ("eps", "v", "x0")
@@ -37,16 +44,26 @@ class GaussianProcess(nn.Module):
         ValueError: an unknown name, or a number out of range.
     """
 
-    def __init__(self, num_timesteps=1000, beta_schedule="linear", *, prediction="eps", variance="fixed_small",
-                 zero_terminal_snr=False, timestep_spacing="trailing"):
+    def __init__(
+        self,
+        num_timesteps=1000,
+        beta_schedule="linear",
+        *,
+        prediction="eps",
+        variance="fixed_small",
+        zero_terminal_snr=False,
+        timestep_spacing="trailing",
+    ):
         super().__init__()
         check_choice("prediction", prediction, PREDICTIONS)
         check_choice("variance", variance, VARIANCES)
         check_switch("zero_terminal_snr", zero_terminal_snr)
         check_choice("timestep_spacing", timestep_spacing, SPACINGS)
         if zero_terminal_snr and prediction == "eps":
-            raise ValueError("zero_terminal_snr with prediction 'eps': pure noise says nothing of x0; expected 'v' or "
-                             "'x0'")
+            raise ValueError(
+                "zero_terminal_snr with prediction 'eps': pure noise says nothing of x0; expected 'v' or "
+                "'x0'"
+            )
         betas = make_betas(beta_schedule, num_timesteps, zero_terminal_snr)
         self.num_timesteps = int(num_timesteps)
         self.beta_schedule = beta_schedule
@@ -64,7 +81,9 @@ class GaussianProcess(nn.Module):
         super()._apply(fn, recurse)
         if self.betas.dtype != torch.float64:
             betas = make_betas(self.beta_schedule, self.num_timesteps, self.zero_terminal_snr)
-            self.betas, self.alphas_cumprod = (x.to(self.device) for x in (betas, torch.cumprod(1 - betas, dim=0)))
+            self.betas, self.alphas_cumprod = (
+                x.to(self.device) for x in (betas, torch.cumprod(1 - betas, dim=0))
+            )
         return self
 
     @property
@@ -74,7 +93,9 @@ class GaussianProcess(nn.Module):
 
     def alpha_bar(self, t):
         """alphas_cumprod at timesteps from -1 (where it is 1), (N,) -> float64, (N, 1, 1, 1)."""
-        check_timesteps(t, len(t) if isinstance(t, torch.Tensor) and t.ndim else 1, -1, self.num_timesteps - 1)
+        check_timesteps(
+            t, len(t) if isinstance(t, torch.Tensor) and t.ndim else 1, -1, self.num_timesteps - 1
+        )
         return torch.where(t < 0, 1.0, self.alphas_cumprod[t.clamp(min=0)])[:, None, None, None]
 
     # The forward process and its posteriors
@@ -96,8 +117,9 @@ class GaussianProcess(nn.Module):
         alpha_bar_t, alpha_bar_s = self.alpha_bar(t), self.alpha_bar(t - 1 if s is None else s)
         alpha = alpha_bar_t / alpha_bar_s  # of the one step from s to t
         beta = 1 - alpha
-        mean = (_times(alpha_bar_s.sqrt() * beta / (1 - alpha_bar_t), x0)
-                + _times(alpha.sqrt() * (1 - alpha_bar_s) / (1 - alpha_bar_t), xt))  # DDPM eq. 7
+        mean = _times(alpha_bar_s.sqrt() * beta / (1 - alpha_bar_t), x0) + _times(
+            alpha.sqrt() * (1 - alpha_bar_s) / (1 - alpha_bar_t), xt
+        )  # DDPM eq. 7
         variance = (1 - alpha_bar_s) / (1 - alpha_bar_t) * beta
         return mean, variance.to(xt.dtype)
 
@@ -115,16 +137,30 @@ class GaussianProcess(nn.Module):
         check_images("xt", xt, (None,) * 4, finite=False)
         for images in candidates:
             grey = isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 1
-            check_images("candidates", images, (None, 1 if grey else xt.shape[1], *xt.shape[2:]), finite=False)
+            check_images(
+                "candidates",
+                images,
+                (None, 1 if grey else xt.shape[1], *xt.shape[2:]),
+                finite=False,
+            )
         alpha_bar = self.alpha_bar(t)[:, :, 0, 0]
         product_factor = (alpha_bar.sqrt() / (1 - alpha_bar)).to(xt.dtype)  # computed in float64
         size_factor = (alpha_bar / (1 - alpha_bar) / 2).to(xt.dtype)
         candidates = [images.flatten(1) for images in candidates]
-        repeats = xt[0].numel() // candidates[0].shape[1]  # how many equal channels one candidate channel stands for
+        repeats = (
+            xt[0].numel() // candidates[0].shape[1]
+        )  # how many equal channels one candidate channel stands for
         x = (xt if repeats == 1 else xt.sum(dim=1)).flatten(1)
-        size = repeats * torch.cat([torch.linalg.vector_norm(images, dim=1) for images in candidates]).square()
-        with torch.autocast(xt.device.type, enabled=False):  # small differences decide: bf16 is too coarse
-            product = torch.cat([images @ x.T for images in candidates]).T  # twice as fast as x @ images.T
+        size = (
+            repeats
+            * torch.cat([torch.linalg.vector_norm(images, dim=1) for images in candidates]).square()
+        )
+        with torch.autocast(
+            xt.device.type, enabled=False
+        ):  # small differences decide: bf16 is too coarse
+            product = torch.cat(
+                [images @ x.T for images in candidates]
+            ).T  # twice as fast as x @ images.T
             # log q(x_t | x_0), DDPM eq. 4, without the terms that all candidates share
             logits = product_factor * product - size_factor * size
             if allowed is not None:
@@ -141,21 +177,27 @@ class GaussianProcess(nn.Module):
         if self.prediction == "eps":
             return eps
         if self.prediction == "v":
-            return _times(alpha_bar.sqrt(), eps) - _times((1 - alpha_bar).sqrt(), x0)  # 2202.00512 sec. 4
+            return _times(alpha_bar.sqrt(), eps) - _times(
+                (1 - alpha_bar).sqrt(), x0
+            )  # 2202.00512 sec. 4
         return x0
 
     def min_snr_weight(self, t, gamma):
         """Loss weights, float64, (N,), that make a squared error min(SNR, gamma) times that of x0 (2303.09556 3.4)."""
         alpha_bar = self.alphas_cumprod[t]
         snr = alpha_bar / (1 - alpha_bar)
-        error_ratio = {"x0": 1.0, "eps": snr, "v": snr + 1}[self.prediction]  # squared error / squared error of x0
+        error_ratio = {"x0": 1.0, "eps": snr, "v": snr + 1}[
+            self.prediction
+        ]  # squared error / squared error of x0
         return snr.clamp(max=gamma) / error_ratio
 
     def x0_from_output(self, output, xt, t):
         """The x0 that a network's output stands for, (N, C, H, W), not clipped."""
         alpha_bar = self.alpha_bar(t)
         if self.prediction == "eps":
-            return _times(1 / alpha_bar.sqrt(), xt) - _times((1 / alpha_bar - 1).sqrt(), output)  # DDPM eq. 15
+            return _times(1 / alpha_bar.sqrt(), xt) - _times(
+                (1 / alpha_bar - 1).sqrt(), output
+            )  # DDPM eq. 15
         if self.prediction == "v":
             return _times(alpha_bar.sqrt(), xt) - _times((1 - alpha_bar).sqrt(), output)
         return output
@@ -163,7 +205,9 @@ class GaussianProcess(nn.Module):
     def eps_from_x0(self, x0, xt, t):
         """The eps with q_sample(x0, t, eps) = x_t, (N, C, H, W) (DDPM eq. 4, solved for eps)."""
         alpha_bar = self.alpha_bar(t)
-        return _times(1 / (1 - alpha_bar).sqrt(), xt) - _times((alpha_bar / (1 - alpha_bar)).sqrt(), x0)
+        return _times(1 / (1 - alpha_bar).sqrt(), xt) - _times(
+            (alpha_bar / (1 - alpha_bar)).sqrt(), x0
+        )
 
     # The reverse process
 
@@ -176,7 +220,11 @@ class GaussianProcess(nn.Module):
         large = 1 - alpha_bar_t / alpha_bar_s
         small = (1 - alpha_bar_s) / (1 - alpha_bar_t) * large
         # At the last step the small variance is 0, but the decoder needs its logarithm: take the one of t = 1.
-        smallest = self.betas[0] * self.betas[1] / (1 - self.alphas_cumprod[1]) if self.num_timesteps > 1 else large
+        smallest = (
+            self.betas[0] * self.betas[1] / (1 - self.alphas_cumprod[1])
+            if self.num_timesteps > 1
+            else large
+        )
         return torch.where(s[:, None, None, None] < 0, smallest, small).log(), large.log()
 
     def log_variance(self, t, s, variance_fraction=None):
@@ -187,9 +235,13 @@ class GaussianProcess(nn.Module):
         small, large = self.log_variances(t, s)
         if self.variance == "learned":
             if variance_fraction is None:
-                raise ValueError("variance_fraction: expected that of the network, since variance is 'learned'")
+                raise ValueError(
+                    "variance_fraction: expected that of the network, since variance is 'learned'"
+                )
             return variance_fraction * large + (1 - variance_fraction) * small
-        if self.variance == "fixed_large":  # at the last step the small one, as in the code of Improved DDPM
+        if (
+            self.variance == "fixed_large"
+        ):  # at the last step the small one, as in the code of Improved DDPM
             return torch.where(s[:, None, None, None] < 0, small, large)
         return small
 
@@ -202,7 +254,9 @@ class GaussianProcess(nn.Module):
         check_number("eta", eta, 0, 1)
         alpha_bar_t, alpha_bar_s = self.alpha_bar(t), self.alpha_bar(s)
         sigma2 = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
-        xs = _times(alpha_bar_s.sqrt(), x0) + _times((1 - alpha_bar_s - sigma2).clamp(min=0).sqrt(), eps)
+        xs = _times(alpha_bar_s.sqrt(), x0) + _times(
+            (1 - alpha_bar_s - sigma2).clamp(min=0).sqrt(), eps
+        )
         if not eta:
             return xs
         if noise is None:
@@ -232,7 +286,12 @@ class GaussianProcess(nn.Module):
         check_choice("timestep_spacing", spacing, SPACINGS)
         if spacing == "linspace":
             return torch.linspace(start, 0, steps, dtype=torch.float64).round().long().tolist()
-        return (torch.linspace(start + 1, (start + 1) / steps, steps, dtype=torch.float64).round().long() - 1).tolist()
+        return (
+            torch.linspace(start + 1, (start + 1) / steps, steps, dtype=torch.float64)
+            .round()
+            .long()
+            - 1
+        ).tolist()
 
 
 def make_betas(schedule, num_timesteps, zero_terminal_snr=False):
@@ -247,7 +306,9 @@ def make_betas(schedule, num_timesteps, zero_terminal_snr=False):
     check_whole("num_timesteps", num_timesteps, least)
     if schedule == "linear":
         scale = 1000 / num_timesteps
-        betas = torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64).clamp(max=0.999)
+        betas = torch.linspace(
+            1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64
+        ).clamp(max=0.999)
     else:
         t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
         f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -274,7 +335,9 @@ def check_images(name, x, shape, finite=True):
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         found = f"of {x.dtype}" if isinstance(x, torch.Tensor) else shown(x)
         raise ValueError(f"{name} {found}: expected a tensor of floating-point images")
-    if x.ndim != len(shape) or any(size not in (None, found) for size, found in zip(shape, x.shape)):
+    if x.ndim != len(shape) or any(
+        size not in (None, found) for size, found in zip(shape, x.shape)
+    ):
         expected = str(tuple("N" if size is None else size for size in shape)).replace("'", "")
         raise ValueError(f"{name} of shape {tuple(x.shape)}: expected {expected}")
     if finite:
@@ -287,7 +350,9 @@ def check_timesteps(t, n, low=0, high=None, name="t"):
     Timesteps on a GPU are not compared with their limits: that would wait for it.
     """
     if not isinstance(t, torch.Tensor) or t.dtype != torch.int64 or t.shape != (n,):
-        found = f"of {t.dtype} and shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else shown(t)
+        found = (
+            f"of {t.dtype} and shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else shown(t)
+        )
         raise ValueError(f"{name} {found}: expected int64 of shape ({n},)")
     if n and t.device.type == "cpu":
         values = t.tolist()  # for a batch faster than torch's own minimum

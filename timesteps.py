@@ -7,7 +7,14 @@ All three have one interface: `sample(n)` draws timesteps, int64, (n,), and the 
 import torch
 from torch import nn
 
-from support.checks import FLOATS, check_choice, check_device, check_number, check_tensor, check_whole
+from support.checks import (
+    FLOATS,
+    check_choice,
+    check_device,
+    check_number,
+    check_tensor,
+    check_whole,
+)
 
 TIMESTEP_SAMPLINGS = ("uniform", "logit-normal", "importance")
 
@@ -25,8 +32,11 @@ def make_timesteps(sampling, num_timesteps, std=1.0, device="cpu"):
         check_number("timestep_std", std, 0)
     if sampling == "importance":
         return ImportanceSampler(num_timesteps).to(device)
-    return UniformSampler(num_timesteps, device) if sampling == "uniform" else LogitNormalSampler(
-        num_timesteps, std, device)
+    return (
+        UniformSampler(num_timesteps, device)
+        if sampling == "uniform"
+        else LogitNormalSampler(num_timesteps, std, device)
+    )
 
 
 class UniformSampler(nn.Module):
@@ -40,7 +50,9 @@ class UniformSampler(nn.Module):
     def sample(self, n):
         """n timesteps and weights of 1."""
         check_whole("n", n, 0)
-        return torch.randint(self.num_timesteps, (n,), device=self.device), torch.ones(n, device=self.device)
+        return torch.randint(self.num_timesteps, (n,), device=self.device), torch.ones(
+            n, device=self.device
+        )
 
     def update(self, t, losses):
         """Losses change nothing."""
@@ -60,7 +72,9 @@ class LogitNormalSampler(UniformSampler):
         """n timesteps and weights of 1."""
         check_whole("n", n, 0)
         t = (self.std * torch.randn(n, device=self.device)).sigmoid()
-        t = (self.num_timesteps * t).long().clamp(max=self.num_timesteps - 1)  # a sigmoid may round to 1
+        t = (
+            (self.num_timesteps * t).long().clamp(max=self.num_timesteps - 1)
+        )  # a sigmoid may round to 1
         return t, torch.ones(n, device=self.device)
 
 
@@ -77,7 +91,9 @@ class ImportanceSampler(nn.Module):
 
     def __init__(self, num_timesteps):
         super().__init__()
-        self.register_buffer("losses", torch.zeros(num_timesteps, self.HISTORY, dtype=torch.float64))
+        self.register_buffer(
+            "losses", torch.zeros(num_timesteps, self.HISTORY, dtype=torch.float64)
+        )
         self.register_buffer("counts", torch.zeros(num_timesteps, dtype=torch.long))
 
     def probabilities(self):
@@ -103,7 +119,10 @@ class ImportanceSampler(nn.Module):
         check_tensor("losses", losses, FLOATS, t.shape, finite=False)
         finite = losses.isfinite()
         same = (t[:, None] == t) & finite
-        earlier, later = same.tril(-1).sum(dim=1), same.triu(1).sum(dim=1)  # how often t comes in this batch
+        earlier, later = (
+            same.tril(-1).sum(dim=1),
+            same.triu(1).sum(dim=1),
+        )  # how often t comes in this batch
         # Losses that are not kept go to a spare column, since two writes to one place have no defined winner on a GPU.
         kept = finite & (later < self.HISTORY)
         column = torch.where(kept, (self.counts[t] + earlier) % self.HISTORY, self.HISTORY)

@@ -41,20 +41,46 @@ class UNet(nn.Module):
         ValueError: widths, sizes or resolutions do not fit together.
     """
 
-    def __init__(self, image_size=32, channels=3, base_channels=128, channel_mult=(1, 2, 4, 8), num_res_blocks=2,
-                 attention_resolutions=(8, 16), dropout=0.1, time_emb_dim=512, num_classes=None, patch_size=1,
-                 num_heads=1, adaptive_norm=False, out_channels=None):
+    def __init__(
+        self,
+        image_size=32,
+        channels=3,
+        base_channels=128,
+        channel_mult=(1, 2, 4, 8),
+        num_res_blocks=2,
+        attention_resolutions=(8, 16),
+        dropout=0.1,
+        time_emb_dim=512,
+        num_classes=None,
+        patch_size=1,
+        num_heads=1,
+        adaptive_norm=False,
+        out_channels=None,
+    ):
         super().__init__()
         out_channels = channels if out_channels is None else out_channels
-        for name, value in (("channel_mult", channel_mult), ("attention_resolutions", attention_resolutions)):
+        for name, value in (
+            ("channel_mult", channel_mult),
+            ("attention_resolutions", attention_resolutions),
+        ):
             if not isinstance(value, (tuple, list)):
                 raise ValueError(f"{name} {shown(value)}: expected a tuple of whole numbers")
         # What rebuilds this network: saved beside the weights.
-        self.config = dict(image_size=image_size, channels=channels, base_channels=base_channels,
-                           channel_mult=tuple(channel_mult), num_res_blocks=num_res_blocks,
-                           attention_resolutions=tuple(attention_resolutions), dropout=dropout,
-                           time_emb_dim=time_emb_dim, num_classes=num_classes, patch_size=patch_size,
-                           num_heads=num_heads, adaptive_norm=adaptive_norm, out_channels=out_channels)
+        self.config = dict(
+            image_size=image_size,
+            channels=channels,
+            base_channels=base_channels,
+            channel_mult=tuple(channel_mult),
+            num_res_blocks=num_res_blocks,
+            attention_resolutions=tuple(attention_resolutions),
+            dropout=dropout,
+            time_emb_dim=time_emb_dim,
+            num_classes=num_classes,
+            patch_size=patch_size,
+            num_heads=num_heads,
+            adaptive_norm=adaptive_norm,
+            out_channels=out_channels,
+        )
         self.image_shape = (channels, image_size, image_size)
         self.num_classes = num_classes
         self.patch_size = patch_size
@@ -62,13 +88,24 @@ class UNet(nn.Module):
 
         self.time_embedding = nn.Sequential(
             SinusoidalEmbedding(base_channels),
-            nn.Linear(base_channels, time_emb_dim), nn.SiLU(), nn.Linear(time_emb_dim, time_emb_dim))
+            nn.Linear(base_channels, time_emb_dim),
+            nn.SiLU(),
+            nn.Linear(time_emb_dim, time_emb_dim),
+        )
         # The last row stands for 'no label' (classifier-free guidance, arXiv 2207.12598).
-        self.label_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, time_emb_dim)
+        self.label_embedding = (
+            None if num_classes is None else nn.Embedding(num_classes + 1, time_emb_dim)
+        )
 
         def block(width_in, width_out, attention):
-            return ResidualBlock(width_in, width_out, time_emb_dim, dropout, num_heads if attention else 0,
-                                 adaptive_norm)
+            return ResidualBlock(
+                width_in,
+                width_out,
+                time_emb_dim,
+                dropout,
+                num_heads if attention else 0,
+                adaptive_norm,
+            )
 
         self.conv_in = nn.Conv2d(channels * patch_size**2, base_channels, 3, padding=1)
         width = base_channels
@@ -76,7 +113,9 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         for level, (mult, resolution) in enumerate(zip(channel_mult, resolutions)):
             for _ in range(num_res_blocks):
-                self.down.append(block(width, base_channels * mult, resolution in attention_resolutions))
+                self.down.append(
+                    block(width, base_channels * mult, resolution in attention_resolutions)
+                )
                 width = base_channels * mult
                 skips.append(width)
             if level < len(channel_mult) - 1:
@@ -88,7 +127,13 @@ class UNet(nn.Module):
         self.up = nn.ModuleList()
         for level, (mult, resolution) in reversed(list(enumerate(zip(channel_mult, resolutions)))):
             for _ in range(num_res_blocks + 1):
-                self.up.append(block(width + skips.pop(), base_channels * mult, resolution in attention_resolutions))
+                self.up.append(
+                    block(
+                        width + skips.pop(),
+                        base_channels * mult,
+                        resolution in attention_resolutions,
+                    )
+                )
                 width = base_channels * mult
             if level > 0:
                 self.up.append(Upsample(width))
@@ -138,11 +183,17 @@ class UNet(nn.Module):
         """ValueError if the inputs of `forward` do not fit. Autocast converts images; without it they have one type."""
         weight = self.conv_in.weight
         mixed = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-        dtypes = {weight.dtype, torch.float32, torch.bfloat16, torch.float16} if mixed else {weight.dtype}
+        dtypes = (
+            {weight.dtype, torch.float32, torch.bfloat16, torch.float16}
+            if mixed
+            else {weight.dtype}
+        )
         check_tensor("xt", xt, dtypes, ("N", *self.image_shape), finite=False)
         check_tensor("t", t, (torch.int64,), (len(xt),))
         if y is not None and self.num_classes is None:
-            raise ValueError("y: labels were given to an unconditional network; build it with num_classes")
+            raise ValueError(
+                "y: labels were given to an unconditional network; build it with num_classes"
+            )
         if y is not None:
             check_tensor("y", y, (torch.int64,), (len(xt),), 0, self.num_classes)
 
@@ -167,7 +218,9 @@ class ResidualBlock(nn.Module):
     (N, out_channels, H, W). `num_heads` 0 means no attention.
     """
 
-    def __init__(self, in_channels, out_channels, time_emb_dim, dropout, num_heads=0, adaptive_norm=False):
+    def __init__(
+        self, in_channels, out_channels, time_emb_dim, dropout, num_heads=0, adaptive_norm=False
+    ):
         super().__init__()
         self.norm1 = nn.GroupNorm(NUM_GROUPS, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -176,7 +229,11 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.GroupNorm(NUM_GROUPS, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = (
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1)
+        )
         self.attention = Attention(out_channels, num_heads) if num_heads else nn.Identity()
 
     def forward(self, x, embedding):
@@ -203,10 +260,16 @@ class Attention(nn.Module):
 
     def forward(self, x):
         n, c, height, width = x.shape
-        q, k, v = (self.qkv(self.norm(x)).reshape(n, 3, self.num_heads, c // self.num_heads, height * width)
-                   .transpose(0, 1).flatten(1, 2))  # each (N heads, C / heads, H W)
+        q, k, v = (
+            self.qkv(self.norm(x))
+            .reshape(n, 3, self.num_heads, c // self.num_heads, height * width)
+            .transpose(0, 1)
+            .flatten(1, 2)
+        )  # each (N heads, C / heads, H W)
         # Plain products: on CPU the fused kernel's backward pass is slower than these.
-        weights = torch.softmax(torch.bmm(q.transpose(1, 2), k) * q.shape[1] ** -0.5, dim=-1)  # (.., query, key)
+        weights = torch.softmax(
+            torch.bmm(q.transpose(1, 2), k) * q.shape[1] ** -0.5, dim=-1
+        )  # (.., query, key)
         h = torch.bmm(v, weights.transpose(1, 2))
         return x + self.out(h.reshape(n, c, height, width))
 
@@ -245,8 +308,10 @@ def num_classes_of(network):
     if not hasattr(network, "num_classes"):
         for name, module in network.named_modules():
             if getattr(module, "num_classes", None) is not None:
-                raise ValueError(f"network: {type(network).__name__} has no num_classes, but its part {name} knows "
-                                 f"{module.num_classes} labels; give it num_classes, None for an unconditional model")
+                raise ValueError(
+                    f"network: {type(network).__name__} has no num_classes, but its part {name} knows "
+                    f"{module.num_classes} labels; give it num_classes, None for an unconditional model"
+                )
     num_classes = getattr(network, "num_classes", None)
     if num_classes is not None:
         check_whole("num_classes", num_classes, 1, note=", or None")
@@ -257,13 +322,22 @@ def is_plain_unet(network, weights):
     """Whether `UNet(**network.config)` with these weights computes the same: no layer was exchanged, no hook added."""
     if type(network) is not UNet:
         return False
-    layers = [layer for layer in network.modules() if "_orig_mod" not in layer._modules]  # without torch.compile's
-    if any(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer) for layer in layers):
+    layers = [
+        layer for layer in network.modules() if "_orig_mod" not in layer._modules
+    ]  # without torch.compile's
+    if any(
+        layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+        for layer in layers
+    ):
         return False
     with torch.device("meta"):
         plain = UNet(**network.config)
-    shapes, plain_shapes = ({name: w.shape for name, w in of.items()} for of in (weights, plain.state_dict()))
-    kinds, plain_kinds = ([(type(layer), layer.extra_repr()) for layer in of] for of in (layers, plain.modules()))
+    shapes, plain_shapes = (
+        {name: w.shape for name, w in of.items()} for of in (weights, plain.state_dict())
+    )
+    kinds, plain_kinds = (
+        [(type(layer), layer.extra_repr()) for layer in of] for of in (layers, plain.modules())
+    )
     return shapes == plain_shapes and kinds == plain_kinds
 
 
@@ -276,8 +350,16 @@ def _zero(module):
 
 def _check(config):
     """Check the settings. Returns the height of the feature maps of each level."""
-    for name in ("image_size", "channels", "base_channels", "num_res_blocks", "time_emb_dim", "patch_size",
-                 "num_heads", "out_channels"):
+    for name in (
+        "image_size",
+        "channels",
+        "base_channels",
+        "num_res_blocks",
+        "time_emb_dim",
+        "patch_size",
+        "num_heads",
+        "out_channels",
+    ):
         check_whole(name, config[name], 1)
     for name in ("channel_mult", "attention_resolutions"):
         for value in config[name]:
@@ -287,25 +369,38 @@ def _check(config):
     check_switch("adaptive_norm", config["adaptive_norm"])
     check_number("dropout", config["dropout"], 0, 1, note=", without 1")
     if config["base_channels"] % NUM_GROUPS:
-        raise ValueError(f"base_channels {config['base_channels']}: expected a multiple of {NUM_GROUPS}")
+        raise ValueError(
+            f"base_channels {config['base_channels']}: expected a multiple of {NUM_GROUPS}"
+        )
     if config["dropout"] == 1:
         raise ValueError(f"dropout {config['dropout']}: expected a probability from 0 to below 1")
     levels, patch_size = len(config["channel_mult"]), config["patch_size"]
     if not 1 <= levels <= 30:
-        raise ValueError(f"channel_mult {shown(config['channel_mult'])}: expected a whole number for each of 1 to 30 "
-                         "levels")
+        raise ValueError(
+            f"channel_mult {shown(config['channel_mult'])}: expected a whole number for each of 1 to 30 "
+            "levels"
+        )
     factor = patch_size * 2 ** (levels - 1)
     if config["image_size"] % factor:
-        raise ValueError(f"image_size {config['image_size']}: expected a multiple of {factor}, for patch_size "
-                         f"{patch_size} and {levels} levels in channel_mult")
+        raise ValueError(
+            f"image_size {config['image_size']}: expected a multiple of {factor}, for patch_size "
+            f"{patch_size} and {levels} levels in channel_mult"
+        )
     resolutions = [config["image_size"] // patch_size // 2**level for level in range(levels)]
     for resolution in config["attention_resolutions"]:
         if resolution not in resolutions:
-            raise ValueError(f"attention_resolutions {resolution}: no feature map has that height; "
-                             f"this network has {', '.join(map(str, resolutions))}")
+            raise ValueError(
+                f"attention_resolutions {resolution}: no feature map has that height; "
+                f"this network has {', '.join(map(str, resolutions))}"
+            )
     for mult, resolution in zip(config["channel_mult"], resolutions):
         width = config["base_channels"] * mult
-        if resolution in (*config["attention_resolutions"], resolutions[-1]) and width % config["num_heads"]:
-            raise ValueError(f"num_heads {config['num_heads']}: expected a divisor of {width}, the width of the "
-                             f"attention at {resolution}x{resolution}")
+        if (
+            resolution in (*config["attention_resolutions"], resolutions[-1])
+            and width % config["num_heads"]
+        ):
+            raise ValueError(
+                f"num_heads {config['num_heads']}: expected a divisor of {width}, the width of the "
+                f"attention at {resolution}x{resolution}"
+            )
     return resolutions

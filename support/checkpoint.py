@@ -23,7 +23,14 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-RUN_FILES = ("last.pt", "last.previous.pt", "best_model.pt", "loss_curve.png", "samples", "evaluation*.json")
+RUN_FILES = (
+    "last.pt",
+    "last.previous.pt",
+    "best_model.pt",
+    "loss_curve.png",
+    "samples",
+    "evaluation*.json",
+)
 
 
 # Files
@@ -51,8 +58,14 @@ def save_checkpoint(path, state, previous=None):
                     missing = f"; about {size.bytes - os.path.getsize(partial):,} of {size.bytes:,} bytes are missing"
                 raise
     except (OSError, RuntimeError) as error:  # RuntimeError is torch's own for a write that failed
-        reason = getattr(error, "strerror", None) or "the disk is full, or a quota is" if missing else error
-        raise OSError(f"{path}: cannot be written ({str(reason).partition(chr(10))[0]}{missing})") from error
+        reason = (
+            getattr(error, "strerror", None) or "the disk is full, or a quota is"
+            if missing
+            else error
+        )
+        raise OSError(
+            f"{path}: cannot be written ({str(reason).partition(chr(10))[0]}{missing})"
+        ) from error
 
 
 class _Size:
@@ -77,11 +90,18 @@ def _check_plain(value, name):
     elif type(value) in (list, tuple):
         for item in value:
             _check_plain(item, name)
-    elif (type(value) not in (torch.Tensor, nn.Parameter, str, int, float, bool, type(None))
-          or isinstance(value, torch.Tensor) and vars(value) or type(value) is int and value.bit_length() > 63):
+    elif (
+        type(value) not in (torch.Tensor, nn.Parameter, str, int, float, bool, type(None))
+        or isinstance(value, torch.Tensor)
+        and vars(value)
+        or type(value) is int
+        and value.bit_length() > 63
+    ):
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise ValueError(f"{name} {value!r} of type {kind}: expected tensors and plain Python values, since a "
-                         "checkpoint holds no pickled objects")
+        raise ValueError(
+            f"{name} {value!r} of type {kind}: expected tensors and plain Python values, since a "
+            "checkpoint holds no pickled objects"
+        )
 
 
 def load_checkpoint(path, keys):
@@ -102,22 +122,36 @@ def load_checkpoint(path, keys):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; train_eval.py writes one") from None
     except IsADirectoryError:
-        raise ValueError(f"{path}: a folder; expected a file, for example {Path(path, 'best_model.pt')}") from None
+        raise ValueError(
+            f"{path}: a folder; expected a file, for example {Path(path, 'best_model.pt')}"
+        ) from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     except pickle.UnpicklingError:
-        raise ValueError(f"{path}: holds Python objects, which could run code; expected tensors and plain values "
-                         "alone") from None
+        raise ValueError(
+            f"{path}: holds Python objects, which could run code; expected tensors and plain values "
+            "alone"
+        ) from None
     except Exception as error:  # foreign archives fail in too many ways to list
-        raise ValueError(f"{path}: not a readable checkpoint but another kind of file ({in_one_line(error)})") from None
+        raise ValueError(
+            f"{path}: not a readable checkpoint but another kind of file ({in_one_line(error)})"
+        ) from None
     if not whole:
-        raise ValueError(f"{path}: " + (
-            "a pickle, which could run code; expected a checkpoint of train_eval.py or DDPM.save"
-            if start[:1] == b"\x80" else  # the first byte of a pickle
-            "not a readable checkpoint: the file is damaged or cut short; another copy of it may be whole"
-            if start == b"PK" else "not a readable checkpoint but another kind of file"))
+        raise ValueError(
+            f"{path}: "
+            + (
+                "a pickle, which could run code; expected a checkpoint of train_eval.py or DDPM.save"
+                if start[:1] == b"\x80"
+                # the first byte of a pickle
+                else "not a readable checkpoint: the file is damaged or cut short; another copy of it may be whole"
+                if start == b"PK"
+                else "not a readable checkpoint but another kind of file"
+            )
+        )
     if not isinstance(saved, dict) or not set(keys) <= set(saved):
-        raise ValueError(f"{path}: a checkpoint of another kind; expected one with {', '.join(keys)}")
+        raise ValueError(
+            f"{path}: a checkpoint of another kind; expected one with {', '.join(keys)}"
+        )
     return saved
 
 
@@ -160,7 +194,9 @@ class RunFolder:
                     if partial.is_file():  # of a run that was killed while it wrote
                         partial.unlink()
                 if new:
-                    make_folder(self.path / "tensorboard_logs")  # whatever can fail, fails before the move
+                    make_folder(
+                        self.path / "tensorboard_logs"
+                    )  # whatever can fail, fails before the move
                 if new or any(self.path.glob("run_*.moving")):
                     self._move_earlier_run()
                 if new:
@@ -170,8 +206,10 @@ class RunFolder:
             raise
         except OSError as error:
             self.close()
-            raise ValueError(f"save_dir {str(save_dir)!r}: {error.strerror or error} ({error.filename}); expected a "
-                             "folder that can be written") from None
+            raise ValueError(
+                f"save_dir {str(save_dir)!r}: {error.strerror or error} ({error.filename}); expected a "
+                "folder that can be written"
+            ) from None
 
     def __enter__(self):
         return self
@@ -197,8 +235,10 @@ class RunFolder:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 file.close()
-                raise ValueError(f"save_dir {str(self.path)!r}: in use by {holder}; wait until that run ends, or name "
-                                 "another --save_dir")
+                raise ValueError(
+                    f"save_dir {str(self.path)!r}: in use by {holder}; wait until that run ends, or name "
+                    "another --save_dir"
+                )
             try:
                 removed = not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
             except FileNotFoundError:
@@ -221,7 +261,9 @@ class RunFolder:
             if not earlier:
                 return
             newest = max(path.stat().st_mtime for path in earlier)
-            aside = unused(self.path / time.strftime("run_%Y-%m-%d_%H-%M-%S", time.localtime(newest)))
+            aside = unused(
+                self.path / time.strftime("run_%Y-%m-%d_%H-%M-%S", time.localtime(newest))
+            )
             moving = aside.with_name(aside.name + ".moving")
             moving.mkdir()
         for path in earlier:
@@ -262,9 +304,16 @@ def save_last(config, state, progress):
     rng = {"cpu": torch.get_rng_state()}
     if torch.device(config.device).type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(config.device)
-    save_checkpoint(Path(config.save_dir) / "last.pt", {
-        "config": vars(config), **progress, "rng": rng, **{name: part.state_dict() for name, part in state.items()}},
-        Path(config.save_dir) / "last.previous.pt")
+    save_checkpoint(
+        Path(config.save_dir) / "last.pt",
+        {
+            "config": vars(config),
+            **progress,
+            "rng": rng,
+            **{name: part.state_dict() for name, part in state.items()},
+        },
+        Path(config.save_dir) / "last.previous.pt",
+    )
 
 
 def load_last(save_dir):
@@ -286,15 +335,37 @@ def load_last(save_dir):
 
 
 def _load_progress(path):
-    saved = load_checkpoint(path, ("config", "step", "best_loss", "train_curve", "test_curve", "warning", "log", "rng",
-                                   "network", "ema", "optimizer", "warmup"))
+    saved = load_checkpoint(
+        path,
+        (
+            "config",
+            "step",
+            "best_loss",
+            "train_curve",
+            "test_curve",
+            "warning",
+            "log",
+            "rng",
+            "network",
+            "ema",
+            "optimizer",
+            "warmup",
+        ),
+    )
     step = saved["step"]
     curves = [value for name, value in saved.items() if str(name).endswith("_curve")]
     points = [point for curve in curves for point in (curve if isinstance(curve, list) else [None])]
-    if not (type(step) is int and step >= 0 and type(saved["best_loss"]) is float and isinstance(saved["log"], str)
-            and isinstance(saved["warning"], (str, type(None)))
-            and all(type(point) is list and list(map(type, point)) == [int, float] for point in points)):
-        raise ValueError(f"{path}: its step, best_loss, curves, warning or log is not what a run writes")
+    if not (
+        type(step) is int
+        and step >= 0
+        and type(saved["best_loss"]) is float
+        and isinstance(saved["log"], str)
+        and isinstance(saved["warning"], (str, type(None)))
+        and all(type(point) is list and list(map(type, point)) == [int, float] for point in points)
+    ):
+        raise ValueError(
+            f"{path}: its step, best_loss, curves, warning or log is not what a run writes"
+        )
     return saved
 
 
@@ -307,16 +378,22 @@ def restore(config, state, progress, saved, total_steps):
     try:
         _restore(config, state, progress, saved, total_steps)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{Path(config.save_dir) / 'last.pt'}: written by another version of this code "
-                         f"({in_one_line(error)})") from None
+        raise ValueError(
+            f"{Path(config.save_dir) / 'last.pt'}: written by another version of this code "
+            f"({in_one_line(error)})"
+        ) from None
 
 
 def _restore(config, state, progress, saved, total_steps):
     for name, part in state.items():
-        if name in saved:  # a last.pt of an older version lacks the state of uniform timesteps, which is empty
+        if (
+            name in saved
+        ):  # a last.pt of an older version lacks the state of uniform timesteps, which is empty
             part.load_state_dict(saved[name])
     match_layouts(state["optimizer"])
-    config.adam_beta2 = state["optimizer"].param_groups[0]["betas"][1]  # an older run has no such constant
+    config.adam_beta2 = state["optimizer"].param_groups[0]["betas"][
+        1
+    ]  # an older run has no such constant
     progress.update({name: saved[name] for name in progress if name in saved})
     if "fixed_curve" not in saved:  # an older one, whose losses were of all test images
         progress["best_loss"] = math.inf
@@ -324,13 +401,25 @@ def _restore(config, state, progress, saved, total_steps):
     if "cuda" in saved["rng"] and torch.device(config.device).type == "cuda":
         torch.cuda.set_rng_state(saved["rng"]["cuda"], config.device)
     if any(saved["config"][name] != getattr(config, name) for name in ("epochs", "learning_rate")):
-        cosine = (1 + math.cos(math.pi * min(progress["step"] / total_steps, 1))) / 2 if config.use_scheduler else 1
+        cosine = (
+            (1 + math.cos(math.pi * min(progress["step"] / total_steps, 1))) / 2
+            if config.use_scheduler
+            else 1
+        )
         warmup = state["warmup"]
-        rise = warmup.start_factor + (1 - warmup.start_factor) * min(progress["step"] / warmup.total_iters, 1)
+        rise = warmup.start_factor + (1 - warmup.start_factor) * min(
+            progress["step"] / warmup.total_iters, 1
+        )
         for group in state["optimizer"].param_groups:
-            group["initial_lr"], group["lr"] = config.learning_rate, config.learning_rate * cosine * rise
+            group["initial_lr"], group["lr"] = (
+                config.learning_rate,
+                config.learning_rate * cosine * rise,
+            )
         if config.use_scheduler:
-            state["scheduler"].T_max, state["scheduler"].base_lrs = total_steps, [config.learning_rate]
+            state["scheduler"].T_max, state["scheduler"].base_lrs = (
+                total_steps,
+                [config.learning_rate],
+            )
 
 
 def match_layouts(optimizer):

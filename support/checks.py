@@ -50,7 +50,11 @@ def check_whole(name, value, low, high=MOST, note=""):
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise ValueError(f"{name} {shown(value)}: expected a whole number")
     if not low <= value <= high:
-        limits = f"at least {low}" if high in (MOST, math.inf) and value < low else f"from {low} to {high}"
+        limits = (
+            f"at least {low}"
+            if high in (MOST, math.inf) and value < low
+            else f"from {low} to {high}"
+        )
         raise ValueError(f"{name} {shown(value)}: expected {limits}{note}")
 
 
@@ -68,8 +72,11 @@ def check_number(name, value, low=-math.inf, high=math.inf, note=""):
     except OverflowError:  # a whole number that is too large for a float
         finite = False
     if not finite or not low <= value <= high:
-        limits = "a finite number" if low == -math.inf else (
-            f"at least {low} and finite" if high == math.inf else f"from {low} to {high}")
+        limits = (
+            "a finite number"
+            if low == -math.inf
+            else (f"at least {low} and finite" if high == math.inf else f"from {low} to {high}")
+        )
         raise ValueError(f"{name} {shown(value)}: expected {limits}{note}")
 
 
@@ -84,8 +91,10 @@ def check_device(device):
     try:
         torch.empty(0, device=device)
     except Exception as error:  # each backend has its own
-        raise ValueError(f"device {shown(device)}: cannot be used here ({str(error).partition(chr(10))[0]}); expected "
-                         "for example 'cpu' or 'cuda'") from None
+        raise ValueError(
+            f"device {shown(device)}: cannot be used here ({str(error).partition(chr(10))[0]}); expected "
+            "for example 'cpu' or 'cuda'"
+        ) from None
     return device
 
 
@@ -100,11 +109,20 @@ def check_tensor(name, value, dtypes, shape, low=None, high=None, finite=True):
 
     None or a letter in the shape allows any size, an empty one too.
     """
-    if not (isinstance(value, torch.Tensor) and value.dtype in dtypes and value.ndim == len(shape) and all(
-            size is None or isinstance(size, str) or size == found for size, found in zip(shape, value.shape))):
+    if not (
+        isinstance(value, torch.Tensor)
+        and value.dtype in dtypes
+        and value.ndim == len(shape)
+        and all(
+            size is None or isinstance(size, str) or size == found
+            for size, found in zip(shape, value.shape)
+        )
+    ):
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         sizes = ", ".join("N" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} {shown(value)}: expected a tensor of {kinds}, ({sizes}{',' * (len(shape) == 1)})")
+        raise ValueError(
+            f"{name} {shown(value)}: expected a tensor of {kinds}, ({sizes}{',' * (len(shape) == 1)})"
+        )
     if finite:
         check_values(name, value, low, high)
 
@@ -133,10 +151,17 @@ def check_weights(weights):
 def check_shares(shares, num_classes):
     """The shares of the classes as a list; ValueError if they are not one number from 0 for each, or all are 0."""
     shares = shares.tolist() if hasattr(shares, "tolist") else shares
-    if num_classes is None or not isinstance(shares, (list, tuple)) or len(shares) != num_classes or not all(
-            is_number(share) and 0 <= share < math.inf for share in shares) or not sum(shares):
-        raise ValueError(f"class_shares {shown(shares)}: expected a number from 0 for each of the network's "
-                         f"{num_classes or 0} classes, not all 0")
+    if (
+        num_classes is None
+        or not isinstance(shares, (list, tuple))
+        or len(shares) != num_classes
+        or not all(is_number(share) and 0 <= share < math.inf for share in shares)
+        or not sum(shares)
+    ):
+        raise ValueError(
+            f"class_shares {shown(shares)}: expected a number from 0 for each of the network's "
+            f"{num_classes or 0} classes, not all 0"
+        )
     return [float(share) for share in shares]
 
 
@@ -145,9 +170,13 @@ def check_references(references, loss, y):
     if references is None:
         return
     if loss != "mse":
-        raise ValueError(f"references with loss {loss!r}: expected 'mse', whose minimum is the mean")
+        raise ValueError(
+            f"references with loss {loss!r}: expected 'mse', whose minimum is the mean"
+        )
     if not isinstance(references, (tuple, list)) or len(references) != 2:
-        raise ValueError(f"references {shown(references)}: expected two things, images and their labels or None")
+        raise ValueError(
+            f"references {shown(references)}: expected two things, images and their labels or None"
+        )
     images, labels = references
     if not isinstance(images, torch.Tensor) or images.ndim != 4:
         raise ValueError(f"references {shown(images)}: expected images, a tensor (M, C, H, W)")

@@ -68,7 +68,9 @@ def _rename(source, target):
 def unused(path):
     """`path` if nothing is there, or else the first free one of NAME-2, NAME-3, ..."""
     path, number = Path(path), 1
-    while (free := path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+    while (
+        free := path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+    ).exists():
         number += 1
     return free
 
@@ -86,6 +88,8 @@ def make_folder(path):
         if not os.access(path, os.W_OK):
             raise PermissionError(13, "not writable", os.fspath(path))
     except OSError as error:
-        raise ValueError(f"save_dir {os.fspath(path)!r}: {error.strerror or error}; expected a folder that can be "
-                         "written") from None
+        raise ValueError(
+            f"save_dir {os.fspath(path)!r}: {error.strerror or error}; expected a folder that can be "
+            "written"
+        ) from None
     return Path(path)

@@ -38,8 +38,11 @@ def describe_precision(config):
     """Which precision the products of a run have, and why, for a person: 'bf16, which this device has units for'."""
     pays = has_bf16(config.device)
     if config.bf16:
-        return "bf16, " + ("which this device has units for" if pays else
-                           "as asked; --no-bf16 is faster without units for it, and beside other programs")
+        return "bf16, " + (
+            "which this device has units for"
+            if pays
+            else "as asked; --no-bf16 is faster without units for it, and beside other programs"
+        )
     return "fp32, " + ("as asked" if pays else "since bf16 does not pay on this device")
 
 
@@ -47,19 +50,27 @@ def check_device(device):
     """ValueError, in one line, for a device that cannot be used here, or that the processes of a run cannot share."""
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if world()[1] > 1 and device != "cpu" and (device != "cuda" or local_rank >= gpus):
-        raise ValueError(f"device {device!r} for process {local_rank + 1} of this machine, which has {gpus} GPUs: "
-                         "expected cuda, and at most one process a GPU, or cpu")
+        raise ValueError(
+            f"device {device!r} for process {local_rank + 1} of this machine, which has {gpus} GPUs: "
+            "expected cuda, and at most one process a GPU, or cpu"
+        )
     try:
         torch.zeros(1, dtype=torch.float64, device=device).cpu()
     except Exception as error:  # each backend has its own
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {device!r}: cannot be used here ({reason}); try --device cpu") from None
+        raise ValueError(
+            f"device {device!r}: cannot be used here ({reason}); try --device cpu"
+        ) from None
 
 
 def place(module, config):
     """Move a module to the config's device, in the memory layout that its convolutions are fast in."""
     # On a CPU GroupNorm is several times slower channels-last, and so is SiLU where two layouts meet.
-    layout = torch.contiguous_format if torch.device(config.device).type == "cpu" else torch.channels_last
+    layout = (
+        torch.contiguous_format
+        if torch.device(config.device).type == "cpu"
+        else torch.channels_last
+    )
     return module.to(config.device, memory_format=layout)
 
 
@@ -76,15 +87,30 @@ def compile_network(config, ddpm, training=True):
     if not config.use_compile:
         return
     ddpm.network.compile()
-    x0 = torch.zeros(config.batch_size, config.channels, config.image_size, config.image_size, device=config.device)
-    y = None if ddpm.num_classes is None else torch.zeros(len(x0), dtype=torch.long, device=config.device)
+    x0 = torch.zeros(
+        config.batch_size,
+        config.channels,
+        config.image_size,
+        config.image_size,
+        device=config.device,
+    )
+    y = (
+        None
+        if ddpm.num_classes is None
+        else torch.zeros(len(x0), dtype=torch.long, device=config.device)
+    )
     try:
         with torch.random.fork_rng([x0.device] if x0.is_cuda else []), autocast(config):
             for n in (config.batch_size, config.train_size % config.batch_size) if training else ():
                 if n:  # with a second size, torch makes one graph for all sizes
                     for rows, _ in micro_batches(ddpm, n, config.grad_accumulation):
                         ddpm(x0[:n], None if y is None else y[:n], rows=rows).sum().backward()
-            ddpm.sample(config.num_samples, None if y is None else 0, steps=1, rows=share(config.num_samples))
+            ddpm.sample(
+                config.num_samples,
+                None if y is None else 0,
+                steps=1,
+                rows=share(config.num_samples),
+            )
     except Exception as error:  # compilers fail in too many ways to list
         ddpm.network.compile(disable=True)
         print(f"torch.compile failed ({in_one_line(error)}); going on without it", file=sys.stderr)
@@ -121,9 +147,13 @@ def load_state_dict(network, weights, path):
     network = unwrapped(network)
     own_names = {name.replace("_orig_mod.", ""): name for name in network.state_dict()}
     try:
-        network.load_state_dict({own_names.get(name, name): value for name, value in weights.items()})
+        network.load_state_dict(
+            {own_names.get(name, name): value for name, value in weights.items()}
+        )
     except RuntimeError:
-        raise ValueError(f"{path}: its weights do not fit this network; give load() the one saved") from None
+        raise ValueError(
+            f"{path}: its weights do not fit this network; give load() the one saved"
+        ) from None
 
 
 # Several processes: torchrun starts them, DistributedDataParallel averages their gradients. Each draws the randomness
@@ -143,20 +173,27 @@ def is_main():
 
 def on_main(function):
     """Decorator of what one process does for all, such as writing a file: in the others it does nothing."""
+
     @functools.wraps(function)
     def guarded(*args, **options):
         return function(*args, **options) if is_main() else None
+
     return guarded
 
 
 @contextmanager
 def processes(config):
     """Inside, the processes that torchrun started are one run: gloo joins them on a CPU, nccl on GPUs."""
-    local_rank, together = int(os.environ.get("LOCAL_RANK", 0)), "MASTER_ADDR" in os.environ  # as torchrun sets them
+    local_rank, together = (
+        int(os.environ.get("LOCAL_RANK", 0)),
+        "MASTER_ADDR" in os.environ,
+    )  # as torchrun sets them
     if not together or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
-    cuda = config.device == "cuda" and torch.cuda.is_available()  # without GPUs check_device refuses it
+    cuda = (
+        config.device == "cuda" and torch.cuda.is_available()
+    )  # without GPUs check_device refuses it
     if cuda and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
@@ -182,13 +219,21 @@ def check_same(values):
     if world()[1] == 1:
         return
     hashes = [hashlib.sha256(repr(value).encode()).digest()[:7] for value in values.values()]
-    low, high = (torch.tensor([int.from_bytes(digest, "big") for digest in hashes]) for _ in range(2))
+    low, high = (
+        torch.tensor([int.from_bytes(digest, "big") for digest in hashes]) for _ in range(2)
+    )
     dist.all_reduce(low, dist.ReduceOp.MIN)
     dist.all_reduce(high, dist.ReduceOp.MAX)
-    different = [f"{name} (here {value!r})" for (name, value), same in zip(values.items(), low == high) if not same]
+    different = [
+        f"{name} (here {value!r})"
+        for (name, value), same in zip(values.items(), low == high)
+        if not same
+    ]
     if different:
-        raise ValueError(f"the processes of this run differ in {', '.join(different)}; expected the same code, flags "
-                         "and data for all")
+        raise ValueError(
+            f"the processes of this run differ in {', '.join(different)}; expected the same code, flags "
+            "and data for all"
+        )
 
 
 @contextmanager
@@ -222,11 +267,14 @@ def parallel(config, ddpm):
     """The module to call in training: `ddpm` itself, or DistributedDataParallel around it."""
     if world()[1] == 1:
         return ddpm
-    device_ids = [torch.cuda.current_device()] if torch.device(config.device).type == "cuda" else None
+    device_ids = (
+        [torch.cuda.current_device()] if torch.device(config.device).type == "cuda" else None
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 has another word for the third
-        return nn.parallel.DistributedDataParallel(ddpm, device_ids, broadcast_buffers=False,
-                                                   gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(
+            ddpm, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
 
 def micro_batches(model, n, parts):
@@ -240,14 +288,23 @@ def micro_batches(model, n, parts):
     parts, scale = min(parts, size), (number if n >= number else 1) / n
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=number > 1):
-        if number > 1:  # from the state, which moves on with every step: a number drawn on a GPU would be waited for
-            state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        if (
+            number > 1
+        ):  # from the state, which moves on with every step: a number drawn on a GPU would be waited for
+            state = (
+                torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+            )
             digest = hashlib.sha256(state.numpy().tobytes()).digest()
             torch.manual_seed(int.from_bytes(digest[:6], "big") + world()[0])
         for k in range(parts):
             last = k == parts - 1
-            with nullcontext() if last or number == 1 else model.no_sync():  # gradients are averaged once
-                yield slice(rows.start + k * size // parts, rows.start + (k + 1) * size // parts), scale
+            with (
+                nullcontext() if last or number == 1 else model.no_sync()
+            ):  # gradients are averaged once
+                yield (
+                    slice(rows.start + k * size // parts, rows.start + (k + 1) * size // parts),
+                    scale,
+                )
 
 
 # The process
@@ -272,7 +329,9 @@ def keep_freed_memory():
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: bytes free at the end of the heap before it shrinks
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: largest number of bytes that is not mapped on its own
+        mallopt(
+            -3, 2**25
+        )  # M_MMAP_THRESHOLD: largest number of bytes that is not mapped on its own
 
 
 class Interrupt:
@@ -365,12 +424,18 @@ def errors_in_one_line():
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, getattr(dist, "DistError", ())) or "gloo" in str(error):
-            raise SystemExit(f"train_eval.py: another process of the run has ended, or cannot be reached "
-                             f"({in_one_line(error)}); --resume goes on, with any number of processes") from None
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise SystemExit(
+                f"train_eval.py: another process of the run has ended, or cannot be reached "
+                f"({in_one_line(error)}); --resume goes on, with any number of processes"
+            ) from None
+        if not isinstance(
+            error, (MemoryError, torch.OutOfMemoryError)
+        ) and "DefaultCPUAllocator" not in str(error):
             raise  # that is how torch says that a CPU is out of memory
-        raise SystemExit(f"train_eval.py: out of memory ({in_one_line(error)}); try a smaller --batch_size or "
-                         "--base_channels") from None
+        raise SystemExit(
+            f"train_eval.py: out of memory ({in_one_line(error)}); try a smaller --batch_size or "
+            "--base_channels"
+        ) from None
     except OSError as error:  # a full disk, most likely
         raise SystemExit(f"train_eval.py: {error}; what was saved before is whole") from None
 

@@ -17,19 +17,59 @@ from support.machine import is_main, on_main, warning_if_it_fails
 from support.pictures import write_denoising, write_grid
 
 FIELDS = (  # of the reference's log, in its order
-    "device", "batch_size", "epochs", "save_dir", "optimizer_type", "learning_rate", "weight_decay", "use_scheduler",
-    "scheduler_type", "total_params", "image_size", "channels", "num_timesteps", "base_channels", "num_res_blocks",
-    "channel_mult", "dropout", "time_emb_dim", "use_conditional_generation", "num_classes", "ema_decay", "ema_start",
-    "ema_update_rate", "train_size", "test_size", "use_augmentation", "normalization", "convert_to_rgb",
+    "device",
+    "batch_size",
+    "epochs",
+    "save_dir",
+    "optimizer_type",
+    "learning_rate",
+    "weight_decay",
+    "use_scheduler",
+    "scheduler_type",
+    "total_params",
+    "image_size",
+    "channels",
+    "num_timesteps",
+    "base_channels",
+    "num_res_blocks",
+    "channel_mult",
+    "dropout",
+    "time_emb_dim",
+    "use_conditional_generation",
+    "num_classes",
+    "ema_decay",
+    "ema_start",
+    "ema_update_rate",
+    "train_size",
+    "test_size",
+    "use_augmentation",
+    "normalization",
+    "convert_to_rgb",
 )
 MEASURES = {  # of metrics.measure: the words of the table
-    "frechet": "Fréchet distance to the test set", "precision": "precision", "recall": "recall",
-    "accuracy": "read as the digit asked for", "confidence": "confidence of the classifier",
-    "rarest_digit": "share of the rarest digit", "commonest_digit": "share of the commonest digit",
-    "colour": "deviation from grey, in grey levels", "nearest": "to the nearest training image, in grey levels",
-    "nearest_1st": "the same, first percentile", "copies": "share nearer than 99 % of test digits"}
-FINAL = ("test_loss", "frechet", "precision", "recall", "accuracy", "bits_per_dim")  # measures that compare runs
-DECIDES_FIGURES = FREE_TO_EVALUATE - NOT_SAVED - {"device", "data_dir", "bf16", "use_compile", "num_samples"}
+    "frechet": "Fréchet distance to the test set",
+    "precision": "precision",
+    "recall": "recall",
+    "accuracy": "read as the digit asked for",
+    "confidence": "confidence of the classifier",
+    "rarest_digit": "share of the rarest digit",
+    "commonest_digit": "share of the commonest digit",
+    "colour": "deviation from grey, in grey levels",
+    "nearest": "to the nearest training image, in grey levels",
+    "nearest_1st": "the same, first percentile",
+    "copies": "share nearer than 99 % of test digits",
+}
+FINAL = (
+    "test_loss",
+    "frechet",
+    "precision",
+    "recall",
+    "accuracy",
+    "bits_per_dim",
+)  # measures that compare runs
+DECIDES_FIGURES = (
+    FREE_TO_EVALUATE - NOT_SAVED - {"device", "data_dir", "bf16", "use_compile", "num_samples"}
+)
 
 
 class Monitor:
@@ -46,9 +86,14 @@ class Monitor:
     def __init__(self, config, progress, stats, images, seen):
         self.config, self.progress = config, progress
         self.samples_dir = make_folder(Path(config.save_dir) / "samples")
-        self.events = EventLog(config.save_dir, progress["log"],
-                               purge_step=progress["step"] + 1 if progress["step"] else None)
-        self.bar = progress_bar(total=images, initial=seen, unit="img", desc="training", disable=not is_main())
+        self.events = EventLog(
+            config.save_dir,
+            progress["log"],
+            purge_step=progress["step"] + 1 if progress["step"] else None,
+        )
+        self.bar = progress_bar(
+            total=images, initial=seen, unit="img", desc="training", disable=not is_main()
+        )
         self.stats, self.shown, self.announced = stats, {}, False
         stats.clock = time.perf_counter()
 
@@ -87,13 +132,19 @@ class Monitor:
     def log_config(self, ddpm, real):
         """The config as a table, the reference's fields first, and for the HParams page; a grid of real images."""
         known = vars(self.config) | {
-            "optimizer_type": "AdamW", "scheduler_type": "CosineAnnealingLR" if self.config.use_scheduler else None,
+            "optimizer_type": "AdamW",
+            "scheduler_type": "CosineAnnealingLR" if self.config.use_scheduler else None,
             "total_params": 2 * sum(p.numel() for p in ddpm.parameters()),  # network and shadow
-            "num_classes": ddpm.num_classes, "normalization": "[-1, 1]", "convert_to_rgb": self.config.channels == 3}
+            "num_classes": ddpm.num_classes,
+            "normalization": "[-1, 1]",
+            "convert_to_rgb": self.config.channels == 3,
+        }
         names = [*FIELDS, *(name for name in known if name not in FIELDS)]
         rows = [f"| {name} | {known[name]} |" for name in names]
         text = "\n".join(["| constant | value |", "| --- | --- |", *rows])
-        self.events.add("text", "config", text.encode(errors="replace").decode())  # a path may hold any bytes
+        self.events.add(
+            "text", "config", text.encode(errors="replace").decode()
+        )  # a path may hold any bytes
         self.events.add_hparams({name: known[name] for name in names})
         write_grid(real, self.samples_dir / "real.png", self.events, "real", 0)
 
@@ -111,8 +162,11 @@ class Monitor:
         write_grid(images, path, self.events, "samples", step)
         if is_main() and not self.announced and self.bar.n < self.bar.total:
             minutes = (self.bar.total - self.bar.n) / self.stats.rate / 60
-            self.bar.write(f"{self.stats.rate:.0f} images a second: about {minutes:.0f} minutes to go; digits so far: "
-                           f"{path}", file=sys.stderr)
+            self.bar.write(
+                f"{self.stats.rate:.0f} images a second: about {minutes:.0f} minutes to go; digits so far: "
+                f"{path}",
+                file=sys.stderr,
+            )
             self.announced = True
 
     def log_frechet(self, samples, real):
@@ -150,7 +204,11 @@ class EventLog:
             self.works = False
             with warning_if_it_fails("TensorBoard's log"):
                 writer = self._writer(part)
-                (writer.file_writer.add_summary if kind == "summary" else getattr(writer, f"add_{kind}"))(*what)
+                (
+                    writer.file_writer.add_summary
+                    if kind == "summary"
+                    else getattr(writer, f"add_{kind}")
+                )(*what)
                 self.works = True
 
     def add_hparams(self, values, part="."):
@@ -160,9 +218,15 @@ class EventLog:
         with warning_if_it_fails("TensorBoard's log"):
             from torch.utils.tensorboard.summary import hparams
 
-            plain = {name: value if type(value) in (int, float) else str(value).encode(errors="replace").decode()
-                     for name, value in values.items()}
-            for summary in hparams(plain, {f"final/{name}": 0 for name in FINAL})[:2]:  # not "finished"
+            plain = {
+                name: value
+                if type(value) in (int, float)
+                else str(value).encode(errors="replace").decode()
+                for name, value in values.items()
+            }
+            for summary in hparams(plain, {f"final/{name}": 0 for name in FINAL})[
+                :2
+            ]:  # not "finished"
                 self.add("summary", summary, part=part)
 
     def close(self):
@@ -178,7 +242,9 @@ class EventLog:
         from torch.utils.tensorboard import SummaryWriter
 
         if part not in self.writers:
-            self.writers[part] = SummaryWriter(self.folder / part, purge_step=self.purge_step, flush_secs=10)
+            self.writers[part] = SummaryWriter(
+                self.folder / part, purge_step=self.purge_step, flush_secs=10
+            )
         return self.writers[part]
 
     def _quiet(self, failure):
@@ -192,8 +258,12 @@ class RunningStats:
 
     def __init__(self, config):
         self.num_timesteps = config.num_timesteps
-        self.steps = torch.zeros(2, config.log_every, device=config.device)  # loss and gradient norm of each
-        self.quartiles = torch.zeros(2, 4, dtype=torch.float64, device=config.device)  # by t: sums of losses, weights
+        self.steps = torch.zeros(
+            2, config.log_every, device=config.device
+        )  # loss and gradient norm of each
+        self.quartiles = torch.zeros(
+            2, 4, dtype=torch.float64, device=config.device
+        )  # by t: sums of losses, weights
         self.seconds = self.rate = 0.0  # that steps took in all; images a second, last
         self.start()
 
@@ -223,8 +293,11 @@ class RunningStats:
         losses, norms = self.check(step, rate)
         seconds = time.perf_counter() - self.clock
         self.seconds, self.rate = self.seconds + seconds, self.images / seconds
-        scalars = {"train/batch_loss": sum(losses) / self.count, "train/grad_norm": sum(norms) / self.count,
-                   "train/images_per_second": self.rate}
+        scalars = {
+            "train/batch_loss": sum(losses) / self.count,
+            "train/grad_norm": sum(norms) / self.count,
+            "train/images_per_second": self.rate,
+        }
         for quartile, (total, weight) in enumerate(self.quartiles.T.tolist(), start=1):
             if weight:
                 scalars[f"train_batch_loss_by_t/quartile_{quartile}"] = total / weight
@@ -237,22 +310,31 @@ class RunningStats:
         Raises:
             SystemExit: one of them is not finite; the exit status is 3.
         """
-        losses, norms = self.steps[:, :self.count].tolist()
+        losses, norms = self.steps[:, : self.count].tolist()
         for i, (loss, norm) in enumerate(zip(losses, norms)):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 if is_main():
-                    before = ", ".join(f"{value:.4g}" for value in losses[max(0, i - 5):i]) or "in the last entry"
-                    print(f"\nstep {step - self.count + i + 1}: loss {loss}, gradient norm {norm}, learning rate "
-                          f"{rate:.3g}, losses before: {before}. Training has diverged and stops. If there is a "
-                          "last.pt, it is from before: continue with --resume and a lower --learning_rate or "
-                          "--grad_clip", file=sys.stderr)
+                    before = (
+                        ", ".join(f"{value:.4g}" for value in losses[max(0, i - 5) : i])
+                        or "in the last entry"
+                    )
+                    print(
+                        f"\nstep {step - self.count + i + 1}: loss {loss}, gradient norm {norm}, learning rate "
+                        f"{rate:.3g}, losses before: {before}. Training has diverged and stops. If there is a "
+                        "last.pt, it is from before: continue with --resume and a lower --learning_rate or "
+                        "--grad_clip",
+                        file=sys.stderr,
+                    )
                 raise SystemExit(3)
         return losses, norms
 
     def state_dict(self):
         """The steps since the last entry, so that a run that is stopped between two goes on to the same curve."""
-        return {"steps": self.steps[:, :self.count].clone(), "quartiles": self.quartiles.clone(),
-                "every": self.steps.shape[1]}
+        return {
+            "steps": self.steps[:, : self.count].clone(),
+            "quartiles": self.quartiles.clone(),
+            "every": self.steps.shape[1],
+        }
 
     def load_state_dict(self, state):
         """Go on from a `state_dict`; if the entries have another distance now, begin anew."""
@@ -265,16 +347,23 @@ class RunningStats:
 
 def table(result, accuracy):
     """The result of `metrics.measure` as text: each figure of the samples beside that of real images."""
-    result = result | {f"{name}_digit{suffix}": pick(result[f"digits{suffix}"])
-                       for name, pick in (("rarest", min), ("commonest", max)) for suffix in ("", "_real")}
+    result = result | {
+        f"{name}_digit{suffix}": pick(result[f"digits{suffix}"])
+        for name, pick in (("rarest", min), ("commonest", max))
+        for suffix in ("", "_real")
+    }
     head = f"{result['samples']:,} samples, as many real digits:"
     lines = [f"{head:50}{'samples':>10}{'real':>10}"]
     for name, text in MEASURES.items():
         if name in result:
             real = result.get(f"{name}_real")
-            lines.append(f"  {text:48}{result[name]:10.4f}" + (f"{real:10.4f}" if real is not None else ""))
-    lines.append("real: as many training images, which the classifier learned from; nearest: test images\n"
-                 f"classifier: {result['classifier']}, {accuracy:.2%} test accuracy; compare only figures by the same")
+            lines.append(
+                f"  {text:48}{result[name]:10.4f}" + (f"{real:10.4f}" if real is not None else "")
+            )
+    lines.append(
+        "real: as many training images, which the classifier learned from; nearest: test images\n"
+        f"classifier: {result['classifier']}, {accuracy:.2%} test accuracy; compare only figures by the same"
+    )
     missing = [MEASURES[name] for name in ("frechet", "precision", "recall") if name not in result]
     if missing:
         lines.append(f"left out, since there are too few images: {', '.join(missing)}")
@@ -305,7 +394,10 @@ def report(config, measured, info=None, **known):
     result, pairs, accuracy = measured
     print(table(result, accuracy))  # first, in case that a file cannot be written
     pairs = pairs.float() / 127.5 - 1
-    save_dir, name = Path(config.save_dir), "" if info else f"_{Path(config.evaluate).resolve().name[:100]}"
+    save_dir, name = (
+        Path(config.save_dir),
+        "" if info else f"_{Path(config.evaluate).resolve().name[:100]}",
+    )
     path = unused(save_dir / f"evaluation{name}.json")
     picture = unused(make_folder(save_dir / "samples") / f"nearest{name}.png")
     known |= {"dataset": config.dataset, "classifier_accuracy": accuracy}
@@ -314,13 +406,19 @@ def report(config, measured, info=None, **known):
         with EventLog(save_dir, info["log"]) as events:
             part = "."
             if any(getattr(config, name) != info["config"].get(name) for name in DECIDES_FIGURES):
-                events.add_hparams(vars(config), part := path.stem)  # a row of its own, not figures beside other flags
+                events.add_hparams(
+                    vars(config), part := path.stem
+                )  # a row of its own, not figures beside other flags
             for tag in dict.fromkeys((*FINAL, *MEASURES)):
                 if tag in result or tag in known:
-                    events.add("scalar", f"final/{tag}", (result | known)[tag], info["step"], part=part)
+                    events.add(
+                        "scalar", f"final/{tag}", (result | known)[tag], info["step"], part=part
+                    )
             write_grid(pairs, picture, events, "nearest", info["step"])
     else:
         write_grid(pairs, picture)
-    plain = {name: None if value != value else value for name, value in (known | result).items()}  # JSON has no NaN
+    plain = {
+        name: None if value != value else value for name, value in (known | result).items()
+    }  # JSON has no NaN
     write_text(path, json.dumps(plain, indent=2) + "\n")
     print(f"measures: {path}   nearest pairs: {picture}")

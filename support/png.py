@@ -11,8 +11,18 @@ import torch
 
 from support.checks import check_path, one_line, printable
 
-ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-WHOLE = ((0, 0, 1, 1),)  # the passes of an image: first column and row, distance of columns and of rows
+ADAM7 = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
+WHOLE = (
+    (0, 0, 1, 1),
+)  # the passes of an image: first column and row, distance of columns and of rows
 
 
 def read_folder(folder):
@@ -40,18 +50,26 @@ def read_folder(folder):
         pngs = [name for name in files if name.lower().endswith(".png")]
         links = [name for name in folders if os.path.islink(os.path.join(here, name))]
         paths += [Path(here, name).relative_to(folder) for name in pngs]
-        left_out += [Path(here, name).relative_to(folder).as_posix() for name in {*files, *links} - {*pngs}]
+        left_out += [
+            Path(here, name).relative_to(folder).as_posix() for name in {*files, *links} - {*pngs}
+        ]
     if not paths:
-        raise ValueError(f"evaluate {str(folder)!r}: expected a folder of PNGs, one per image; "
-                         + ("there is no PNG in it" if os.path.isdir(folder) else "there is no such folder"))
+        raise ValueError(
+            f"evaluate {str(folder)!r}: expected a folder of PNGs, one per image; "
+            + ("there is no PNG in it" if os.path.isdir(folder) else "there is no such folder")
+        )
     paths.sort(key=lambda path: path.parts)
     images = []
     for path in paths:
         images.append(read_png(Path(folder, path)))
         if images[-1].shape != images[0].shape:
-            size, expected = (f"{image.shape[2]}x{image.shape[1]}" for image in (images[-1], images[0]))
-            raise ValueError(f"{printable(Path(folder, path))}: {size} pixels; expected {expected}, the size of "
-                             f"{printable(paths[0])}")
+            size, expected = (
+                f"{image.shape[2]}x{image.shape[1]}" for image in (images[-1], images[0])
+            )
+            raise ValueError(
+                f"{printable(Path(folder, path))}: {size} pixels; expected {expected}, the size of "
+                f"{printable(paths[0])}"
+            )
     return torch.stack(images), sorted(left_out)
 
 
@@ -77,8 +95,10 @@ def read_png(path):
             elif mode == "P" and palette is None:
                 raise OSError("the palette is missing")
             elif _is_transparent(image, path):
-                refusal = "some pixels are transparent, and what you see depends on the background; save it without " \
-                          "transparency"
+                refusal = (
+                    "some pixels are transparent, and what you see depends on the background; save it without "
+                    "transparency"
+                )
             elif mode in ("I", "I;16"):  # 16-bit grey; "I" in older Pillow
                 grey = (np.asarray(image).astype(np.int64) + 128) // 257  # v / 257, rounded
                 picture = torch.from_numpy(grey).byte().expand(3, -1, -1)
@@ -86,7 +106,9 @@ def read_png(path):
                 image.info.pop("transparency", None)  # no pixel uses it
                 picture = pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # Pillow raises many types for a damaged file
-        raise ValueError(f"{printable(path)}: not a readable PNG ({one_line(error)}); repair or move it") from None
+        raise ValueError(
+            f"{printable(path)}: not a readable PNG ({one_line(error)}); repair or move it"
+        ) from None
     if refusal:
         raise ValueError(f"{printable(path)}: PNG of mode {mode}: {refusal}")
     return picture
@@ -98,12 +120,17 @@ def _check_rows(data):
     bits *= {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]  # of a pixel
     expected = 0
     for left, top, across, down in ADAM7 if interlaced else WHOLE:
-        columns, rows = max(0, math.ceil((width - left) / across)), max(0, math.ceil((height - top) / down))
-        expected += rows * (1 + math.ceil(columns * bits / 8)) if columns else 0  # each row begins with its filter
+        columns, rows = (
+            max(0, math.ceil((width - left) / across)),
+            max(0, math.ceil((height - top) / down)),
+        )
+        expected += (
+            rows * (1 + math.ceil(columns * bits / 8)) if columns else 0
+        )  # each row begins with its filter
     pixels, at = b"", 8
     while at < len(data):
-        length, name = struct.unpack(">I4s", data[at:at + 8])
-        pixels += data[at + 8:at + 8 + length] if name == b"IDAT" else b""
+        length, name = struct.unpack(">I4s", data[at : at + 8])
+        pixels += data[at + 8 : at + 8 + length] if name == b"IDAT" else b""
         at += length + 12
         if name == b"IEND":
             break

@@ -18,7 +18,11 @@ def patient_threads():
     compute stay as they are, and so do the bits. A variable of the user's, and other systems, leave all as it is.
     """
     done, variables = threading.Event(), {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
-    if sys.platform == "linux" and not variables & os.environ.keys() and torch.get_num_threads() > 1:
+    if (
+        sys.platform == "linux"
+        and not variables & os.environ.keys()
+        and torch.get_num_threads() > 1
+    ):
         threading.Thread(target=_watch_others, args=(done,), daemon=True).start()
     try:
         yield
@@ -32,10 +36,15 @@ def _watch_others(done, pause=1.0):
     before = _core_seconds()
     while before is not None and not done.wait(pause) and (now := _core_seconds()) is not None:
         others = now[0] - before[0] - (now[1] - before[1])
-        crowded, before = others > (cores - torch.get_num_threads() + 0.25) * (now[2] - before[2]), now
+        crowded, before = (
+            others > (cores - torch.get_num_threads() + 0.25) * (now[2] - before[2]),
+            now,
+        )
         if crowded and idle_threads is None:
             idle_threads = threading.Event()
-            threading.Thread(target=_add_threads, args=(cores + 1, idle_threads), daemon=True).start()
+            threading.Thread(
+                target=_add_threads, args=(cores + 1, idle_threads), daemon=True
+            ).start()
         elif not crowded and idle_threads is not None:
             idle_threads.set()
             idle_threads = None
@@ -56,7 +65,9 @@ def _core_seconds():
 def _add_threads(number, done):
     """Have OpenMP keep so many threads for this one, until `done` is set."""
     before = torch.get_num_threads()
-    torch.set_num_threads(number)  # of this thread, and of any that begins before the number is set back
+    torch.set_num_threads(
+        number
+    )  # of this thread, and of any that begins before the number is set back
     torch.zeros(number * 2**15).add_(1)  # torch gives each thread 2^15 numbers
     torch.set_num_threads(before)
     done.wait()

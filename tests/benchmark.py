@@ -54,27 +54,57 @@ from support.threads import patient_threads  # noqa: E402
 
 STEP_BYTES = 40  # a parameter, float32: read, written; gradient written, read; two moments and shadow read, written
 H100 = {"bf16": 989e12, "copy": 3.35e12, "memory": 80e9}  # dense, HBM3: data sheet
-COLUMNS = {"what": "{}", "ms": "{:.4g}", "images_s": "{:.4g}", "ratio": "{}", "equal_ops": "{:.2f}",
-           "params_m": "{:.3f}", "gflop": "{:.4g}", "ceiling": "{:.1%}", "peak_mb": "{:.0f}", "note": "{}"}
+COLUMNS = {
+    "what": "{}",
+    "ms": "{:.4g}",
+    "images_s": "{:.4g}",
+    "ratio": "{}",
+    "equal_ops": "{:.2f}",
+    "params_m": "{:.3f}",
+    "gflop": "{:.4g}",
+    "ceiling": "{:.1%}",
+    "peak_mb": "{:.0f}",
+    "note": "{}",
+}
 
 
 def main():
     """Measure all parts, then print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--rounds", type=int, default=5, help="of each comparison (default: 5)")
-    parser.add_argument("--skip_reference", action="store_true", help="do not time the 233M network: slow on a CPU")
-    parser.add_argument("--whole_run", action="store_true",
-                        help="only a default run, from start to end: how much of it is training? 15 minutes on a CPU")
+    parser.add_argument(
+        "--skip_reference", action="store_true", help="do not time the 233M network: slow on a CPU"
+    )
+    parser.add_argument(
+        "--whole_run",
+        action="store_true",
+        help="only a default run, from start to end: how much of it is training? 15 minutes on a CPU",
+    )
     parser.add_argument("--data_dir", default=os.environ.get("DDPM_DATA_DIR") or str(ROOT / "data"))
     parser.add_argument("--device", default=train_eval.device)
-    parser.add_argument("--child", help=argparse.SUPPRESS)  # what a child process does, as JSON: see steps_here
+    parser.add_argument(
+        "--child", help=argparse.SUPPRESS
+    )  # what a child process does, as JSON: see steps_here
     args = parser.parse_args()
     if args.child:
         return print(json.dumps(steps_here(args.device, **json.loads(args.child))))
     bench = Bench(args)
-    parts = [bench.ceilings, bench.counts, bench.small_steps, bench.memory_kept, bench.busy, bench.sampling,
-             bench.loader, bench.after_backward, bench.start_up, bench.growth, bench.on_paper]
+    parts = [
+        bench.ceilings,
+        bench.counts,
+        bench.small_steps,
+        bench.memory_kept,
+        bench.busy,
+        bench.sampling,
+        bench.loader,
+        bench.after_backward,
+        bench.start_up,
+        bench.growth,
+        bench.on_paper,
+    ]
     if not args.skip_reference:
         parts.insert(3, bench.reference_steps)
     if args.whole_run:
@@ -94,13 +124,22 @@ class Bench:
     """The parts of the benchmark, and the rows that they found."""
 
     def __init__(self, args):
-        self.rounds, self.device, self.data_dir = args.rounds, args.device, str(Path(args.data_dir).resolve())
+        self.rounds, self.device, self.data_dir = (
+            args.rounds,
+            args.device,
+            str(Path(args.data_dir).resolve()),
+        )
         self.skip_reference, self.rows, self.rates = args.skip_reference, [], {}
         self.cuda = torch.device(self.device).type == "cuda"
         chip = torch.cuda.get_device_name() if self.cuda else processor()
-        self.machine = (f"{chip}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch "
-                        f"{torch.__version__}, Python {platform.python_version()}, {args.rounds} rounds")
-        self.small, self.reference = settings("small", self.device), settings("reference", self.device)
+        self.machine = (
+            f"{chip}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch "
+            f"{torch.__version__}, Python {platform.python_version()}, {args.rounds} rounds"
+        )
+        self.small, self.reference = (
+            settings("small", self.device),
+            settings("reference", self.device),
+        )
 
     def row(self, part, what, **values):
         """Add a row to the table; the names of its values are in COLUMNS."""
@@ -124,24 +163,35 @@ class Bench:
             calls.append(1 if first > 1 else max(1, min(50, int(0.3 / self.clock(function)))))
         times = [[] for _ in functions]
         for number in range(self.rounds):
-            for i in range(len(functions))[::1 if number % 2 == 0 else -1]:
+            for i in range(len(functions))[:: 1 if number % 2 == 0 else -1]:
                 times[i].append(self.clock(functions[i], calls[i]))
         return times
 
     def timed(self, part, what, config, operations, times, ours=None, images=None, **values):
         """Add a row of something that was timed: `images` of `operations`, against `ours` if that is another."""
         seconds, kind = statistics.median(times), precision(config)
-        self.row(part, what, ms=1e3 * seconds, images_s=(images or config.batch_size) / seconds,
-                 **({} if ours is None else ratio(ours, times)), gflop=operations / 1e9,
-                 ceiling=operations / seconds / self.rates[kind], of=kind, **values)
+        self.row(
+            part,
+            what,
+            ms=1e3 * seconds,
+            images_s=(images or config.batch_size) / seconds,
+            **({} if ours is None else ratio(ours, times)),
+            gflop=operations / 1e9,
+            ceiling=operations / seconds / self.rates[kind],
+            of=kind,
+            **values,
+        )
 
     # Ceilings and counts
 
     def ceilings(self):
         """Matrix products and copies, the best of many."""
+
         def best(function, most):
             seconds = min(self.clock(function) for _ in range(2))
-            return min([seconds] + [self.clock(function) for _ in range(min(most, int(2 / seconds)))])
+            return min(
+                [seconds] + [self.clock(function) for _ in range(min(most, int(2 / seconds)))]
+            )
 
         def product(n, dtype):
             a = torch.rand(n, n, device=self.device).to(dtype)
@@ -149,18 +199,32 @@ class Bench:
 
         for kind in ("fp32", "bf16", "tf32") if self.cuda else ("fp32", "bf16"):
             torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
-            n, top, dtype = 256, 8192 if self.cuda else 2048, torch.bfloat16 if kind == "bf16" else torch.float32
-            while n < top and 8 * best(product(n, dtype), 0) < 2:  # seconds: bf16 crawls on some CPUs
+            n, top, dtype = (
+                256,
+                8192 if self.cuda else 2048,
+                torch.bfloat16 if kind == "bf16" else torch.float32,
+            )
+            while (
+                n < top and 8 * best(product(n, dtype), 0) < 2
+            ):  # seconds: bf16 crawls on some CPUs
                 n *= 2
             seconds = best(product(n, dtype), 50)
             self.rates[kind] = 2 * n**3 / seconds
-            self.row("ceilings", f"{kind} product, {n}x{n}", ms=1e3 * seconds,
-                     note=f"{self.rates[kind] / 1e9:.4g} GFLOP/s")
+            self.row(
+                "ceilings",
+                f"{kind} product, {n}x{n}",
+                ms=1e3 * seconds,
+                note=f"{self.rates[kind] / 1e9:.4g} GFLOP/s",
+            )
         a, b = torch.rand(2, 2**27, device=self.device)
         seconds = best(lambda: b.copy_(a), 10)
         self.rates["copy"] = 2 * a.nbytes / seconds
-        self.row("ceilings", "copy of 512 MiB", ms=1e3 * seconds,
-                 note=f"{self.rates['copy'] / 1e9:.4g} GB/s, read and written")
+        self.row(
+            "ceilings",
+            "copy of 512 MiB",
+            ms=1e3 * seconds,
+            note=f"{self.rates['copy'] / 1e9:.4g} GB/s, read and written",
+        )
 
     def counts(self):
         """Operations and bytes of our steps, and the least that they can take here."""
@@ -168,11 +232,24 @@ class Bench:
             for what, sampling in (("training step", False), ("sampling step", True)):
                 operations, moved, params, saved = count("ours", config, sampling)
                 kind = precision(config)
-                floor, bound = max((operations / self.rates[kind], kind), (moved / self.rates["copy"], "copy"))
-                note = (f": {STEP_BYTES} B a parameter, 2 x {saved / 1e6:.4g} MB saved for backward" if not sampling
-                        else "; guided: 2 network inputs an image" if config.guidance_scale != 1 else "")
-                self.row("floors", f"{name}, {what}, batch {config.batch_size}", ms=1e3 * floor, params_m=params / 1e6,
-                         gflop=operations / 1e9, note=f"bound by {bound}; {moved / 1e9:.4g} GB at least{note}")
+                floor, bound = max(
+                    (operations / self.rates[kind], kind), (moved / self.rates["copy"], "copy")
+                )
+                note = (
+                    f": {STEP_BYTES} B a parameter, 2 x {saved / 1e6:.4g} MB saved for backward"
+                    if not sampling
+                    else "; guided: 2 network inputs an image"
+                    if config.guidance_scale != 1
+                    else ""
+                )
+                self.row(
+                    "floors",
+                    f"{name}, {what}, batch {config.batch_size}",
+                    ms=1e3 * floor,
+                    params_m=params / 1e6,
+                    gflop=operations / 1e9,
+                    note=f"bound by {bound}; {moved / 1e9:.4g} GB at least{note}",
+                )
 
     # Training steps
 
@@ -184,21 +261,40 @@ class Bench:
         """What keeping freed memory is worth. A process cannot go back on it, so that no other part has it."""
         if self.cuda:
             return
-        rounds = [[child(self.device, "ours", "small", {}, 40, keep) for keep in (True, False)]
-                  for _ in range(self.rounds)]
+        rounds = [
+            [child(self.device, "ours", "small", {}, 40, keep) for keep in (True, False)]
+            for _ in range(self.rounds)
+        ]
         if not all(map(all, rounds)):
-            return self.row("training step, freed memory", "ours", note="a process of its own failed")
+            return self.row(
+                "training step, freed memory", "ours", note="a process of its own failed"
+            )
         times = [[found["seconds"] for found in each] for each in zip(*rounds)]
         for name, each, found in zip(("kept", "handed back"), times, rounds[0]):
-            self.timed("training step, freed memory", name, self.small, count("ours", self.small)[0], each,
-                       None if each is times[0] else times[0], peak_mb=found["peak_mb"])
+            self.timed(
+                "training step, freed memory",
+                name,
+                self.small,
+                count("ours", self.small)[0],
+                each,
+                None if each is times[0] else times[0],
+                peak_mb=found["peak_mb"],
+            )
 
     def busy(self):
         """Our step beside a program that is busy, and two runs side by side: with `patient_threads` and without."""
         if self.cuda:
             return
         part = "training step, on a busy machine"
-        call = dict(device=self.device, kind="ours", model="small", changes={}, steps=100, keep=True, seconds=15)
+        call = dict(
+            device=self.device,
+            kind="ours",
+            model="small",
+            changes={},
+            steps=100,
+            keep=True,
+            seconds=15,
+        )
         for patient in (True, False):
             threads = "train_eval.py's threads" if patient else "threads as OpenMP has them"
             alone = child(**call, patient=patient)
@@ -211,10 +307,18 @@ class Bench:
             if not all((alone, beside, *two)):
                 return self.row(part, threads, note="a process of its own failed")
             quiet = alone["seconds"]
-            for what, found in (("alone", [alone]), ("beside a busy program", [beside]),
-                                ("two at once, the slower", two)):
+            for what, found in (
+                ("alone", [alone]),
+                ("beside a busy program", [beside]),
+                ("two at once, the slower", two),
+            ):
                 seconds = max(one["seconds"] for one in found)
-                self.row(part, f"{what}, {threads}", ms=1e3 * seconds, note=f"{seconds / quiet:.2f} times that alone")
+                self.row(
+                    part,
+                    f"{what}, {threads}",
+                    ms=1e3 * seconds,
+                    note=f"{seconds / quiet:.2f} times that alone",
+                )
 
     def reference_steps(self):
         """The 233M network."""
@@ -251,8 +355,16 @@ class Bench:
                 continue
             ours, theirs = found[kind]
             theirs_is = flipped(config) if kind == "flipped" else plain(config)
-            self.timed(part, name, theirs_is, operations, theirs, ours, **common,
-                       equal_ops=ratio(ours, theirs)["ratio"] * all_ours / operations)
+            self.timed(
+                part,
+                name,
+                theirs_is,
+                operations,
+                theirs,
+                ours,
+                **common,
+                equal_ops=ratio(ours, theirs)["ratio"] * all_ours / operations,
+            )
 
     # Sampling
 
@@ -261,7 +373,9 @@ class Bench:
         config, n, steps = self.small, 16, self.small.sample_steps
         ddpm, y = train_eval.build(config), torch.arange(16, device=self.device) % 10
         machine.compile_network(config, ddpm)
-        xT = torch.randn(n, config.channels, config.image_size, config.image_size, device=self.device)
+        xT = torch.randn(
+            n, config.channels, config.image_size, config.image_size, device=self.device
+        )
 
         def draw(**options):
             speed("ours")
@@ -273,20 +387,49 @@ class Bench:
         part = "sampling, 16 images by the CPU's default model"
         tries = [  # what, function, times that must be scaled, network inputs an image, note
             (f"ours: {config.sampler}, {steps} steps, guidance {guidance}", draw, 1, 2 * steps, ""),
-            (f"ours: {config.sampler}, {steps} steps, no guidance", lambda: draw(guidance_scale=1), 1, steps, ""),
-            (f"ours: ancestral, 1000 steps, guidance {guidance}",
-             lambda: draw(sampler="ddpm", steps=50, start=49, xT=xT), 20, 2000, "the last 50 timed, times 20")]
+            (
+                f"ours: {config.sampler}, {steps} steps, no guidance",
+                lambda: draw(guidance_scale=1),
+                1,
+                steps,
+                "",
+            ),
+            (
+                f"ours: ancestral, 1000 steps, guidance {guidance}",
+                lambda: draw(sampler="ddpm", steps=50, start=49, xT=xT),
+                20,
+                2000,
+                "the last 50 timed, times 20",
+            ),
+        ]
         try:
             pipeline = make_pipeline(config, steps)
-            tries.append((f"diffusers DDPMPipeline, {steps} steps, no guidance", pipeline, 1, steps,
-                          "ratio to ours without guidance: equal operations"))
+            tries.append(
+                (
+                    f"diffusers DDPMPipeline, {steps} steps, no guidance",
+                    pipeline,
+                    1,
+                    steps,
+                    "ratio to ours without guidance: equal operations",
+                )
+            )
         except ImportError as error:
             self.row(part, "diffusers DDPMPipeline", note=str(error))
         times = self.interleave(*(function for _, function, *_ in tries))
-        times = [[seconds * scale for seconds in each] for each, (_, _, scale, *_) in zip(times, tries)]
+        times = [
+            [seconds * scale for seconds in each] for each, (_, _, scale, *_) in zip(times, tries)
+        ]
         for i, (what, _, _, inputs, note) in enumerate(tries):
-            self.timed(part, what, config if i < 3 else plain(config), once * inputs, times[i],
-                       (None, times[0], times[0], times[1])[i], images=n, note=note)
+            self.timed(
+                part,
+                what,
+                config if i < 3 else plain(config),
+                once * inputs,
+                times[i],
+                (None, times[0], times[0], times[1])[i],
+                images=n,
+                note=note,
+            )
 
     # What surrounds the network
 
@@ -296,12 +439,22 @@ class Bench:
         images, _ = load_data("auto", self.data_dir, augment=False, device=self.device)
         moved, _ = load_data(images.name, self.data_dir, augment=True, device=self.device)
         self.dataset = images.name
-        ours, augmented, theirs = (endless(images, self.small), endless(moved, self.small),
-                                   torchvision_loader(self.data_dir))
-        names = ["dataprocess.Images.epoch", "the same, augmenting", "DataLoader, torchvision's MNIST, 2 workers"]
-        calls = [lambda: next(ours), lambda: next(augmented),
-                 lambda: [part.to(self.device) for part in next(theirs)]]
-        times = self.interleave(*calls[:2 if theirs is None else 3])
+        ours, augmented, theirs = (
+            endless(images, self.small),
+            endless(moved, self.small),
+            torchvision_loader(self.data_dir),
+        )
+        names = [
+            "dataprocess.Images.epoch",
+            "the same, augmenting",
+            "DataLoader, torchvision's MNIST, 2 workers",
+        ]
+        calls = [
+            lambda: next(ours),
+            lambda: next(augmented),
+            lambda: [part.to(self.device) for part in next(theirs)],
+        ]
+        times = self.interleave(*calls[: 2 if theirs is None else 3])
         for name, each in zip(names, times):
             self.row("a batch of 16", name, **self.of_step(each, times[0]))
         if theirs is None:
@@ -312,10 +465,18 @@ class Bench:
     def references(self, images):
         """What it takes to draw the references of a step, and to average the target over them."""
         ddpm, (x0, _) = train_eval.build(self.small), images.batch(slice(self.small.batch_size))
-        t, drawn = torch.arange(len(x0), device=self.device) * 60, train_eval.draw_references(self.small, images)
-        xt, part = ddpm.q_sample(x0, t, torch.randn_like(x0)), f"{self.small.target_references} references"
-        calls = {"drawn": lambda: train_eval.draw_references(self.small, images),
-                 "averaged": lambda: ddpm.posterior_mean(xt, t, x0[:, :1], drawn[0])}
+        t, drawn = (
+            torch.arange(len(x0), device=self.device) * 60,
+            train_eval.draw_references(self.small, images),
+        )
+        xt, part = (
+            ddpm.q_sample(x0, t, torch.randn_like(x0)),
+            f"{self.small.target_references} references",
+        )
+        calls = {
+            "drawn": lambda: train_eval.draw_references(self.small, images),
+            "averaged": lambda: ddpm.posterior_mean(xt, t, x0[:, :1], drawn[0]),
+        }
         for name, each in zip(calls, self.interleave(*calls.values())):
             self.row(part, name, **self.of_step(each, each))
 
@@ -330,40 +491,73 @@ class Bench:
         ddpm = train_eval.build(config)
         for p in ddpm.parameters():
             p.grad = torch.full_like(p, 1e-8)
-        ema, shadow = EMA(ddpm.network, config.ema_decay, start=0), [p.detach().clone() for p in ddpm.parameters()]
+        ema, shadow = (
+            EMA(ddpm.network, config.ema_decay, start=0),
+            [p.detach().clone() for p in ddpm.parameters()],
+        )
         optimizer = torch.optim.AdamW(ddpm.parameters(), lr=1e-8, fused=True)
-        calls = {"EMA.update": ema.update, "mul_ and add_ in a loop": python_ema(ddpm, shadow, config.ema_decay),
-                 "AdamW and EMA.update": lambda: (optimizer.step(), ema.update())}
+        calls = {
+            "EMA.update": ema.update,
+            "mul_ and add_ in a loop": python_ema(ddpm, shadow, config.ema_decay),
+            "AdamW and EMA.update": lambda: (optimizer.step(), ema.update()),
+        }
         times = self.interleave(*calls.values())
         for i, (name, each) in enumerate(zip(calls, times)):
             values = self.of_step(each, times[0] if i == 1 else each)
-            self.row(f"after backward, {model} model", name, **values | ({} if model == "small" else {"note": ""}))
+            self.row(
+                f"after backward, {model} model",
+                name,
+                **values | ({} if model == "small" else {"note": ""}),
+            )
 
     def of_step(self, times, ours):
         """Time, ratio to ours, and share of our step of the CPU's default model."""
         seconds = statistics.median(times)
-        return {"ms": 1e3 * seconds, **({} if times is ours else ratio(ours, times)),
-                "note": f"{seconds / self.small_step:.2%} of our step"}
+        return {
+            "ms": 1e3 * seconds,
+            **({} if times is ours else ratio(ours, times)),
+            "note": f"{seconds / self.small_step:.2%} of our step",
+        }
 
     def start_up(self):
         """From the command to the help, and to the end of the first training step of the default run."""
-        first_step = ("import os, sys, train_eval\ninner = train_eval.train_step\ndef step(*args):\n"
-                      "    inner(*args)[-1].item()\n    os._exit(0)\ntrain_eval.train_step = step\n"
-                      "train_eval.main(sys.argv[1:])")
+        first_step = (
+            "import os, sys, train_eval\ninner = train_eval.train_step\ndef step(*args):\n"
+            "    inner(*args)[-1].item()\n    os._exit(0)\ntrain_eval.train_step = step\n"
+            "train_eval.main(sys.argv[1:])"
+        )
 
         def run(*command):
             with tempfile.TemporaryDirectory() as folder:
                 flags = [] if "--help" in command else ["--save_dir", folder]
-                subprocess.run([sys.executable, *command, *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+                subprocess.run(
+                    [sys.executable, *command, *flags],
+                    cwd=ROOT,
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
 
         help_, step = self.interleave(
             lambda: run("train_eval.py", "--help"),
-            lambda: run("-c", first_step, "--device", self.device, "--data_dir", self.data_dir, "--dataset",
-                        self.dataset))
+            lambda: run(
+                "-c",
+                first_step,
+                "--device",
+                self.device,
+                "--data_dir",
+                self.data_dir,
+                "--dataset",
+                self.dataset,
+            ),
+        )
         self.row("start", "python train_eval.py --help", ms=1e3 * statistics.median(help_))
-        self.row("start", "to the end of the first step, all data in place", ms=1e3 * statistics.median(step),
-                 note=f"{self.dataset}, {self.small.train_size:,} images at most")
+        self.row(
+            "start",
+            "to the end of the first step, all data in place",
+            ms=1e3 * statistics.median(step),
+            note=f"{self.dataset}, {self.small.train_size:,} images at most",
+        )
 
     # Growth
 
@@ -371,27 +565,58 @@ class Bench:
         """Our step against batch, width and resolution."""
         part, base = "growth of the CPU's default model", stepper("ours", self.small)
         before = count("ours", self.small)[0]
-        for changes in ({}, {"batch_size": 4}, {"batch_size": 64}, {"base_channels": 64}, {"patch_size": 1}):
+        for changes in (
+            {},
+            {"batch_size": 4},
+            {"batch_size": 64},
+            {"base_channels": 64},
+            {"patch_size": 1},
+        ):
             config = changed(self.small, **changes)
             operations, _, params, _ = count("ours", config)
             ours, grown = self.interleave(base, stepper("ours", config))
-            what = ", ".join(f"{name} {getattr(config, name)}" for name in changes or ("batch_size", "base_channels",
-                                                                                       "patch_size"))
-            self.timed(part, what, config, operations, grown, ours if changes else None, params_m=params / 1e6,
-                       peak_mb=peak(self.device, "ours", "small", **changes),
-                       note=f"{operations / before:.2f} times the operations" if changes else "")
+            what = ", ".join(
+                f"{name} {getattr(config, name)}"
+                for name in changes or ("batch_size", "base_channels", "patch_size")
+            )
+            self.timed(
+                part,
+                what,
+                config,
+                operations,
+                grown,
+                ours if changes else None,
+                params_m=params / 1e6,
+                peak_mb=peak(self.device, "ours", "small", **changes),
+                note=f"{operations / before:.2f} times the operations" if changes else "",
+            )
 
     def whole_run(self):
         """`python train_eval.py`, and the share of its time that training steps take."""
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             said = subprocess.run(
-                [sys.executable, ROOT / "train_eval.py", "--save_dir", folder, "--data_dir", self.data_dir, "--device",
-                 self.device], stdout=subprocess.PIPE, text=True, check=True)
+                [
+                    sys.executable,
+                    ROOT / "train_eval.py",
+                    "--save_dir",
+                    folder,
+                    "--data_dir",
+                    self.data_dir,
+                    "--device",
+                    self.device,
+                ],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
             minutes = (time.perf_counter() - start) / 60
         steps = float(re.search(r"training steps took ([\d.]+) minutes", said.stdout)[1])
-        self.row("python train_eval.py", "from start to end", note=f"{minutes:.2f} minutes; training steps "
-                 f"{steps:.2f}, {steps / minutes:.1%} of it")
+        self.row(
+            "python train_eval.py",
+            "from start to end",
+            note=f"{minutes:.2f} minutes; training steps {steps:.2f}, {steps / minutes:.1%} of it",
+        )
 
     def on_paper(self):
         """The reference on an H100-class card: counts over the data sheet's numbers, nothing measured."""
@@ -401,10 +626,18 @@ class Bench:
             compute, memory = operations / H100["bf16"], moved / H100["copy"]
             seconds, steps = max(compute, memory), math.ceil(60_000 / batch) * 50
             note = f"{1e3 * compute:.3g} ms products, {1e3 * memory:.3g} ms memory ({moved / 1e9:.3g} GB)"
-            self.row("reference on one H100 card, on paper", f"batch {batch}", ms=1e3 * seconds,
-                     images_s=batch / seconds, params_m=params / 1e6, gflop=operations / 1e9,
-                     ceiling=compute / seconds, of="bf16", peak_mb=(20 * params + saved) / 1e6,
-                     note=f"{note}; 50 epochs {steps * seconds / 3600:.2g} h")
+            self.row(
+                "reference on one H100 card, on paper",
+                f"batch {batch}",
+                ms=1e3 * seconds,
+                images_s=batch / seconds,
+                params_m=params / 1e6,
+                gflop=operations / 1e9,
+                ceiling=compute / seconds,
+                of="bf16",
+                peak_mb=(20 * params + saved) / 1e6,
+                note=f"{note}; 50 epochs {steps * seconds / 3600:.2g} h",
+            )
 
 
 # Measuring
@@ -425,11 +658,16 @@ def count(kind, config, sampling=False):
         saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    with (FakeTensorMode(), mock.patch.object(nn.Module, "to", lambda self, *args, **options: self),
-          # the checks of values, which fake tensors do not have, are given zeros
-          mock.patch("torch.aminmax", lambda x: 2 * [mock.Mock(item=float)]),
-          mock.patch.object(FakeTensor, "tolist", lambda self: [0] * len(self)),
-          sdpa_kernel(SDPBackend.MATH), machine.autocast(config), FlopCounterMode(display=False) as counter):
+    with (
+        FakeTensorMode(),
+        mock.patch.object(nn.Module, "to", lambda self, *args, **options: self),
+        # the checks of values, which fake tensors do not have, are given zeros
+        mock.patch("torch.aminmax", lambda x: 2 * [mock.Mock(item=float)]),
+        mock.patch.object(FakeTensor, "tolist", lambda self: [0] * len(self)),
+        sdpa_kernel(SDPBackend.MATH),
+        machine.autocast(config),
+        FlopCounterMode(display=False) as counter,
+    ):
         ddpm = make(kind, config)
         x0 = torch.zeros(config.batch_size, config.channels, config.image_size, config.image_size)
         t = torch.zeros(len(x0), dtype=torch.long)
@@ -455,9 +693,14 @@ def ratio(ours, theirs):
 
 def child(device, kind, model, changes, steps=2, keep=False, **options):
     """What `steps_here` returns in a process of its own; None where that failed."""
-    asked = json.dumps(dict(kind=kind, model=model, changes=changes, steps=steps, keep=keep, **options))
-    done = subprocess.run([sys.executable, __file__, "--device", device, "--child", asked], capture_output=True,
-                          text=True)
+    asked = json.dumps(
+        dict(kind=kind, model=model, changes=changes, steps=steps, keep=keep, **options)
+    )
+    done = subprocess.run(
+        [sys.executable, __file__, "--device", device, "--child", asked],
+        capture_output=True,
+        text=True,
+    )
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
@@ -485,29 +728,46 @@ def steps_here(device, kind, model, changes, steps, keep, seconds=math.inf, pati
             times.append(time.perf_counter() - start)
     cuda = torch.device(device).type == "cuda"
     peak_mb = torch.cuda.max_memory_allocated() / 1e6 if cuda else memory("VmHWM") - before
-    return {"seconds": statistics.median(times[len(times) // 2:]), "peak_mb": peak_mb}
+    return {"seconds": statistics.median(times[len(times) // 2 :]), "peak_mb": peak_mb}
 
 
 def memory(field):
     """A field of /proc/self/status in MB; unlike ru_maxrss, its peak does not begin with the parent's."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) * 1024 / 1e6
 
 
 def endless(images, config):
     """Batches of our loader, epoch after epoch."""
-    return itertools.chain.from_iterable(images.epoch(config.batch_size, epoch) for epoch in itertools.count())
+    return itertools.chain.from_iterable(
+        images.epoch(config.batch_size, epoch) for epoch in itertools.count()
+    )
 
 
 def torchvision_loader(data_dir):
     """Batches as most load them, epoch after epoch; None where there is no MNIST."""
     from torchvision import datasets, transforms
 
-    transform = transforms.Compose([transforms.Resize(32), transforms.Grayscale(3), transforms.ToTensor(),
-                                    transforms.Normalize([0.5] * 3, [0.5] * 3)])
+    transform = transforms.Compose(
+        [
+            transforms.Resize(32),
+            transforms.Grayscale(3),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * 3, [0.5] * 3),
+        ]
+    )
     try:
-        loader = torch.utils.data.DataLoader(datasets.MNIST(data_dir, transform=transform), batch_size=16, shuffle=True,
-                                             num_workers=2, persistent_workers=True)
+        loader = torch.utils.data.DataLoader(
+            datasets.MNIST(data_dir, transform=transform),
+            batch_size=16,
+            shuffle=True,
+            num_workers=2,
+            persistent_workers=True,
+        )
     except RuntimeError:
         return None
     return itertools.chain.from_iterable(itertools.repeat(loader))
@@ -526,18 +786,27 @@ def print_table(bench):
     """The rows below their parts, in columns of the same width."""
     lines = []
     for row in bench.rows:
-        cells = {name: form.format(row[name]) if row.get(name) is not None else "" for name, form in COLUMNS.items()}
+        cells = {
+            name: form.format(row[name]) if row.get(name) is not None else ""
+            for name, form in COLUMNS.items()
+        }
         if row.get("ratio") is not None:
             low, high = row["ratio_range"]
             cells["ratio"] = f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"
         if row.get("ceiling") is not None:
             cells["ceiling"] += f" {row['of']}"
         lines.append((row["part"], list(cells.values())))
-    widths = [max(len(name), *(len(cells[i]) for _, cells in lines)) for i, name in enumerate(COLUMNS)]
+    widths = [
+        max(len(name), *(len(cells[i]) for _, cells in lines)) for i, name in enumerate(COLUMNS)
+    ]
 
     def show(cells):
-        print("  ".join(cell.ljust(width) if i in (0, len(widths) - 1) else cell.rjust(width)
-                        for i, (cell, width) in enumerate(zip(cells, widths))).rstrip())
+        print(
+            "  ".join(
+                cell.ljust(width) if i in (0, len(widths) - 1) else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(cells, widths))
+            ).rstrip()
+        )
 
     print(bench.machine)
     show(COLUMNS)

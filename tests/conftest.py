@@ -2,7 +2,9 @@
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores, so each computes with one thread
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # several processes share the cores, so each computes with one thread
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import warnings
@@ -21,7 +23,9 @@ DATA_DIR = os.environ.get("DDPM_DATA_DIR") or str(Path(__file__).parent.parent /
 def pytest_collection_modifyitems(items):
     """The longest files first, so that none is left to one process at the end."""
     names = [f"test_{name}.py" for name in LONGEST]
-    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
+    items.sort(
+        key=lambda item: names.index(item.path.name) if item.path.name in names else len(names)
+    )
 
 
 def read_constants(flags):

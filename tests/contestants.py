@@ -24,19 +24,30 @@ from support.monitor import RunningStats  # noqa: E402
 from timesteps import UniformSampler  # noqa: E402
 from unet import Attention  # noqa: E402
 
-NAMES = {"ours": "ours, as train_eval.py runs it", "flipped": "ours in the other precision, bf16 or fp32",
-         "plain": "the same network, plain fp32 eager", "diffusers": "diffusers UNet2DModel",
-         "denoising_diffusion_pytorch": "denoising_diffusion_pytorch Unet"}
+NAMES = {
+    "ours": "ours, as train_eval.py runs it",
+    "flipped": "ours in the other precision, bf16 or fp32",
+    "plain": "the same network, plain fp32 eager",
+    "diffusers": "diffusers UNet2DModel",
+    "denoising_diffusion_pytorch": "denoising_diffusion_pytorch Unet",
+}
 
 
 def settings(model, device):
     """The config of the 'reference' or the 'small' model, as train_eval.py would run it on this device."""
     network, here = (
-        {name: value for name, (_, value, _) in configurator.read_constants(
-            train_eval.__file__, vars(train_eval), {"device": place}).items()}
-        for place in ("cuda" if model == "reference" else "cpu", device))
+        {
+            name: value
+            for name, (_, value, _) in configurator.read_constants(
+                train_eval.__file__, vars(train_eval), {"device": place}
+            ).items()
+        }
+        for place in ("cuda" if model == "reference" else "cpu", device)
+    )
     here = {name: here[name] for name in ("device", "bf16", "use_compile")}
-    return argparse.Namespace(**network | here | {"prediction": "eps"})  # the same loss for all; x0's costs the same
+    return argparse.Namespace(
+        **network | here | {"prediction": "eps"}
+    )  # the same loss for all; x0's costs the same
 
 
 def changed(config, **changes):
@@ -56,7 +67,9 @@ def flipped(config):
 
 def precision(config):
     """What the products are computed in: which ceiling counts."""
-    return "bf16" if config.bf16 else "tf32" if torch.device(config.device).type == "cuda" else "fp32"
+    return (
+        "bf16" if config.bf16 else "tf32" if torch.device(config.device).type == "cuda" else "fp32"
+    )
 
 
 def make(kind, config):
@@ -64,7 +77,9 @@ def make(kind, config):
     if kind in ("ours", "flipped"):
         return train_eval.build(config)
     if kind != "plain":
-        return DDPM(Peer(kind, config), image_size=config.image_size, channels=config.channels).to(config.device)
+        return DDPM(Peer(kind, config), image_size=config.image_size, channels=config.channels).to(
+            config.device
+        )
     ddpm = train_eval.build(plain(config)).to(memory_format=torch.contiguous_format)
     for module in ddpm.modules():
         if isinstance(module, Attention):
@@ -75,8 +90,12 @@ def make(kind, config):
 def fused_attention(self, x):
     """`Attention.forward` as most would write it."""
     n, c, height, width = x.shape
-    q, k, v = (self.qkv(self.norm(x)).reshape(n, 3, self.num_heads, c // self.num_heads, height * width)
-               .transpose(-1, -2).unbind(1))
+    q, k, v = (
+        self.qkv(self.norm(x))
+        .reshape(n, 3, self.num_heads, c // self.num_heads, height * width)
+        .transpose(-1, -2)
+        .unbind(1)
+    )
     h = F.scaled_dot_product_attention(q, k, v)
     return x + self.out(h.transpose(-1, -2).reshape(n, c, height, width))
 
@@ -93,22 +112,43 @@ class Peer(nn.Module):
         super().__init__()
         self.kind, self.patch_size = kind, config.patch_size
         self.num_classes = None
-        channels, size = config.channels * config.patch_size**2, config.image_size // config.patch_size
-        attention = [size // 2**level in config.attention_resolutions for level in range(len(config.channel_mult))]
+        channels, size = (
+            config.channels * config.patch_size**2,
+            config.image_size // config.patch_size,
+        )
+        attention = [
+            size // 2**level in config.attention_resolutions
+            for level in range(len(config.channel_mult))
+        ]
         module = library(kind)
         if kind == "diffusers":
             self.num_classes = Images.num_classes if config.use_conditional_generation else None
             self.net = module.UNet2DModel(
-                sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=config.num_res_blocks,
+                sample_size=size,
+                in_channels=channels,
+                out_channels=channels,
+                layers_per_block=config.num_res_blocks,
                 block_out_channels=[config.base_channels * mult for mult in config.channel_mult],
-                down_block_types=["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
-                up_block_types=["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],
-                attention_head_dim=None, time_embedding_dim=config.time_emb_dim, dropout=config.dropout,
+                down_block_types=[
+                    "AttnDownBlock2D" if here else "DownBlock2D" for here in attention
+                ],
+                up_block_types=[
+                    "AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)
+                ],
+                attention_head_dim=None,
+                time_embedding_dim=config.time_emb_dim,
+                dropout=config.dropout,
                 num_class_embeds=self.num_classes and self.num_classes + 1,
-                resnet_time_scale_shift="scale_shift" if config.adaptive_norm else "default")
+                resnet_time_scale_shift="scale_shift" if config.adaptive_norm else "default",
+            )
         else:
-            self.net = module.Unet(config.base_channels, dim_mults=config.channel_mult, channels=channels,
-                                    full_attn=tuple(attention), dropout=config.dropout)
+            self.net = module.Unet(
+                config.base_channels,
+                dim_mults=config.channel_mult,
+                channels=channels,
+                full_attn=tuple(attention),
+                dropout=config.dropout,
+            )
 
     def forward(self, xt, t, y=None):
         """(N, C, H, W), (N,), (N,) -> (N, C, H, W)."""
@@ -122,7 +162,9 @@ def library(kind):
     try:
         return importlib.import_module(kind)
     except ImportError as error:
-        raise ImportError(f"not installed: pip install {kind}" if error.name == kind else str(error)) from error
+        raise ImportError(
+            f"not installed: pip install {kind}" if error.name == kind else str(error)
+        ) from error
 
 
 def make_pipeline(config, steps):
@@ -135,6 +177,7 @@ def make_pipeline(config, steps):
     def draw():
         speed("diffusers")
         pipeline(batch_size=16, num_inference_steps=steps, output_type="np")
+
     return draw
 
 
@@ -150,16 +193,30 @@ def stepper(kind, config):
         kind, config = "ours", flipped(config)
     speed(kind)
     ddpm = make(kind, config)
-    x0 = torch.rand(config.batch_size, config.channels, config.image_size, config.image_size,
-                    device=config.device) * 2 - 1
+    x0 = (
+        torch.rand(
+            config.batch_size,
+            config.channels,
+            config.image_size,
+            config.image_size,
+            device=config.device,
+        )
+        * 2
+        - 1
+    )
     y = torch.arange(config.batch_size, device=config.device) % Images.num_classes
     if kind == "ours":
-        optimizer = torch.optim.AdamW(ddpm.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
-                                      fused=True)
-        state = {"network": ddpm.network, "ema": EMA(ddpm.network, config.ema_decay, start=0), "optimizer": optimizer,
-                 "timesteps": UniformSampler(config.num_timesteps, config.device),
-                 "warmup": torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=100),
-                 "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100_000)}
+        optimizer = torch.optim.AdamW(
+            ddpm.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        state = {
+            "network": ddpm.network,
+            "ema": EMA(ddpm.network, config.ema_decay, start=0),
+            "optimizer": optimizer,
+            "timesteps": UniformSampler(config.num_timesteps, config.device),
+            "warmup": torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=100),
+            "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100_000),
+        }
         machine.compile_network(config, ddpm)
         stats = RunningStats(config)
 
@@ -168,36 +225,47 @@ def stepper(kind, config):
             stats.add(*train_eval.train_step(config, ddpm, state, x0, y))
             if stats.count == config.log_every:
                 stats.read(0, 0.0)
+
         return step
 
     eager = {"foreach": False, "fused": False} if kind == "plain" else {}
-    optimizer = torch.optim.AdamW(ddpm.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, **eager)
+    optimizer = torch.optim.AdamW(
+        ddpm.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, **eager
+    )
     if kind == "plain":
         update = python_ema(ddpm, [p.detach().clone() for p in ddpm.parameters()], config.ema_decay)
     elif kind == "diffusers":
         from diffusers.training_utils import EMAModel
+
         ema = EMAModel(ddpm.network.net.parameters(), decay=config.ema_decay)
 
         def update():
             ema.step(ddpm.network.net.parameters())
     else:  # as its Trainer has it: every tenth step
-        update = importlib.import_module("ema_pytorch").EMA(ddpm.network.net, update_every=10).update
+        update = (
+            importlib.import_module("ema_pytorch").EMA(ddpm.network.net, update_every=10).update
+        )
 
     def step():
         speed(kind)
         ddpm.train()
         ddpm(x0, y if ddpm.num_classes is not None else None).backward()
-        nn.utils.clip_grad_norm_(ddpm.parameters(), config.grad_clip, foreach=False if kind == "plain" else None)
+        nn.utils.clip_grad_norm_(
+            ddpm.parameters(), config.grad_clip, foreach=False if kind == "plain" else None
+        )
         optimizer.step()
         optimizer.zero_grad()
         update()
+
     return step
 
 
 def python_ema(ddpm, shadow, decay):
     """The update of shadow weights as most write it."""
+
     @torch.no_grad()
     def update():
         for average, p in zip(shadow, ddpm.parameters()):
             average.mul_(decay).add_(p, alpha=1 - decay)
+
     return update

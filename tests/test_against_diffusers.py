@@ -50,12 +50,16 @@ class Network(torch.nn.Module):
     def __init__(self, prediction, wild=False):
         super().__init__()
         self.prediction, self.wild = prediction, wild
-        self.kernel = 0.2 * torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0))  # small: not chaotic
+        self.kernel = 0.2 * torch.randn(
+            2, 1, 3, 3, generator=torch.Generator().manual_seed(0)
+        )  # small: not chaotic
         self.alphas_cumprod = None
 
     def forward(self, xt, t, y=None):
         a = self.alphas_cumprod[t][:, None, None, None]
-        x0, fraction = torch.conv2d(xt.double(), self.kernel, padding=1).add(3 * a).sin().chunk(2, dim=1)
+        x0, fraction = (
+            torch.conv2d(xt.double(), self.kernel, padding=1).add(3 * a).sin().chunk(2, dim=1)
+        )
         x0 = 1.5 * x0 if self.wild else 0.9 * x0
         eps = (xt - a.sqrt() * x0) / (1 - a).sqrt()
         said = {"x0": x0, "eps": eps, "v": a.sqrt() * eps - (1 - a).sqrt() * x0}[self.prediction]
@@ -74,9 +78,18 @@ def ours(prediction="eps", wild=False, variance="fixed_small", **settings):
 
 def theirs(kind, ddpm, **options):
     """Their scheduler with our settings."""
-    options = dict(num_train_timesteps=ddpm.num_timesteps, beta_start=1e-4, beta_end=0.02,
-                   beta_schedule=SCHEDULES[ddpm.beta_schedule], prediction_type=NAMES[ddpm.prediction],
-                   timestep_spacing=ddpm.timestep_spacing, rescale_betas_zero_snr=ddpm.zero_terminal_snr) | options
+    options = (
+        dict(
+            num_train_timesteps=ddpm.num_timesteps,
+            beta_start=1e-4,
+            beta_end=0.02,
+            beta_schedule=SCHEDULES[ddpm.beta_schedule],
+            prediction_type=NAMES[ddpm.prediction],
+            timestep_spacing=ddpm.timestep_spacing,
+            rescale_betas_zero_snr=ddpm.zero_terminal_snr,
+        )
+        | options
+    )
     return kind(**options)
 
 
@@ -102,8 +115,16 @@ def our_images(ddpm, steps, sampler, eta=None):
     """What `DDPM.sample` does, in float64."""
     default, order = SAMPLERS[sampler]
     generator = torch.Generator().manual_seed(5)
-    *_, (_, images) = walk(ddpm, start(), [*ddpm.timesteps(steps), -1], None, 1.0, default if eta is None else eta,
-                                 order, generator)
+    *_, (_, images) = walk(
+        ddpm,
+        start(),
+        [*ddpm.timesteps(steps), -1],
+        None,
+        1.0,
+        default if eta is None else eta,
+        order,
+        generator,
+    )
     return images
 
 
@@ -117,7 +138,9 @@ def start():
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(9))
 
 
-def close(a, b, tolerance=1e-9):  # 1e-11 would do but for their least variance, 1e-20, on the way to the image
+def close(
+    a, b, tolerance=1e-9
+):  # 1e-11 would do but for their least variance, 1e-20, on the way to the image
     assert a.dtype == b.dtype == torch.float64
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
@@ -166,14 +189,23 @@ def test_a_step_of_the_chain_has_the_same_mean_and_variance(variance, prediction
 
 
 @pytest.mark.parametrize("prediction, schedule", CASES)
-@pytest.mark.parametrize("steps, spacing, variance", [
-    (1, "trailing", "fixed_small"), (7, "trailing", "fixed_small"), (7, "linspace", "fixed_small"),
-    (7, "linspace", "fixed_large"), (200, "linspace", "fixed_large")])
+@pytest.mark.parametrize(
+    "steps, spacing, variance",
+    [
+        (1, "trailing", "fixed_small"),
+        (7, "trailing", "fixed_small"),
+        (7, "linspace", "fixed_small"),
+        (7, "linspace", "fixed_large"),
+        (200, "linspace", "fixed_large"),
+    ],
+)
 def test_ddpm_is_the_same(prediction, schedule, steps, spacing, variance, monkeypatch):
     """The large variance down to t = 0 only: from higher up theirs adds noise to the image itself."""
     if steps == 200 and (prediction, schedule) != ("v", "cosine"):
         steps = 40
-    ddpm = ours(prediction, wild=True, variance=variance, beta_schedule=schedule, timestep_spacing=spacing)
+    ddpm = ours(
+        prediction, wild=True, variance=variance, beta_schedule=schedule, timestep_spacing=spacing
+    )
     scheduler = theirs(DDPMScheduler, ddpm, variance_type=variance, clip_sample=True)
     noises = iter(draws(steps))
     monkeypatch.setattr(DDPM_NOISE, lambda *args, **options: next(noises))
@@ -181,14 +213,18 @@ def test_ddpm_is_the_same(prediction, schedule, steps, spacing, variance, monkey
 
 
 @pytest.mark.parametrize("prediction, schedule", CASES)
-@pytest.mark.parametrize("steps, eta", [(1, 0.0), (5, 0.0), (5, 0.6), (50, 0.0), (50, 1.0), (200, 0.6)])
+@pytest.mark.parametrize(
+    "steps, eta", [(1, 0.0), (5, 0.0), (5, 0.6), (50, 0.0), (50, 1.0), (200, 0.6)]
+)
 def test_ddim_is_the_same(prediction, schedule, steps, eta):
     """On trailing timesteps: from other ones theirs goes back by 1000 / steps, not to the next that it visits."""
     if steps == 200 and (prediction, schedule) != ("eps", "linear"):
         steps = 40
     ddpm = ours(prediction, wild=True, beta_schedule=schedule)
     scheduler = theirs(DDIMScheduler, ddpm, clip_sample=True, set_alpha_to_one=True)
-    images = their_images(scheduler, ddpm, steps, draws(steps), eta=eta, use_clipped_model_output=True)
+    images = their_images(
+        scheduler, ddpm, steps, draws(steps), eta=eta, use_clipped_model_output=True
+    )
     close(our_images(ddpm, steps, "ddim", eta), images)
 
 
@@ -198,9 +234,15 @@ def test_ddim_is_the_same(prediction, schedule, steps, eta):
 def test_dpm_solver_is_the_same(prediction, schedule, steps, sampler):
     """With trailing timesteps: theirs leaves t = 0 out of the evenly spaced ones."""
     ddpm = ours(prediction, beta_schedule=schedule)
-    scheduler = theirs(DPMSolverMultistepScheduler, ddpm, solver_order=2, solver_type="midpoint",
-                       algorithm_type=f"{sampler[:-2]}solver++", final_sigmas_type="zero",
-                       lower_order_final=True)
+    scheduler = theirs(
+        DPMSolverMultistepScheduler,
+        ddpm,
+        solver_order=2,
+        solver_type="midpoint",
+        algorithm_type=f"{sampler[:-2]}solver++",
+        final_sigmas_type="zero",
+        lower_order_final=True,
+    )
     images = their_images(scheduler, ddpm, steps, draws(steps) if sampler == "sde-dpm++" else None)
     close(our_images(ddpm, steps, sampler), images)
 

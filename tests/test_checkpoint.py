@@ -23,16 +23,37 @@ from timesteps import UniformSampler
 
 ROOT = Path(__file__).parent.parent
 PLAIN, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
-SMALL = ("--device cpu --no-bf16 --base_channels 32 --channel_mult 1,2 --num_res_blocks 1 --time_emb_dim 32 "
-         "--patch_size 4 --attention_resolutions 4 --dataset glyphs").split()
+SMALL = (
+    "--device cpu --no-bf16 --base_channels 32 --channel_mult 1,2 --num_res_blocks 1 --time_emb_dim 32 "
+    "--patch_size 4 --attention_resolutions 4 --dataset glyphs"
+).split()
 
 # Files
 
 
-@pytest.mark.parametrize("value", [
-    np.float64(0.1), np.int64(3), np.zeros(2), np.bool_(True), Path("x"), {1, 2}, object(), b"bytes", 1j, slice(1),
-    torch.device("cpu"), torch.float32, torch.Size([1]), collections.namedtuple("Point", "x")(1),
-    collections.defaultdict(int), lambda: None, int, 10**700])
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.float64(0.1),
+        np.int64(3),
+        np.zeros(2),
+        np.bool_(True),
+        Path("x"),
+        {1, 2},
+        object(),
+        b"bytes",
+        1j,
+        slice(1),
+        torch.device("cpu"),
+        torch.float32,
+        torch.Size([1]),
+        collections.namedtuple("Point", "x")(1),
+        collections.defaultdict(int),
+        lambda: None,
+        int,
+        10**700,
+    ],
+)
 def test_what_cannot_be_loaded_is_not_saved_and_the_old_file_stays(tmp_path, value):
     path = tmp_path / "last.pt"
     save_checkpoint(path, {"step": 1})
@@ -50,11 +71,18 @@ def test_a_tensor_that_carries_an_object_is_not_saved(tmp_path):
         save_checkpoint(tmp_path / "x.pt", {"weights": {"w": tensor}})
 
 
-@pytest.mark.parametrize("change", [
-    lambda saved: saved["network"].popitem(), lambda saved: saved["ema"].pop("step"),
-    lambda saved: saved["rng"].clear(), lambda saved: saved["optimizer"].pop("state"),
-    lambda saved: saved["config"].pop("epochs"),
-    lambda saved: saved.update(ema=None), lambda saved: saved.update(network={"x": torch.ones(1)})])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda saved: saved["network"].popitem(),
+        lambda saved: saved["ema"].pop("step"),
+        lambda saved: saved["rng"].clear(),
+        lambda saved: saved["optimizer"].pop("state"),
+        lambda saved: saved["config"].pop("epochs"),
+        lambda saved: saved.update(ema=None),
+        lambda saved: saved.update(network={"x": torch.ones(1)}),
+    ],
+)
 def test_a_last_pt_that_does_not_fit_is_one_line(tmp_path, change):
     config, ddpm, optimizer, state = trained(PLAIN, ["--save_dir", str(tmp_path)])
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, total_iters=1)
@@ -62,7 +90,9 @@ def test_a_last_pt_that_does_not_fit_is_one_line(tmp_path, change):
     checkpoint.save_last(config, state, {"step": 2})
     saved = load_checkpoint(tmp_path / "last.pt", ["config"])
     change(saved)
-    with pytest.raises(ValueError, match="last.pt: written by another version of this code") as error:
+    with pytest.raises(
+        ValueError, match="last.pt: written by another version of this code"
+    ) as error:
         checkpoint.restore(config, state, {"step": 0}, saved, 10)
     assert "\n" not in str(error.value)
 
@@ -71,18 +101,29 @@ def test_what_can_fail_fails_before_an_earlier_run_is_moved(tmp_path):
     a_run(tmp_path, "first")
     (tmp_path / "tensorboard_logs").write_text("a file")
     (tmp_path / "x.partial").mkdir()
-    with pytest.raises(ValueError, match="tensorboard_logs'.*expected a folder that can be written"):
+    with pytest.raises(
+        ValueError, match="tensorboard_logs'.*expected a folder that can be written"
+    ):
         RunFolder(tmp_path, new=True)
     assert (tmp_path / "last.pt").read_text() == "first" and not list(tmp_path.glob("run_*"))
     assert not (tmp_path / ".lock").exists()  # a refusal holds nothing
 
 
 def test_plain_values_of_every_kind_come_back(tmp_path):
-    state = {"a": [1, 2.5, True, None, "é", (1, (2,))], 3: {"b": torch.arange(3)}, "c": collections.OrderedDict(d=1),
-             "p": torch.nn.Parameter(torch.ones(2)), "inf": float("inf")}
+    state = {
+        "a": [1, 2.5, True, None, "é", (1, (2,))],
+        3: {"b": torch.arange(3)},
+        "c": collections.OrderedDict(d=1),
+        "p": torch.nn.Parameter(torch.ones(2)),
+        "inf": float("inf"),
+    }
     save_checkpoint(tmp_path / "x.pt", state)
     again = load_checkpoint(tmp_path / "x.pt", ["a"])
-    assert again["a"] == state["a"] and torch.equal(again[3]["b"], torch.arange(3)) and again["inf"] == float("inf")
+    assert (
+        again["a"] == state["a"]
+        and torch.equal(again[3]["b"], torch.arange(3))
+        and again["inf"] == float("inf")
+    )
 
 
 def test_a_name_that_is_taken_gets_a_number(tmp_path):
@@ -107,11 +148,15 @@ time.sleep(100)
 
 
 def test_a_second_run_in_a_folder_is_told_who_holds_it_until_that_process_is_gone(tmp_path):
-    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+    )
     try:
         assert other.stdout.readline() == b"locked\n"
         for new in (True, False):
-            with pytest.raises(ValueError, match=rf"in use by process {other.pid} on .* since .*another --save_dir"):
+            with pytest.raises(
+                ValueError, match=rf"in use by process {other.pid} on .* since .*another --save_dir"
+            ):
                 RunFolder(tmp_path, new)
         assert not (tmp_path / "samples").exists()
     finally:
@@ -122,10 +167,15 @@ def test_a_second_run_in_a_folder_is_told_who_holds_it_until_that_process_is_gon
             RunFolder(tmp_path, new=False)
     with RunFolder(tmp_path, new=False):
         pass
-    assert sorted(os.listdir(tmp_path)) == ["samples", "tensorboard_logs"]  # the lock leaves no file
+    assert sorted(os.listdir(tmp_path)) == [
+        "samples",
+        "tensorboard_logs",
+    ]  # the lock leaves no file
 
 
-def test_a_lock_file_that_another_run_removes_between_open_and_lock_is_not_taken_for_a_lock(tmp_path, monkeypatch):
+def test_a_lock_file_that_another_run_removes_between_open_and_lock_is_not_taken_for_a_lock(
+    tmp_path, monkeypatch
+):
     lock, removed = checkpoint._try_lock, []
 
     def late(file):
@@ -142,8 +192,16 @@ def test_a_lock_file_that_another_run_removes_between_open_and_lock_is_not_taken
 
 def a_run(folder, mark):
     """What a finished and measured run leaves, each file with its mark."""
-    for name in ("last.pt", "best_model.pt", "loss_curve.png", "samples/final.png", "samples/step_0000200.png",
-                 "evaluation.json", "evaluation-2.json", "evaluation_mine.json"):
+    for name in (
+        "last.pt",
+        "best_model.pt",
+        "loss_curve.png",
+        "samples/final.png",
+        "samples/step_0000200.png",
+        "evaluation.json",
+        "evaluation-2.json",
+        "evaluation_mine.json",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(mark)
 
@@ -153,15 +211,25 @@ def marks(folder):
     return collections.Counter(path.read_text() for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("only", [None, "last.pt", "best_model.pt", "samples/real.png", "evaluation_mine.json"])
+@pytest.mark.parametrize(
+    "only", [None, "last.pt", "best_model.pt", "samples/real.png", "evaluation_mine.json"]
+)
 def test_a_new_run_moves_all_of_the_earlier_one_aside_and_nothing_else(tmp_path, only, capsys):
-    others = ["tensorboard_logs/events", "classifier-1.pt", "my notes.txt", ".gitignore", "run_2020-01-01/last.pt"]
+    others = [
+        "tensorboard_logs/events",
+        "classifier-1.pt",
+        "my notes.txt",
+        ".gitignore",
+        "run_2020-01-01/last.pt",
+    ]
     for name in others:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("other")
     a_run(tmp_path, "first")
     if only:  # killed before its first save, or loaded from elsewhere
-        for path in [path for path in tmp_path.rglob("*") if path.is_file() and path.read_text() == "first"]:
+        for path in [
+            path for path in tmp_path.rglob("*") if path.is_file() and path.read_text() == "first"
+        ]:
             path.unlink()
         (tmp_path / only).write_text("first")
     count = marks(tmp_path)["first"]
@@ -186,7 +254,9 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize("renames", range(8))
-def test_a_kill_between_the_renames_leaves_the_run_in_one_folder_after_the_next_start(tmp_path, monkeypatch, renames):
+def test_a_kill_between_the_renames_leaves_the_run_in_one_folder_after_the_next_start(
+    tmp_path, monkeypatch, renames
+):
     class Killed(BaseException):
         pass
 
@@ -216,7 +286,9 @@ def test_a_kill_between_the_renames_leaves_the_run_in_one_folder_after_the_next_
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", "x" * 300):
-        with pytest.raises(ValueError, match="^save_dir .*: .*expected a folder that can be written") as error:
+        with pytest.raises(
+            ValueError, match="^save_dir .*: .*expected a folder that can be written"
+        ) as error:
             RunFolder(folder, new=True)
         assert "\n" not in str(error.value)
 
@@ -230,10 +302,16 @@ def trained(layout, flags=(), steps=2):
     torch.manual_seed(0)
     ddpm = train_eval.build(config).to(memory_format=layout)
     optimizer = torch.optim.AdamW(ddpm.parameters(), lr=0.01, fused=True)
-    state = {"optimizer": optimizer, "ema": EMA(ddpm.network, start=0), "timesteps": UniformSampler(1000)}
+    state = {
+        "optimizer": optimizer,
+        "ema": EMA(ddpm.network, start=0),
+        "timesteps": UniformSampler(1000),
+    }
     for i in range(steps):
         torch.manual_seed(i)
-        train_eval.train_step(config, ddpm, state, torch.rand(4, 3, 32, 32) * 2 - 1, torch.arange(4))
+        train_eval.train_step(
+            config, ddpm, state, torch.rand(4, 3, 32, 32) * 2 - 1, torch.arange(4)
+        )
     return config, ddpm, optimizer, state
 
 
@@ -252,12 +330,20 @@ def test_a_step_after_going_on_in_another_layout_is_the_step_with_all_laid_out_a
             torch.manual_seed(i)
             p.grad = torch.empty_like(p).copy_(torch.randn(p.shape))
             layouts.add(p.stride())
-            assert its.state[p]["exp_avg"].stride() == its.state[p]["exp_avg_sq"].stride() == p.stride()
+            assert (
+                its.state[p]["exp_avg"].stride()
+                == its.state[p]["exp_avg_sq"].stride()
+                == p.stride()
+            )
         its.step()
     for a, b in zip(ddpm.parameters(), other.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    assert any(stride[1:2] == (1,) and len(stride) == 4 for stride in layouts)  # one of them was channels-last
-    assert [s.stride() for s in state_after["ema"].shadow] == [p.stride() for p in other.network.parameters()]
+    assert any(
+        stride[1:2] == (1,) and len(stride) == 4 for stride in layouts
+    )  # one of them was channels-last
+    assert [s.stride() for s in state_after["ema"].shadow] == [
+        p.stride() for p in other.network.parameters()
+    ]
 
 
 def test_restore_matches_the_layouts(tmp_path):
@@ -268,8 +354,13 @@ def test_restore_matches_the_layouts(tmp_path):
     config, other, optimizer, state = trained(CHANNELS_LAST, ["--save_dir", str(tmp_path)], steps=0)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, total_iters=1)
     progress = {"step": 0}
-    checkpoint.restore(config, {**state, "network": other.network, "warmup": warmup}, progress, saved, 10)
-    assert progress == {"step": 2, "best_loss": float("inf")}  # one without looks measured all test images
+    checkpoint.restore(
+        config, {**state, "network": other.network, "warmup": warmup}, progress, saved, 10
+    )
+    assert progress == {
+        "step": 2,
+        "best_loss": float("inf"),
+    }  # one without looks measured all test images
     for parameter, moments in optimizer.state.items():
         assert moments["exp_avg"].stride() == parameter.stride()
     assert all(torch.equal(a, b) for a, b in zip(ddpm.parameters(), other.parameters()))
@@ -346,10 +437,18 @@ def test_a_full_disk_names_the_missing_bytes_and_leaves_the_old_file(tmp_path, s
     old = (tmp_path / "a.pt").read_bytes()
     with files_of_at_most(size), pytest.raises(OSError) as caught:
         save_checkpoint(tmp_path / "a.pt", {"weights": torch.ones(100_000)}, tmp_path / "before.pt")
-    missing, whole = (int(number.replace(",", "")) for number in re.findall(r"[\d,]{3,}", str(caught.value))[-2:])
-    assert str(caught.value).startswith(f"{tmp_path / 'a.pt'}: cannot be written (") and "\n" not in str(caught.value)
-    assert whole == pytest.approx(len(old), abs=200) and missing == pytest.approx(whole - size, abs=70_000)
-    assert (tmp_path / "a.pt").read_bytes() == old and [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+    missing, whole = (
+        int(number.replace(",", "")) for number in re.findall(r"[\d,]{3,}", str(caught.value))[-2:]
+    )
+    assert str(caught.value).startswith(
+        f"{tmp_path / 'a.pt'}: cannot be written ("
+    ) and "\n" not in str(caught.value)
+    assert whole == pytest.approx(len(old), abs=200) and missing == pytest.approx(
+        whole - size, abs=70_000
+    )
+    assert (tmp_path / "a.pt").read_bytes() == old and [
+        path.name for path in tmp_path.iterdir()
+    ] == ["a.pt"]
     with files_of_at_most(0), pytest.raises(OSError):
         write_text(tmp_path / "b.json", "a text")
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
@@ -357,8 +456,20 @@ def test_a_full_disk_names_the_missing_bytes_and_leaves_the_old_file(tmp_path, s
 
 @pytest.mark.parametrize("damage", ("flipped", "cut", "empty", "gone", "folder"))
 def test_a_damaged_last_pt_is_replaced_by_the_one_before(tmp_path, damage, capsys):
-    state = {"config": {}, "step": 7, "best_loss": 1.0, "train_curve": [[7, 1.0]], "test_curve": [], "warning": None,
-             "log": "a", "rng": {}, "network": {"w": torch.arange(1000.0)}, "ema": {}, "optimizer": {}, "warmup": {}}
+    state = {
+        "config": {},
+        "step": 7,
+        "best_loss": 1.0,
+        "train_curve": [[7, 1.0]],
+        "test_curve": [],
+        "warning": None,
+        "log": "a",
+        "rng": {},
+        "network": {"w": torch.arange(1000.0)},
+        "ema": {},
+        "optimizer": {},
+        "warmup": {},
+    }
     save_checkpoint(tmp_path / "last.previous.pt", state)
     save_checkpoint(tmp_path / "last.pt", state | {"step": 8})
     assert load_last(tmp_path)["step"] == 8 and capsys.readouterr().err == ""
@@ -368,7 +479,9 @@ def test_a_damaged_last_pt_is_replaced_by_the_one_before(tmp_path, damage, capsy
     if damage == "folder":
         (tmp_path / "last.pt").mkdir()
     elif damage != "gone":
-        (tmp_path / "last.pt").write_bytes({"flipped": content, "cut": content[:-100], "empty": b""}[damage])
+        (tmp_path / "last.pt").write_bytes(
+            {"flipped": content, "cut": content[:-100], "empty": b""}[damage]
+        )
     assert load_last(tmp_path)["step"] == 7
     said = capsys.readouterr().err
     assert f"{tmp_path / 'last.pt'}: " in said

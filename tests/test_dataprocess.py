@@ -58,8 +58,10 @@ def mnist(tmp_path):
 @pytest.fixture
 def no_network(monkeypatch):
     """Downloads fail as they do without a network."""
+
     def fail(url, *args, **kwargs):
         raise OSError("no route to host")
+
     monkeypatch.setattr("urllib.request.urlopen", fail)
 
 
@@ -86,7 +88,9 @@ def one_line(error):
 def test_few_images_are_evenly_spread_never_augmented_and_keep_their_labels(mnist):
     images, _ = load_data("mnist", mnist, channels=1, augment=True)
     few = images.few(10)
-    assert torch.equal(few.images, images.images[::TRAIN // 10]) and torch.equal(few.labels, images.labels[::23])
+    assert torch.equal(few.images, images.images[:: TRAIN // 10]) and torch.equal(
+        few.labels, images.labels[::23]
+    )
     (x0, y), (again, _) = few.batch(slice(None)), few.batch(slice(None))
     assert torch.equal(x0, again) and x0.shape == (10, 1, 32, 32) and torch.equal(y, few.labels)
     assert images.augment and len(images.few(10**6)) == TRAIN
@@ -95,6 +99,7 @@ def test_few_images_are_evenly_spread_never_augmented_and_keep_their_labels(mnis
 
 
 # Batches
+
 
 def test_batch_shapes_and_types(mnist):
     train, test = load_data("mnist", mnist, augment=False)
@@ -119,7 +124,7 @@ def test_sizes(mnist, channels, image_size):
 def test_values_are_those_of_the_file(mnist):
     train, _ = load_data("mnist", mnist, image_size=28, channels=1, augment=False)
     content = small_mnist()["train-images-idx3-ubyte"][16:]
-    pixels = torch.tensor(list(content[:784 * 5])).view(5, 1, 28, 28)
+    pixels = torch.tensor(list(content[: 784 * 5])).view(5, 1, 28, 28)
     assert torch.equal(train.batch(slice(0, 5))[0], pixels / 127.5 - 1)
 
 
@@ -133,7 +138,9 @@ def test_first_images_are_taken(mnist):
     train, test = load_data("mnist", mnist, train_size=25, test_size=7)
     everything, _ = load_data("mnist", mnist)
     assert (len(train), len(test)) == (25, 7)
-    assert torch.equal(train.images, everything.images[:25]) and torch.equal(train.labels, everything.labels[:25])
+    assert torch.equal(train.images, everything.images[:25]) and torch.equal(
+        train.labels, everything.labels[:25]
+    )
 
 
 def test_everything_happens_on_the_device():
@@ -143,6 +150,7 @@ def test_everything_happens_on_the_device():
 
 
 # Order
+
 
 def test_every_image_once_an_epoch():
     batches = list(numbered().epoch(32, 0))
@@ -188,10 +196,13 @@ def test_start_goes_on_where_a_run_stopped(start):
 
 # Augmentation
 
+
 def augmented(picture, n=400):
     """`n` augmented copies of a picture, float, 0 to 1: (n, 32, 32)."""
     torch.manual_seed(0)
-    images = Images("mnist", picture.expand(n, 32, 32), torch.zeros(n, dtype=torch.int64), 1, augment=True)
+    images = Images(
+        "mnist", picture.expand(n, 32, 32), torch.zeros(n, dtype=torch.int64), 1, augment=True
+    )
     return (images.batch(slice(None))[0][:, 0] + 1) / 2
 
 
@@ -205,7 +216,9 @@ def picture(*boxes):
 
 def moments(x):
     """Centre (N, 2), as x and y in pixels from the middle, and covariance (N, 2, 2) of the light."""
-    place = torch.stack(torch.meshgrid(torch.arange(32) - 15.5, torch.arange(32) - 15.5, indexing="xy"), dim=-1)
+    place = torch.stack(
+        torch.meshgrid(torch.arange(32) - 15.5, torch.arange(32) - 15.5, indexing="xy"), dim=-1
+    )
     weight = x / x.sum((1, 2), keepdim=True)
     centre = torch.einsum("nij,ijk->nk", weight, place)
     offset = place - centre[:, None, None]
@@ -222,7 +235,9 @@ def test_augmentation_shifts_by_up_to_a_pixel():
 
 def test_augmentation_turns_by_up_to_five_degrees():
     _, covariance = moments(augmented(picture((4, 28, 14, 18))))
-    angle = torch.rad2deg(0.5 * torch.atan2(2 * covariance[:, 0, 1], covariance[:, 1, 1] - covariance[:, 0, 0]))
+    angle = torch.rad2deg(
+        0.5 * torch.atan2(2 * covariance[:, 0, 1], covariance[:, 1, 1] - covariance[:, 0, 0])
+    )
     assert 4.5 < angle.max() < 5.3 and -5.3 < angle.min() < -4.5
 
 
@@ -236,7 +251,9 @@ def test_augmentation_never_flips():
     x = augmented(original)
     for axes in ([0], [1], [0, 1]):
         mirrored = original.flip(axes) / 255
-        assert ((x - original / 255).square().sum((1, 2)) < 0.8 * (x - mirrored).square().sum((1, 2))).all()
+        assert (
+            (x - original / 255).square().sum((1, 2)) < 0.8 * (x - mirrored).square().sum((1, 2))
+        ).all()
 
 
 def test_augmentation_keeps_the_range_and_the_background(mnist):
@@ -271,10 +288,11 @@ def test_augmentation_is_for_training_and_can_be_off(mnist):
 
 # Files
 
+
 def with_header(content, *numbers):
     """An IDX file with the numbers at its start replaced."""
     header = struct.pack(f">{len(numbers)}i", *numbers)
-    return header + content[len(header):]
+    return header + content[len(header) :]
 
 
 DAMAGES = {
@@ -283,15 +301,51 @@ DAMAGES = {
     "empty": ("t10k-labels-idx1-ubyte", lambda content: b"", "0 bytes"),
     "header cut short": ("t10k-images-idx3-ubyte", lambda content: content[:10], "10 bytes"),
     "wrong magic": ("train-images-idx3-ubyte", lambda content: with_header(content, 2052), "2052"),
-    "labels as images": ("t10k-images-idx3-ubyte", lambda content: idx(np.zeros(40, np.uint8)), "expected (2051"),
-    "images as labels": ("t10k-labels-idx1-ubyte", lambda content: with_header(content, 2051), "expected (2049"),
-    "a web page": ("train-labels-idx1-ubyte", lambda content: b"<!DOCTYPE html><html>Sign in</html>", "expected (2049"),
-    "wrong count of images": ("train-images-idx3-ubyte", lambda content: with_header(content, 2051, 60_000), "60000"),
-    "wrong count of labels": ("train-labels-idx1-ubyte", lambda content: with_header(content, 2049, 229), "229"),
-    "negative count": ("train-labels-idx1-ubyte", lambda content: with_header(content, 2049, -1), "-1 labels"),
-    "no images": ("t10k-images-idx3-ubyte", lambda content: idx(np.zeros((0, 28, 28), np.uint8)), "0 images"),
-    "wrong size": ("train-images-idx3-ubyte", lambda content: with_header(content, 2051, 230, 14, 56), "14, 56"),
-    "fewer labels": ("train-labels-idx1-ubyte", lambda content: idx(np.zeros(229, np.uint8)), "229 labels"),
+    "labels as images": (
+        "t10k-images-idx3-ubyte",
+        lambda content: idx(np.zeros(40, np.uint8)),
+        "expected (2051",
+    ),
+    "images as labels": (
+        "t10k-labels-idx1-ubyte",
+        lambda content: with_header(content, 2051),
+        "expected (2049",
+    ),
+    "a web page": (
+        "train-labels-idx1-ubyte",
+        lambda content: b"<!DOCTYPE html><html>Sign in</html>",
+        "expected (2049",
+    ),
+    "wrong count of images": (
+        "train-images-idx3-ubyte",
+        lambda content: with_header(content, 2051, 60_000),
+        "60000",
+    ),
+    "wrong count of labels": (
+        "train-labels-idx1-ubyte",
+        lambda content: with_header(content, 2049, 229),
+        "229",
+    ),
+    "negative count": (
+        "train-labels-idx1-ubyte",
+        lambda content: with_header(content, 2049, -1),
+        "-1 labels",
+    ),
+    "no images": (
+        "t10k-images-idx3-ubyte",
+        lambda content: idx(np.zeros((0, 28, 28), np.uint8)),
+        "0 images",
+    ),
+    "wrong size": (
+        "train-images-idx3-ubyte",
+        lambda content: with_header(content, 2051, 230, 14, 56),
+        "14, 56",
+    ),
+    "fewer labels": (
+        "train-labels-idx1-ubyte",
+        lambda content: idx(np.zeros(229, np.uint8)),
+        "229 labels",
+    ),
     "unknown label": ("t10k-labels-idx1-ubyte", lambda content: content[:-1] + b"\x0a", "label 10"),
 }
 
@@ -327,11 +381,16 @@ def test_folder_in_place_of_a_file(mnist):
     assert str(path) in one_line(error)
 
 
-@pytest.mark.parametrize("dataset, folder", [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"),
-                                             ("kmnist", "KMNIST")])
+@pytest.mark.parametrize(
+    "dataset, folder", [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")]
+)
 @pytest.mark.parametrize("missing", [FILES, FILES[1:2]])
 def test_data_set_that_cannot_be_had(tmp_path, no_network, dataset, folder, missing):
-    raw = write(tmp_path, {name: content for name, content in small_mnist().items() if name not in missing}, folder)
+    raw = write(
+        tmp_path,
+        {name: content for name, content in small_mnist().items() if name not in missing},
+        folder,
+    )
     with pytest.raises(ValueError) as error:
         load_data(dataset, tmp_path)
     text = one_line(error)
@@ -351,6 +410,7 @@ def test_data_dir_that_cannot_be_made(tmp_path, dataset, data_dir):
 def test_data_dir_that_cannot_be_written(tmp_path, monkeypatch):
     def fail(**kwargs):
         raise PermissionError(13, "Permission denied")
+
     monkeypatch.setattr("tempfile.TemporaryDirectory", fail)  # for root every folder can be written
     with pytest.raises(ValueError) as error:
         load_data("auto", tmp_path)
@@ -371,7 +431,9 @@ def test_complete_folder_is_only_read(mnist, monkeypatch):
     assert train.name == "mnist" and train.warning is None and snapshot(mnist) == before
 
 
-@pytest.mark.parametrize("dataset, folder", [("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")])
+@pytest.mark.parametrize(
+    "dataset, folder", [("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")]
+)
 def test_other_data_sets(tmp_path, dataset, folder):
     write(tmp_path, small_mnist(), folder)
     train, test = load_data(dataset, tmp_path)
@@ -383,16 +445,27 @@ def test_home_folder(mnist, monkeypatch):
     assert load_data("mnist", f"~/{mnist.name}")[0].name == "mnist"
 
 
-@pytest.mark.parametrize("settings", [dict(dataset="cifar"), dict(train_size=0), dict(test_size=-1),
-                                      dict(image_size=0), dict(channels=0)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(dataset="cifar"),
+        dict(train_size=0),
+        dict(test_size=-1),
+        dict(image_size=0),
+        dict(channels=0),
+    ],
+)
 def test_impossible_settings(tmp_path, settings):
     with pytest.raises(ValueError) as error:
         load_data(**{"dataset": "glyphs", "data_dir": tmp_path, **settings})
-    (name, value), = settings.items()
-    assert name in one_line(error) and str(value) in one_line(error) and "expected" in one_line(error)
+    ((name, value),) = settings.items()
+    assert (
+        name in one_line(error) and str(value) in one_line(error) and "expected" in one_line(error)
+    )
 
 
 # Downloads
+
 
 @pytest.fixture
 def mirror(monkeypatch):
@@ -415,11 +488,18 @@ def mirror(monkeypatch):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.silent = threading.Event()
-    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True
+    ).start()
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
-    monkeypatch.setattr(torchvision.datasets.MNIST, "resources",
-                        [(name, hashlib.md5(content).hexdigest()) for name, content in served.items()])
+    monkeypatch.setattr(
+        torchvision.datasets.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"]
+    )
+    monkeypatch.setattr(
+        torchvision.datasets.MNIST,
+        "resources",
+        [(name, hashlib.md5(content).hexdigest()) for name, content in served.items()],
+    )
     yield served
     server.silent.set()
     server.shutdown()
@@ -430,7 +510,9 @@ def test_download(tmp_path, mirror):
     data_dir = tmp_path / "new" / "data"
     train, test = load_data("auto", data_dir)
     assert (train.name, len(train), len(test)) == ("mnist", TRAIN, TEST)
-    assert {path.name: path.read_bytes() for path in (data_dir / "MNIST" / "raw").iterdir()} == small_mnist()
+    assert {
+        path.name: path.read_bytes() for path in (data_dir / "MNIST" / "raw").iterdir()
+    } == small_mnist()
 
 
 def test_download_of_the_missing_file_alone(mnist, mirror):
@@ -440,7 +522,10 @@ def test_download_of_the_missing_file_alone(mnist, mirror):
     load_data("mnist", mnist)
     after = snapshot(raw)
     assert after.keys() == before.keys()
-    assert {path.name for path in before if after[path] != before[path]} == {"raw", "t10k-labels-idx1-ubyte"}
+    assert {path.name for path in before if after[path] != before[path]} == {
+        "raw",
+        "t10k-labels-idx1-ubyte",
+    }
 
 
 def test_archives_brought_by_hand(tmp_path, mirror, no_network):
@@ -453,23 +538,35 @@ def test_failed_download_leaves_nothing(tmp_path, mirror, monkeypatch, failure):
     monkeypatch.setattr(dataprocess, "DOWNLOAD_TIMEOUT", 0.3)
     monkeypatch.setattr("socket.getdefaulttimeout", lambda: 123)
     set_to = []
-    monkeypatch.setattr("socket.setdefaulttimeout",
-                        lambda seconds, original=socket.setdefaulttimeout: (set_to.append(seconds), original(seconds)))
+    monkeypatch.setattr(
+        "socket.setdefaulttimeout",
+        lambda seconds, original=socket.setdefaulttimeout: (
+            set_to.append(seconds),
+            original(seconds),
+        ),
+    )
     name = "t10k-labels-idx1-ubyte.gz"  # the last: three have arrived when it fails
-    mirror[name] = {"cut short": mirror[name][:-5], "another file": gzip.compress(b"html"), "hangs": None}[failure]
+    mirror[name] = {
+        "cut short": mirror[name][:-5],
+        "another file": gzip.compress(b"html"),
+        "hangs": None,
+    }[failure]
     try:
         train, _ = load_data("auto", tmp_path, train_size=10, test_size=10)
     finally:
         socket.setdefaulttimeout(None)
     assert train.name == "glyphs" and train.warning
     assert set_to[:2] == [0.3, 123]
-    assert [path for path in tmp_path.rglob("*") if path.is_file() or path.name.startswith("download")] == []
+    assert [
+        path for path in tmp_path.rglob("*") if path.is_file() or path.name.startswith("download")
+    ] == []
 
 
 def test_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(root, download):
         (Path(root) / "MNIST" / "raw" / FILES[0]).write_bytes(b"half")
         raise KeyboardInterrupt
+
     monkeypatch.setattr(torchvision.datasets, "MNIST", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_data("auto", tmp_path)
@@ -483,12 +580,17 @@ def test_auto_goes_on_with_glyphs_and_says_so(tmp_path, no_network, capfd):
     lines = train.warning.splitlines()
     assert len(lines) > 4 and set(lines[0]) == set(lines[-1]) == {"*"}
     text = " ".join(line.strip("* ") for line in lines)
-    assert "NOT MNIST" in text and "no route to host" in text and str(tmp_path / "data" / "MNIST" / "raw") in text
+    assert (
+        "NOT MNIST" in text
+        and "no route to host" in text
+        and str(tmp_path / "data" / "MNIST" / "raw") in text
+    )
     assert all(name in text for name in FILES)
     assert capfd.readouterr() == ("", "")  # to print it is for the caller
 
 
 # Glyphs
+
 
 @pytest.fixture(scope="module")
 def glyphs():
@@ -516,8 +618,8 @@ def test_glyphs_are_deterministic_and_leave_the_global_state_alone(glyphs):
     fewer = load_data("glyphs", image_size=28, train_size=1234, test_size=5, seed=7)
     assert [len(images) for images in fewer] == [1234, 5]
     for again, images in zip(fewer, glyphs, strict=True):
-        assert torch.equal(again.images, images.images[:len(again)])
-        assert torch.equal(again.labels, images.labels[:len(again)])
+        assert torch.equal(again.images, images.images[: len(again)])
+        assert torch.equal(again.labels, images.labels[: len(again)])
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -539,7 +641,9 @@ def test_each_font_draws_ten_digits():
     assert (torch.cdist(bank, bank) + 99 * torch.eye(10)).min() > 3
     # The same digit of two fonts is more alike than two digits are: no font draws symbols, or boxes, in their place.
     mean = bank.mean(0)
-    assert (torch.cdist(bank.flatten(0, 1), mean).argmin(1).view(-1, 10) == torch.arange(10)).double().mean() > 0.9
+    assert (
+        torch.cdist(bank.flatten(0, 1), mean).argmin(1).view(-1, 10) == torch.arange(10)
+    ).double().mean() > 0.9
 
 
 def test_glyphs_are_resized():

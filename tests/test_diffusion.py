@@ -30,7 +30,9 @@ class Oracle(torch.nn.Module):
         self.num_classes = len(means) if len(means) > 1 else None
         self.calls, self.largest = 0, 0
         settings.pop("guidance_scale", None)
-        self.alphas_cumprod = DDPM(torch.nn.Identity(), prediction=prediction, **settings).alphas_cumprod
+        self.alphas_cumprod = DDPM(
+            torch.nn.Identity(), prediction=prediction, **settings
+        ).alphas_cumprod
 
     def forward(self, xt, t, y=None):
         self.calls, self.largest = self.calls + 1, max(self.largest, len(xt))
@@ -39,11 +41,19 @@ class Oracle(torch.nn.Module):
         m = known[0] if y is None else known[y][:, None, None, None]
         x0 = m + a.sqrt() * STD**2 / (a * STD**2 + 1 - a) * (xt.double() - a.sqrt() * m)
         eps = (xt - a.sqrt() * x0) / (1 - a).sqrt()
-        return {"x0": x0, "eps": eps, "v": a.sqrt() * eps - (1 - a).sqrt() * x0}[self.prediction].to(xt.dtype)
+        return {"x0": x0, "eps": eps, "v": a.sqrt() * eps - (1 - a).sqrt() * x0}[
+            self.prediction
+        ].to(xt.dtype)
 
 
 def gaussian(prediction="eps", means=(MEAN,), size=8, **settings):
-    return DDPM(Oracle(prediction, means, **settings), image_size=size, channels=1, prediction=prediction, **settings)
+    return DDPM(
+        Oracle(prediction, means, **settings),
+        image_size=size,
+        channels=1,
+        prediction=prediction,
+        **settings,
+    )
 
 
 def constant(value, prediction="eps", **settings):
@@ -59,7 +69,10 @@ def final_moments(timesteps, ddpm, eta, order=1):
     The state is (x_t, the x0 predicted before), both linear in the noises so far. The formulas are the papers': DDIM
     eq. 12 and 16, and 2211.01095 alg. 2 and its SDE form, in half log SNR.
     """
-    mean, covariance = torch.tensor([0.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 0.0])).double()
+    mean, covariance = (
+        torch.tensor([0.0, 0.0]).double(),
+        torch.diag(torch.tensor([1.0, 0.0])).double(),
+    )
     h_before = None
     for t, s in zip(timesteps, timesteps[1:] + [-1]):
         a, b = ddpm.alphas_cumprod[t].item(), ddpm.alphas_cumprod[s].item() if s >= 0 else 1.0
@@ -72,13 +85,22 @@ def final_moments(timesteps, ddpm, eta, order=1):
             of_x = math.sqrt(1 - b - sigma**2) / math.sqrt(1 - a)
             of_x0 = math.sqrt(b) - of_x * math.sqrt(a)
         elif eta == 0:
-            sigma, of_x, of_x0 = 0.0, math.sqrt((1 - b) / (1 - a)), math.sqrt(b) * (1 - math.exp(-h))
+            sigma, of_x, of_x0 = (
+                0.0,
+                math.sqrt((1 - b) / (1 - a)),
+                math.sqrt(b) * (1 - math.exp(-h)),
+            )
         else:
             sigma = math.sqrt(1 - b) * math.sqrt(1 - math.exp(-2 * h))
-            of_x, of_x0 = math.sqrt((1 - b) / (1 - a)) * math.exp(-h), math.sqrt(b) * (1 - math.exp(-2 * h))
+            of_x, of_x0 = (
+                math.sqrt((1 - b) / (1 - a)) * math.exp(-h),
+                math.sqrt(b) * (1 - math.exp(-2 * h)),
+            )
         if ddpm.variance == "fixed_large" and s >= 0:
             sigma = eta * math.sqrt(1 - a / b)
-        step = torch.tensor([[of_x + of_x0 * (1 + c) * gain, -of_x0 * c], [gain, 0.0]], dtype=torch.float64)
+        step = torch.tensor(
+            [[of_x + of_x0 * (1 + c) * gain, -of_x0 * c], [gain, 0.0]], dtype=torch.float64
+        )
         mean = step @ mean + torch.tensor([of_x0 * (1 + c) * offset, offset])
         covariance = step @ covariance @ step.T + torch.diag(torch.tensor([sigma**2, 0.0]).double())
         h_before = h
@@ -91,12 +113,16 @@ def final_moments(timesteps, ddpm, eta, order=1):
 def test_the_linear_schedule_is_ddpms():
     ddpm = DDPM(torch.nn.Identity())
     assert ddpm.betas.dtype == torch.float64 and ddpm.betas.shape == (1000,)
-    assert ddpm.betas[0].item() == pytest.approx(1e-4) and ddpm.betas[-1].item() == pytest.approx(0.02)
+    assert ddpm.betas[0].item() == pytest.approx(1e-4) and ddpm.betas[-1].item() == pytest.approx(
+        0.02
+    )
     steps = ddpm.betas.diff()
     assert torch.allclose(steps, steps[0])
     log_sum = sum(math.log1p(-(1e-4 + i * (0.02 - 1e-4) / 999)) for i in range(1000))
     assert ddpm.alphas_cumprod[-1].item() == pytest.approx(math.exp(log_sum), rel=1e-9)
-    assert math.exp(log_sum) == pytest.approx(4.04e-5, rel=1e-2)  # DDPM sec. 4: x_T is all but noise
+    assert math.exp(log_sum) == pytest.approx(
+        4.04e-5, rel=1e-2
+    )  # DDPM sec. 4: x_T is all but noise
 
 
 def test_the_cosine_schedule_is_improved_ddpms():
@@ -131,7 +157,9 @@ def test_q_sample_has_the_moments_of_equation_4():
     for t in (0, 300, 999):
         xt = ddpm.q_sample(x0, torch.full((20_000,), t), torch.randn_like(x0))
         a = ddpm.alphas_cumprod[t].item()
-        assert xt.mean().item() == pytest.approx(0.5 * math.sqrt(a), abs=5 * math.sqrt(1 - a) / math.sqrt(xt.numel()))
+        assert xt.mean().item() == pytest.approx(
+            0.5 * math.sqrt(a), abs=5 * math.sqrt(1 - a) / math.sqrt(xt.numel())
+        )
         assert xt.var().item() == pytest.approx(1 - a, rel=0.01)
 
 
@@ -143,7 +171,9 @@ def test_q_posterior_is_bayes_rule():
         a_t, a_s = ddpm.alphas_cumprod[t].item(), ddpm.alphas_cumprod[s].item()
         alpha = a_t / a_s
         precision = alpha / (1 - alpha) + 1 / (1 - a_s)
-        expected = (math.sqrt(alpha) * -0.4 / (1 - alpha) + math.sqrt(a_s) * 0.7 / (1 - a_s)) / precision
+        expected = (
+            math.sqrt(alpha) * -0.4 / (1 - alpha) + math.sqrt(a_s) * 0.7 / (1 - a_s)
+        ) / precision
         mean, variance = ddpm.q_posterior(x0, xt, torch.tensor([t]), torch.tensor([s]))
         assert mean.unique().item() == pytest.approx(expected, rel=1e-5)
         assert variance.item() == pytest.approx(1 / precision, rel=1e-5)
@@ -159,7 +189,9 @@ def test_the_first_step_goes_back_to_the_image_itself():
 
 def test_q_posterior_of_one_step_is_the_papers_beta_tilde():
     ddpm = gaussian()
-    _, variance = ddpm.q_posterior(torch.zeros(1000, 1, 8, 8), torch.zeros(1000, 1, 8, 8), torch.arange(1000))
+    _, variance = ddpm.q_posterior(
+        torch.zeros(1000, 1, 8, 8), torch.zeros(1000, 1, 8, 8), torch.arange(1000)
+    )
     before = torch.cat([torch.ones(1), ddpm.alphas_cumprod[:-1]])
     tilde = (1 - before) / (1 - ddpm.alphas_cumprod) * ddpm.betas
     torch.testing.assert_close(variance.flatten().double(), tilde, rtol=1e-5, atol=1e-12)
@@ -172,14 +204,20 @@ def test_q_posterior_of_one_step_is_the_papers_beta_tilde():
 def test_the_loss_is_zero_for_the_truth_and_known_for_a_constant(prediction):
     torch.manual_seed(0)
     ddpm = constant(0.0, prediction)
-    x0, eps, t = torch.randn(5, 1, 4, 4), torch.randn(5, 1, 4, 4), torch.tensor([0, 10, 500, 900, 999])
+    x0, eps, t = (
+        torch.randn(5, 1, 4, 4),
+        torch.randn(5, 1, 4, 4),
+        torch.tensor([0, 10, 500, 900, 999]),
+    )
     a = ddpm.alphas_cumprod[t][:, None, None, None].float()
     truth = {"eps": eps, "x0": x0, "v": a.sqrt() * eps - (1 - a).sqrt() * x0}[prediction]
     losses = ddpm(x0, t=t, eps=eps, reduction="none")
     torch.testing.assert_close(losses, truth.square().mean((1, 2, 3)))
     torch.testing.assert_close(ddpm(x0, t=t, eps=eps), losses.mean())
     ddpm.loss = "l1"
-    torch.testing.assert_close(ddpm(x0, t=t, eps=eps, reduction="none"), truth.abs().mean((1, 2, 3)))
+    torch.testing.assert_close(
+        ddpm(x0, t=t, eps=eps, reduction="none"), truth.abs().mean((1, 2, 3))
+    )
     ddpm.network.forward = lambda xt, t, y=None: truth
     assert ddpm(x0, t=t, eps=eps) < 1e-6
 
@@ -209,12 +247,16 @@ def test_posterior_mean_is_bayes_rule():
         expected = torch.zeros_like(xt)
         for i in range(4):
             a = ddpm.alphas_cumprod[t[i]]
-            q = torch.distributions.Normal(a.sqrt() * candidates.expand(-1, 3, -1, -1), (1 - a).sqrt())
+            q = torch.distributions.Normal(
+                a.sqrt() * candidates.expand(-1, 3, -1, -1), (1 - a).sqrt()
+            )
             p = q.log_prob(xt[i]).sum((1, 2, 3)).exp() * (1 if mask is None else mask[i])
             expected[i] = (p[:, None, None, None] * candidates).sum(0) / p.sum()
         for images in (candidates, candidates.expand(-1, 3, -1, -1)):
             torch.testing.assert_close(ddpm.posterior_mean(xt, t, images, allowed=mask), expected)
-            torch.testing.assert_close(ddpm.posterior_mean(xt, t, images[:2], images[2:], allowed=mask), expected)
+            torch.testing.assert_close(
+                ddpm.posterior_mean(xt, t, images[:2], images[2:], allowed=mask), expected
+            )
     with torch.autocast("cpu", torch.bfloat16):  # as in a training step: still in float32
         mean = ddpm.posterior_mean(xt.float(), t, candidates.float(), allowed=allowed)
     torch.testing.assert_close(mean, expected.float(), rtol=0, atol=1e-4)
@@ -226,7 +268,9 @@ def test_posterior_mean_is_exact_at_the_clean_end_in_float32_too():
     candidates = 0.03 * torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     xt, t = candidates.mean(dim=0, keepdim=True).expand(3, -1, -1, -1), torch.tensor([0, 1, 2])
     exact = ddpm.posterior_mean(xt.double(), t, candidates.double())
-    torch.testing.assert_close(ddpm.posterior_mean(xt, t, candidates), exact.float(), rtol=0, atol=2e-7)
+    torch.testing.assert_close(
+        ddpm.posterior_mean(xt, t, candidates), exact.float(), rtol=0, atol=2e-7
+    )
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -242,7 +286,9 @@ def test_with_references_the_truth_is_the_mean_of_all_images_that_may_be(predict
     def exact(xt, t, y_seen=None):
         a = ddpm.alphas_cumprod[t].float()[:, None, None, None]
         every, of_every = torch.cat([x0, images]), torch.cat([y, of_images])
-        same_label = None if y_seen is None else (y_seen[:, None] == of_every) | (y_seen[:, None] == 2)
+        same_label = (
+            None if y_seen is None else (y_seen[:, None] == of_every) | (y_seen[:, None] == 2)
+        )
         mean = ddpm.posterior_mean(xt, t, every, allowed=same_label)
         eps = (xt - a.sqrt() * mean) / (1 - a).sqrt()
         return {"x0": mean, "eps": eps, "v": a.sqrt() * eps - (1 - a).sqrt() * mean}[prediction]
@@ -312,12 +358,26 @@ def test_x0_is_clipped_and_eps_explains_x_t_with_the_clipped_one():
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("sampler, steps, eta", [
-    ("ddpm", 1000, None), ("ddpm", 50, None), ("ddim", 1000, None), ("ddim", 10, None), ("ddim", 50, 0.5),
-    ("ddim", 50, 1.0), ("ddpm", 1, None), ("dpm++", 20, None), ("sde-dpm++", 20, None), ("dpm++", 2, None)])
+@pytest.mark.parametrize(
+    "sampler, steps, eta",
+    [
+        ("ddpm", 1000, None),
+        ("ddpm", 50, None),
+        ("ddim", 1000, None),
+        ("ddim", 10, None),
+        ("ddim", 50, 0.5),
+        ("ddim", 50, 1.0),
+        ("ddpm", 1, None),
+        ("dpm++", 20, None),
+        ("sde-dpm++", 20, None),
+        ("dpm++", 2, None),
+    ],
+)
 def test_samplers_give_the_exact_mean_and_variance(prediction, schedule, sampler, steps, eta):
     if steps == 1000 and (prediction, schedule) not in (("eps", "linear"), ("v", "cosine")):
-        steps = 100  # the schedule and the kind of prediction change nothing that more steps would show
+        steps = (
+            100  # the schedule and the kind of prediction change nothing that more steps would show
+        )
     ddpm = gaussian(prediction, beta_schedule=schedule)
     check_moments(ddpm, sampler, steps, eta)
     if steps == 1000:  # and all steps give the data's own
@@ -328,15 +388,32 @@ def test_samplers_give_the_exact_mean_and_variance(prediction, schedule, sampler
 def check_moments(ddpm, sampler, steps, eta=None, n=300):
     images = ddpm.sample(n, sampler=sampler, steps=steps, eta=eta, seed=1, batch_size=n).double()
     default, order = SAMPLERS[sampler]
-    mean, variance = final_moments(ddpm.timesteps(steps), ddpm, default if eta is None else eta, order)
-    assert images.mean().item() == pytest.approx(mean, abs=1e-4 + 4 * math.sqrt(variance / images.numel()))
-    assert images.var().item() == pytest.approx(variance, rel=4 * math.sqrt(2 / images.numel()), abs=1e-6)
+    mean, variance = final_moments(
+        ddpm.timesteps(steps), ddpm, default if eta is None else eta, order
+    )
+    assert images.mean().item() == pytest.approx(
+        mean, abs=1e-4 + 4 * math.sqrt(variance / images.numel())
+    )
+    assert images.var().item() == pytest.approx(
+        variance, rel=4 * math.sqrt(2 / images.numel()), abs=1e-6
+    )
 
 
-@pytest.mark.parametrize("settings", [
-    dict(variance="fixed_large"), dict(timestep_spacing="linspace"),
-    dict(prediction="v", zero_terminal_snr=True), dict(prediction="x0", zero_terminal_snr=True),
-    dict(prediction="v", zero_terminal_snr=True, beta_schedule="cosine", timestep_spacing="linspace")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(variance="fixed_large"),
+        dict(timestep_spacing="linspace"),
+        dict(prediction="v", zero_terminal_snr=True),
+        dict(prediction="x0", zero_terminal_snr=True),
+        dict(
+            prediction="v",
+            zero_terminal_snr=True,
+            beta_schedule="cosine",
+            timestep_spacing="linspace",
+        ),
+    ],
+)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers_give_the_exact_mean_and_variance_under_every_setting(settings, sampler):
     ddpm = gaussian(**settings)
@@ -346,21 +423,27 @@ def test_samplers_give_the_exact_mean_and_variance_under_every_setting(settings,
 
 @pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm++", 2)])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_the_deterministic_samplers_converge_to_the_exact_flow_at_their_order(sampler, order, prediction):
+def test_the_deterministic_samplers_converge_to_the_exact_flow_at_their_order(
+    sampler, order, prediction
+):
     """The flow keeps x_t's distance from its mean in standard deviations. Here between inner steps of a fine chain."""
     ddpm = gaussian(prediction, num_timesteps=100_000)
     first, last = 80_000, 20_000
     a, b = (ddpm.alphas_cumprod[i].item() for i in (first, last))
     xt = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     xt = math.sqrt(a) * MEAN + math.sqrt(a * STD**2 + 1 - a) * xt
-    exact = math.sqrt(b) * MEAN + math.sqrt((b * STD**2 + 1 - b) / (a * STD**2 + 1 - a)) * (xt - math.sqrt(a) * MEAN)
+    exact = math.sqrt(b) * MEAN + math.sqrt((b * STD**2 + 1 - b) / (a * STD**2 + 1 - a)) * (
+        xt - math.sqrt(a) * MEAN
+    )
     errors = []
     for steps in (8, 16, 32, 64):
         timesteps = torch.linspace(first, last, steps + 1).long().tolist()
         *_, (_, xs) = walk(ddpm, xt.double(), timesteps, None, 1.0, *SAMPLERS[sampler])
         errors.append((xs - exact).abs().max().item())
     slopes = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:])]
-    assert order - 0.15 < slopes[-1] < order + 0.35 and slopes == pytest.approx([order] * 3, abs=0.5), slopes
+    assert order - 0.15 < slopes[-1] < order + 0.35 and slopes == pytest.approx(
+        [order] * 3, abs=0.5
+    ), slopes
 
 
 def test_more_steps_come_nearer_to_the_exact_flow_to_the_image():
@@ -368,7 +451,10 @@ def test_more_steps_come_nearer_to_the_exact_flow_to_the_image():
     a = ddpm.alphas_cumprod[-1].item()
     exact = MEAN + STD / math.sqrt(a * STD**2 + 1 - a) * (xT - math.sqrt(a) * MEAN)
     for sampler in ("ddim", "dpm++"):
-        errors = [(ddpm.sample(2, sampler=sampler, steps=n, xT=xT) - exact).abs().max().item() for n in (5, 20, 80)]
+        errors = [
+            (ddpm.sample(2, sampler=sampler, steps=n, xT=xT) - exact).abs().max().item()
+            for n in (5, 20, 80)
+        ]
         assert errors[0] > 2 * errors[1] > 5 * errors[2], errors
 
 
@@ -400,7 +486,9 @@ def test_interpolation_mixes_two_noisy_images_and_denoises_the_mixture():
     at = torch.full((2,), 300)
     xt, other = (ddpm.q_sample(x, at, torch.randn(x.shape, generator=generator)) for x in (a, b))
     for weight, mixed in zip((0.0, 0.3, 1.0), images):
-        expected = ddpm.sample(2, xT=(1 - weight) * xt + weight * other, start=300, sampler="ddim", steps=3)
+        expected = ddpm.sample(
+            2, xT=(1 - weight) * xt + weight * other, start=300, sampler="ddim", steps=3
+        )
         torch.testing.assert_close(mixed, expected)
     near = ddpm.interpolate(a, b, [0.0, 1.0], t=0)
     torch.testing.assert_close(near, torch.stack([a, b]), atol=0.05, rtol=0)
@@ -430,14 +518,25 @@ def test_interpolation_without_labels_uses_none_whatever_the_guidance():
     assert [y.tolist() for y in seen] == [[2, 2]] * 8
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (dict(y=[0, 1, 0]), "y of 3 labels: expected 2"), (dict(y=[1]), "y of 1 labels: expected 2"),
-    (dict(y=[0, 2]), "y from 0 to 2: expected labels from 0 to 1"), (dict(y=[0.5, 1]), "y of torch.float32"),
-    (dict(guidance_scale=2.0), "guidance_scale 2.0: guidance needs labels"),
-    (dict(weights=[0.5, 1.1]), r"weights \[0.5, 1.1\]: expected one or more, from 0 to 1"),
-    (dict(weights=[-0.25]), r"weights \[-0.25\]"), (dict(weights=[math.nan]), r"weights \[nan\]"),
-    (dict(weights=[]), r"weights \[\]"), (dict(weights=torch.linspace(0, 2, 3)), r"weights \[0.0, 1.0, 2.0\]"),
-    (dict(x0=torch.zeros(0, 1, 8, 8), other=torch.zeros(0, 1, 8, 8), y=1), "n 0: expected at least 1 image")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(y=[0, 1, 0]), "y of 3 labels: expected 2"),
+        (dict(y=[1]), "y of 1 labels: expected 2"),
+        (dict(y=[0, 2]), "y from 0 to 2: expected labels from 0 to 1"),
+        (dict(y=[0.5, 1]), "y of torch.float32"),
+        (dict(guidance_scale=2.0), "guidance_scale 2.0: guidance needs labels"),
+        (dict(weights=[0.5, 1.1]), r"weights \[0.5, 1.1\]: expected one or more, from 0 to 1"),
+        (dict(weights=[-0.25]), r"weights \[-0.25\]"),
+        (dict(weights=[math.nan]), r"weights \[nan\]"),
+        (dict(weights=[]), r"weights \[\]"),
+        (dict(weights=torch.linspace(0, 2, 3)), r"weights \[0.0, 1.0, 2.0\]"),
+        (
+            dict(x0=torch.zeros(0, 1, 8, 8), other=torch.zeros(0, 1, 8, 8), y=1),
+            "n 0: expected at least 1 image",
+        ),
+    ],
+)
 def test_an_interpolation_that_does_not_fit_is_one_clear_line(arguments, words):
     ddpm, a = gaussian(means=(-0.4, 0.4)), torch.zeros(2, 1, 8, 8)
     with pytest.raises(ValueError, match=words) as error:
@@ -483,7 +582,11 @@ def test_a_seed_decides_the_images_and_leaves_the_global_state_alone():
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 250, 999, 1000])
 def test_timesteps_fall_from_noise_to_image(steps):
     timesteps = gaussian().timesteps(steps)
-    assert len(set(timesteps)) == steps and timesteps == sorted(timesteps, reverse=True) and timesteps[0] == 999
+    assert (
+        len(set(timesteps)) == steps
+        and timesteps == sorted(timesteps, reverse=True)
+        and timesteps[0] == 999
+    )
     assert timesteps[-1] == round(1000 / steps) - 1
     even = gaussian(timestep_spacing="linspace").timesteps(steps)
     assert len(set(even)) == steps and even == sorted(even, reverse=True) and even[0] == 999
@@ -500,9 +603,13 @@ def test_any_number_of_images_goes_in_bounded_batches():
 def test_the_sequence_ends_in_the_image():
     ddpm = gaussian()
     for sampler in SAMPLERS:
-        sequence = ddpm.sample(12, steps=6, sampler=sampler, seed=3, return_sequence=True, batch_size=5)
+        sequence = ddpm.sample(
+            12, steps=6, sampler=sampler, seed=3, return_sequence=True, batch_size=5
+        )
         assert sequence.shape == (6, 12, 1, 8, 8)
-        torch.testing.assert_close(sequence[-1], ddpm.sample(12, steps=6, sampler=sampler, seed=3, batch_size=5))
+        torch.testing.assert_close(
+            sequence[-1], ddpm.sample(12, steps=6, sampler=sampler, seed=3, batch_size=5)
+        )
 
 
 def test_what_is_left_out_comes_from_the_models_settings():
@@ -514,8 +621,15 @@ def test_what_is_left_out_comes_from_the_models_settings():
 
 
 def test_sampling_turns_dropout_off_and_training_on_again():
-    network = UNet(base_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), time_emb_dim=32,
-                   dropout=0.9, patch_size=4)
+    network = UNet(
+        base_channels=32,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        time_emb_dim=32,
+        dropout=0.9,
+        patch_size=4,
+    )
     torch.nn.init.normal_(network.conv_out.weight, std=0.1)
     torch.nn.init.normal_(network.middle[1].conv2.weight, std=0.1)
     ddpm = DDPM(network).train()
@@ -530,17 +644,23 @@ def test_sampling_turns_dropout_off_and_training_on_again():
 def test_labels_choose_the_class():
     ddpm = gaussian(means=(-0.4, 0.4))
     images = ddpm.sample(6, y=[0, 1, 1, 0, 1, 0], steps=100, seed=0)
-    assert torch.equal(images.mean((1, 2, 3)) > 0, torch.tensor([False, True, True, False, True, False]))
+    assert torch.equal(
+        images.mean((1, 2, 3)) > 0, torch.tensor([False, True, True, False, True, False])
+    )
     assert (ddpm.sample(4, y=1, steps=100, seed=0).mean((1, 2, 3)) > 0.3).all()
     assert (ddpm.sample(4, y=torch.tensor(1), steps=100, seed=0).mean((1, 2, 3)) > 0.3).all()
-    assert (ddpm.sample(2, y=range(2), steps=100, seed=0).mean((1, 2, 3)) * torch.tensor([-1, 1]) > 0.3).all()
+    assert (
+        ddpm.sample(2, y=range(2), steps=100, seed=0).mean((1, 2, 3)) * torch.tensor([-1, 1]) > 0.3
+    ).all()
 
 
 def test_without_labels_a_conditional_model_draws_them_evenly():
     ddpm = gaussian(means=(-0.4, 0.4))
     images = ddpm.sample(200, steps=50, seed=0)
     assert 70 < (images.mean((1, 2, 3)) > 0).sum() < 130  # both classes, nothing between
-    assert (images.mean((1, 2, 3)).abs() > 0.3).all() and torch.equal(images, ddpm.sample(200, steps=50, seed=0))
+    assert (images.mean((1, 2, 3)).abs() > 0.3).all() and torch.equal(
+        images, ddpm.sample(200, steps=50, seed=0)
+    )
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -559,12 +679,15 @@ def test_guidance_is_uncond_plus_s_times_the_difference(prediction):
 
 def test_guidance_pushes_away_from_the_unconditional():
     ddpm = gaussian(means=(0.0, 0.1))
-    plain, guided = (ddpm.sample(50, y=1, guidance_scale=s, steps=50, seed=0).mean().item() for s in (1.0, 3.0))
+    plain, guided = (
+        ddpm.sample(50, y=1, guidance_scale=s, steps=50, seed=0).mean().item() for s in (1.0, 3.0)
+    )
     assert plain == pytest.approx(0.1, abs=0.02) and guided == pytest.approx(0.3, abs=0.05)
 
 
 def labels_seen(guidance_scale=1.0, **options):
     """The labels that a model of three classes shows its network while it draws 4,000 images."""
+
     class Labels(torch.nn.Module):
         num_classes = 3
 
@@ -574,12 +697,21 @@ def labels_seen(guidance_scale=1.0, **options):
 
     seen, ddpm = [], DDPM(Labels(), image_size=1, channels=1, **options)
     first = ddpm.sample(4000, steps=1, seed=0, batch_size=8000, guidance_scale=guidance_scale)
-    assert torch.equal(first, ddpm.sample(4000, steps=1, seed=0, batch_size=900, guidance_scale=guidance_scale))
+    assert torch.equal(
+        first, ddpm.sample(4000, steps=1, seed=0, batch_size=900, guidance_scale=guidance_scale)
+    )
     return seen[0]
 
 
-@pytest.mark.parametrize("shares, expected", [(None, [1, 1, 1]), ([0.5, 0.2, 0.3], [1.5, 0.6, 0.9]),
-                                              ((0, 3, 1), [0, 2.25, 0.75]), (torch.tensor([1.0, 0, 1]), [1.5, 0, 1.5])])
+@pytest.mark.parametrize(
+    "shares, expected",
+    [
+        (None, [1, 1, 1]),
+        ([0.5, 0.2, 0.3], [1.5, 0.6, 0.9]),
+        ((0, 3, 1), [0, 2.25, 0.75]),
+        (torch.tensor([1.0, 0, 1]), [1.5, 0, 1.5]),
+    ],
+)
 def test_without_labels_classes_are_drawn_by_their_shares(shares, expected):
     share = labels_seen(class_shares=shares).bincount(minlength=3) / 4000
     assert torch.allclose(3 * share, torch.tensor(expected).float(), atol=0.1)
@@ -591,23 +723,47 @@ def test_drawn_labels_can_be_guided_and_none_is_drawn_for_guidance_0():
     assert (both[:4000] == 2).all() and (both[4000:] == 3).all() and (none == 3).all()
 
 
-@pytest.mark.parametrize("shares", [[1, 2], [1, 2, 3, 4], [1, -1, 1], [0, 0, 0], [1, 1, math.nan], [1, 1, math.inf],
-                                    ["1", 1, 1], 3, "abc", [True, 1, 1]])
+@pytest.mark.parametrize(
+    "shares",
+    [
+        [1, 2],
+        [1, 2, 3, 4],
+        [1, -1, 1],
+        [0, 0, 0],
+        [1, 1, math.nan],
+        [1, 1, math.inf],
+        ["1", 1, 1],
+        3,
+        "abc",
+        [True, 1, 1],
+    ],
+)
 def test_shares_that_fit_no_classes_are_refused(shares):
-    with pytest.raises(ValueError, match="class_shares .*expected a number from 0 for each of the network's 3"):
+    with pytest.raises(
+        ValueError, match="class_shares .*expected a number from 0 for each of the network's 3"
+    ):
         labels_seen(class_shares=shares)
     with pytest.raises(ValueError, match="class_shares .*network's 0 classes"):
         DDPM(constant(0).network, image_size=4, channels=1, class_shares=[1.0])
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (dict(n=0), "n 0"), (dict(n=2, steps=0), "steps 0"), (dict(n=2, steps=1001), "steps 1001.*1 to 1000"),
-    (dict(n=2, sampler="euler"), "sampler 'euler'.*'ddpm'"), (dict(n=2, eta=-0.1), "eta -0.1"),
-    (dict(n=2, eta=1.5), "eta 1.5"), (dict(n=2, y=[0, 2]), "y from 0 to 2.*0 to 1"), (dict(n=2, y=-1), "y from -1"),
-    (dict(n=2, y=[0, 1, 0]), "y of 3 labels: expected 2"),
-    (dict(n=2, y=[0.5, 1]), "y of torch.float32"),
-    (dict(n=2, xT=torch.zeros(2, 1, 4, 4)), r"xT of shape \(2, 1, 4, 4\)"), (dict(n=2, batch_size=0), "batch_size 0"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(n=0), "n 0"),
+        (dict(n=2, steps=0), "steps 0"),
+        (dict(n=2, steps=1001), "steps 1001.*1 to 1000"),
+        (dict(n=2, sampler="euler"), "sampler 'euler'.*'ddpm'"),
+        (dict(n=2, eta=-0.1), "eta -0.1"),
+        (dict(n=2, eta=1.5), "eta 1.5"),
+        (dict(n=2, y=[0, 2]), "y from 0 to 2.*0 to 1"),
+        (dict(n=2, y=-1), "y from -1"),
+        (dict(n=2, y=[0, 1, 0]), "y of 3 labels: expected 2"),
+        (dict(n=2, y=[0.5, 1]), "y of torch.float32"),
+        (dict(n=2, xT=torch.zeros(2, 1, 4, 4)), r"xT of shape \(2, 1, 4, 4\)"),
+        (dict(n=2, batch_size=0), "batch_size 0"),
+    ],
+)
 def test_what_does_not_fit_is_one_clear_line(arguments, words):
     with pytest.raises(ValueError, match=words) as error:
         gaussian(means=(0.0, 0.1)).sample(**arguments)
@@ -618,15 +774,29 @@ def test_labels_for_an_unconditional_model_are_refused():
     with pytest.raises(ValueError, match="unconditional"):
         gaussian().sample(2, y=1)
     with pytest.raises(ValueError, match="unconditional"):
-        DDPM(UNet(base_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), patch_size=4))(
-            torch.zeros(1, 3, 32, 32), torch.tensor([1]))
+        DDPM(
+            UNet(
+                base_channels=32,
+                channel_mult=(1,),
+                num_res_blocks=1,
+                attention_resolutions=(),
+                patch_size=4,
+            )
+        )(torch.zeros(1, 3, 32, 32), torch.tensor([1]))
 
 
-@pytest.mark.parametrize("settings, words", [
-    (dict(beta_schedule="sigmoid"), "beta_schedule 'sigmoid'"), (dict(prediction="score"), "prediction 'score'"),
-    (dict(loss="huber"), "loss 'huber'"), (dict(sampler="x"), "sampler 'x'"),
-    (dict(num_timesteps=0), "num_timesteps 0"), (dict(sample_steps=1001), "sample_steps 1001"),
-    (dict(num_timesteps=50, sample_steps=51), "1 to 50")])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(beta_schedule="sigmoid"), "beta_schedule 'sigmoid'"),
+        (dict(prediction="score"), "prediction 'score'"),
+        (dict(loss="huber"), "loss 'huber'"),
+        (dict(sampler="x"), "sampler 'x'"),
+        (dict(num_timesteps=0), "num_timesteps 0"),
+        (dict(sample_steps=1001), "sample_steps 1001"),
+        (dict(num_timesteps=50, sample_steps=51), "1 to 50"),
+    ],
+)
 def test_settings_that_do_not_fit_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         DDPM(torch.nn.Identity(), **settings)
@@ -643,23 +813,49 @@ def test_images_of_another_shape_than_the_networks_are_refused():
 
 
 def small_unet():
-    network = UNet(base_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(8,), time_emb_dim=32,
-                   patch_size=4, num_classes=10)
+    network = UNet(
+        base_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(8,),
+        time_emb_dim=32,
+        patch_size=4,
+        num_classes=10,
+    )
     torch.nn.init.normal_(network.conv_out.weight, std=0.1)
     return network
 
 
 def test_a_saved_model_comes_back_whole(tmp_path):
-    ddpm = DDPM(small_unet(), beta_schedule="cosine", prediction="v", sampler="ddim", sample_steps=4,
-                guidance_scale=2.0)
+    ddpm = DDPM(
+        small_unet(),
+        beta_schedule="cosine",
+        prediction="v",
+        sampler="ddim",
+        sample_steps=4,
+        guidance_scale=2.0,
+    )
     ddpm.save(tmp_path / "model.pt", epoch=3, config={"epochs": 5, "channel_mult": (1, 2)})
     again = DDPM.load(tmp_path / "model.pt", device="cpu")
-    assert not again.training and again.info == {"epoch": 3, "config": {"epochs": 5, "channel_mult": (1, 2)}}
+    assert not again.training and again.info == {
+        "epoch": 3,
+        "config": {"epochs": 5, "channel_mult": (1, 2)},
+    }
     assert torch.equal(again.sample(2, y=[3, 4], seed=0), ddpm.sample(2, y=[3, 4], seed=0))
     torch.load(tmp_path / "model.pt", weights_only=True)  # runs no code from the file
-    settings = dict(num_timesteps=50, beta_schedule="cosine", prediction="v", loss="mse", variance="fixed_large",
-                    zero_terminal_snr=False, min_snr_gamma=5.0, sampler="dpm++", sample_steps=7,
-                    timestep_spacing="linspace", guidance_scale=2.0)
+    settings = dict(
+        num_timesteps=50,
+        beta_schedule="cosine",
+        prediction="v",
+        loss="mse",
+        variance="fixed_large",
+        zero_terminal_snr=False,
+        min_snr_gamma=5.0,
+        sampler="dpm++",
+        sample_steps=7,
+        timestep_spacing="linspace",
+        guidance_scale=2.0,
+    )
     DDPM(small_unet(), **settings).save(tmp_path / "model.pt")
     again = DDPM.load(tmp_path / "model.pt", device="cpu")
     assert {name: getattr(again, name) for name in settings} == settings
@@ -684,16 +880,29 @@ def test_files_that_are_no_model_are_one_clear_line(tmp_path):
     (tmp_path / "half.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:5000])
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"weights": {}}, protocol=4))
     torch.save({"weights": Intruder(tmp_path / "here")}, tmp_path / "objects.pt")
-    torch.save({"weights": Intruder(tmp_path / "here")}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"weights": Intruder(tmp_path / "here")},
+        tmp_path / "old.pt",
+        _use_new_zipfile_serialization=False,
+    )
     torch.jit.trace(torch.nn.Linear(1, 1), torch.zeros(1, 1)).save(tmp_path / "script.pt")
     whole = (tmp_path / "model.pt").read_bytes()
-    (tmp_path / "flipped.pt").write_bytes(whole[:300] + bytes(byte ^ 255 for byte in whole[300:400]) + whole[400:])
+    (tmp_path / "flipped.pt").write_bytes(
+        whole[:300] + bytes(byte ^ 255 for byte in whole[300:400]) + whole[400:]
+    )
     for name, words in (
-            ("missing.pt", "no such checkpoint"), (".", "a folder; expected a file"),
-            ("half.pt", "damaged or cut short"), ("pickle.pt", "a pickle, which could run code"),
-            ("old.pt", "a pickle, which could run code"), ("objects.pt", "holds Python objects"),
-            ("other.pt", "checkpoint of another kind"), ("script.pt", "another kind of file"),
-            ("text.pt", "another kind of file"), ("empty.pt", "another kind of file"), ("flipped.pt", "damaged")):
+        ("missing.pt", "no such checkpoint"),
+        (".", "a folder; expected a file"),
+        ("half.pt", "damaged or cut short"),
+        ("pickle.pt", "a pickle, which could run code"),
+        ("old.pt", "a pickle, which could run code"),
+        ("objects.pt", "holds Python objects"),
+        ("other.pt", "checkpoint of another kind"),
+        ("script.pt", "another kind of file"),
+        ("text.pt", "another kind of file"),
+        ("empty.pt", "another kind of file"),
+        ("flipped.pt", "damaged"),
+    ):
         with pytest.raises(ValueError, match=words) as error:
             DDPM.load(tmp_path / name)
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
@@ -732,7 +941,9 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(Exception, match="pickle"):
         save_checkpoint(path, {"step": 2, "bad": lambda: None})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # to this process a disk that is full
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (10_000, limits[1])
+    )  # to this process a disk that is full
     try:
         with pytest.raises(OSError, match="last.pt: cannot be written") as error:
             save_checkpoint(path, {"step": 2, "weights": torch.zeros(10_000)})
@@ -769,9 +980,17 @@ def compiled_inside(network):
     return network
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda network: torch.compile(network, backend="eager"), torch.nn.DataParallel, compiled_inside,
-    lambda network: torch.compile(torch.nn.DataParallel(torch.compile(network, backend="eager")), backend="eager")])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda network: torch.compile(network, backend="eager"),
+        torch.nn.DataParallel,
+        compiled_inside,
+        lambda network: torch.compile(
+            torch.nn.DataParallel(torch.compile(network, backend="eager")), backend="eager"
+        ),
+    ],
+)
 def test_a_wrapped_network_is_saved_as_what_is_inside(tmp_path, wrap):
     plain = small_unet()
     expected = DDPM(plain, sample_steps=2).sample(2, y=[3, 4], seed=0)
@@ -781,8 +1000,12 @@ def test_a_wrapped_network_is_saved_as_what_is_inside(tmp_path, wrap):
     ddpm.save(tmp_path / "model.pt")
     names = torch.load(tmp_path / "model.pt", weights_only=True)["weights"]
     assert list(names) == [f"network.{name}" for name in small_unet().state_dict()]
-    torch.testing.assert_close(DDPM.load(tmp_path / "model.pt", "cpu").sample(2, y=[3, 4], seed=0), expected)
-    again = DDPM.load(tmp_path / "model.pt", "cpu", network=torch.compile(small_unet(), backend="eager"))
+    torch.testing.assert_close(
+        DDPM.load(tmp_path / "model.pt", "cpu").sample(2, y=[3, 4], seed=0), expected
+    )
+    again = DDPM.load(
+        tmp_path / "model.pt", "cpu", network=torch.compile(small_unet(), backend="eager")
+    )
     torch.testing.assert_close(again.sample(2, y=[3, 4], seed=0), expected)
 
 
@@ -813,8 +1036,10 @@ def same_shapes(network):
     return network
 
 
-@pytest.mark.parametrize("change", [lambda network: Changed(**network.config), exchanged, normed, hooked, overridden,
-                                    same_shapes])
+@pytest.mark.parametrize(
+    "change",
+    [lambda network: Changed(**network.config), exchanged, normed, hooked, overridden, same_shapes],
+)
 def test_a_changed_unet_is_not_rebuilt_as_the_plain_one(tmp_path, change):
     ddpm = DDPM(change(small_unet()), sample_steps=2)
     ddpm.save(tmp_path / "model.pt")
@@ -825,7 +1050,9 @@ def test_a_changed_unet_is_not_rebuilt_as_the_plain_one(tmp_path, change):
 
 
 def test_a_wrapper_that_hides_the_labels_is_refused_and_one_that_tells_them_is_not(tmp_path):
-    with pytest.raises(ValueError, match="Hidden has no num_classes, but its part inside knows 10 labels"):
+    with pytest.raises(
+        ValueError, match="Hidden has no num_classes, but its part inside knows 10 labels"
+    ):
         DDPM(Hidden(small_unet()))
     network = Hidden(small_unet())
     network.num_classes = 10
@@ -856,8 +1083,15 @@ def test_sampling_leaves_every_part_of_the_network_in_its_mode():
 
 
 def test_numpy_numbers_are_taken_and_saved(tmp_path):
-    ddpm = DDPM(small_unet(), sample_steps=np.int64(4), num_timesteps=np.int64(50), guidance_scale=np.float64(1.5),
-                min_snr_gamma=np.float32(5), image_size=np.int64(32), zero_terminal_snr=np.bool_(False))
+    ddpm = DDPM(
+        small_unet(),
+        sample_steps=np.int64(4),
+        num_timesteps=np.int64(50),
+        guidance_scale=np.float64(1.5),
+        min_snr_gamma=np.float32(5),
+        image_size=np.int64(32),
+        zero_terminal_snr=np.bool_(False),
+    )
     ddpm.save(tmp_path / "model.pt")
     again = DDPM.load(tmp_path / "model.pt", "cpu")
     assert (again.sample_steps, again.guidance_scale, again.min_snr_gamma) == (4, 1.5, 5.0)
@@ -884,7 +1118,9 @@ def test_a_file_of_another_version_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("options", [{}, {"y": 1, "guidance_scale": 2.0}, {"eta": 0.5}, {"return_sequence": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"y": 1, "guidance_scale": 2.0}, {"eta": 0.5}, {"return_sequence": True}]
+)
 def test_batches_do_not_change_an_image(sampler, options):
     ddpm = gaussian(means=(-0.4, 0.4), sampler=sampler, sample_steps=6)
     whole = ddpm.sample(8, seed=0, batch_size=8, **options)
@@ -898,29 +1134,53 @@ def test_batches_do_not_change_an_image(sampler, options):
 
 def test_batches_do_not_change_an_image_of_a_unet_a_mixture_or_a_bound():
     ddpm = DDPM(small_unet(), sample_steps=4)
-    torch.testing.assert_close(ddpm.sample(5, seed=0, batch_size=2), ddpm.sample(5, seed=0), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        ddpm.sample(5, seed=0, batch_size=2), ddpm.sample(5, seed=0), rtol=0, atol=1e-4
+    )
     ddpm = gaussian(num_timesteps=50, sample_steps=10)
     a, b = torch.full((3, 1, 8, 8), 0.2), torch.full((3, 1, 8, 8), 0.4)
-    mixed = [ddpm.interpolate(a, b, [0.2, 0.7], t=30, seed=1, batch_size=batch_size) for batch_size in (2, 256)]
+    mixed = [
+        ddpm.interpolate(a, b, [0.2, 0.7], t=30, seed=1, batch_size=batch_size)
+        for batch_size in (2, 256)
+    ]
     assert torch.equal(*mixed)
     sequence = ddpm.interpolate(a, b, [0.2, 0.7], t=30, seed=1, return_sequence=True)
     assert torch.equal(sequence[-1], mixed[0]) and sequence.shape[1:] == mixed[0].shape
-    bits = [ddpm.bits_per_dim(a, seed=1, terms=7, batch_size=batch_size) for batch_size in (1, 2, 256)]
-    assert all(torch.equal(found.rate, bits[0].rate) and found.total == bits[0].total for found in bits)
+    bits = [
+        ddpm.bits_per_dim(a, seed=1, terms=7, batch_size=batch_size) for batch_size in (1, 2, 256)
+    ]
+    assert all(
+        torch.equal(found.rate, bits[0].rate) and found.total == bits[0].total for found in bits
+    )
 
 
-@pytest.mark.parametrize("call", [
-    lambda ddpm, x: ddpm.sample(4, seed=3, steps=3, sampler="ddpm"),
-    lambda ddpm, x: ddpm.sample(4, seed=3, steps=3, sampler="ddpm", xT=x),
-    lambda ddpm, x: ddpm.interpolate(x, x, [0.5], t=20, seed=3, steps=3, sampler="ddpm"),
-    lambda ddpm, x: ddpm.interpolate(x, x, [0.5, 0.7], t=20, seed=3, steps=2, sampler="sde-dpm++"),
-    lambda ddpm, x: ddpm.bits_per_dim(x, seed=3, terms=5)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda ddpm, x: ddpm.sample(4, seed=3, steps=3, sampler="ddpm"),
+        lambda ddpm, x: ddpm.sample(4, seed=3, steps=3, sampler="ddpm", xT=x),
+        lambda ddpm, x: ddpm.interpolate(x, x, [0.5], t=20, seed=3, steps=3, sampler="ddpm"),
+        lambda ddpm, x: ddpm.interpolate(
+            x, x, [0.5, 0.7], t=20, seed=3, steps=2, sampler="sde-dpm++"
+        ),
+        lambda ddpm, x: ddpm.bits_per_dim(x, seed=3, terms=5),
+    ],
+)
 def test_no_noise_is_drawn_twice_from_a_seed(call, monkeypatch):
     drawn, randn = [], torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *args, **options: (drawn.append(randn(*args, **options)), drawn[-1])[1])
+    monkeypatch.setattr(
+        torch,
+        "randn",
+        lambda *args, **options: (drawn.append(randn(*args, **options)), drawn[-1])[1],
+    )
     call(gaussian(num_timesteps=50), torch.zeros(4, 1, 8, 8))
-    first = torch.stack([noise.flatten()[i * 256:i * 256 + 50] for noise in drawn
-                         for i in range(noise.numel() // 256)])  # each four images
+    first = torch.stack(
+        [
+            noise.flatten()[i * 256 : i * 256 + 50]
+            for noise in drawn
+            for i in range(noise.numel() // 256)
+        ]
+    )  # each four images
     assert len(first) >= 2 and len(first.unique(dim=0)) == len(first)
 
 
@@ -933,69 +1193,146 @@ def test_a_generator_takes_the_place_of_a_seed():
 IMAGES, T = torch.zeros(2, 1, 8, 8), torch.tensor([5, 5])
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda m: m.sample(2, start=100), "start 100 without xT: pure noise belongs to timestep 999"),
-    (lambda m: m.sample(2, start=0, steps=1), "start 0 without xT"),
-    (lambda m: m.sample(2, steps=2.0), "steps 2.0: expected a whole number"),
-    (lambda m: m.sample(2.0), "n 2.0: expected a whole number"),
-    (lambda m: m.sample("2"), "n '2': expected a whole number"),
-    (lambda m: m.sample(2, batch_size=None), "batch_size None: expected a whole number"),
-    (lambda m: m.sample(2, eta="1"), "eta '1': expected a number"),
-    (lambda m: m.sample(2, y=1, guidance_scale=math.nan), "guidance_scale nan: expected a finite number"),
-    (lambda m: m.sample(2, y=1, guidance_scale="2"), "guidance_scale '2': expected a number"),
-    (lambda m: m.sample(2, y="3"), "y '3': expected whole numbers"),
-    (lambda m: m.sample(2, y=[True, False]), "y of torch.bool: expected whole numbers"),
-    (lambda m: m.sample(2, seed=1.5), "seed 1.5: expected a whole number"),
-    (lambda m: m.sample(2, seed=-1), "seed -1: expected from 0 to 4294967295"),
-    (lambda m: m.sample(2, sampler=["ddpm"]), "sampler .'ddpm'.: expected 'ddpm' or"),
-    (lambda m: m.sample(2, xT=torch.zeros(2, 8, 8)), r"xT of shape \(2, 8, 8\): expected \(2, 1, 8, 8\)"),
-    (lambda m: m.sample(2, xT=[[0.0]]), r"xT \[\[0.0\]\]: expected a tensor of floating-point images"),
-    (lambda m: m.sample(2, xT=IMAGES.long()), "xT of torch.int64: expected a tensor of floating-point images"),
-    (lambda m: m(torch.zeros(2, 1, 28, 28)), r"x0 of shape \(2, 1, 28, 28\): expected \(N, 1, 8, 8\)"),
-    (lambda m: m(torch.zeros(2, 3, 8, 8)), r"x0 of shape \(2, 3, 8, 8\): expected \(N, 1, 8, 8\)"),
-    (lambda m: m(IMAGES.byte()), "x0 of torch.uint8"),
-    (lambda m: m(IMAGES, eps=torch.zeros(1, 1, 8, 8)), r"eps of shape \(1, 1, 8, 8\): expected \(2, 1, 8, 8\)"),
-    (lambda m: m(IMAGES, [0, 3]), "y from 0 to 3: expected labels from 0 to 2"),
-    (lambda m: m(IMAGES, [0]), "y of 1 labels: expected 2"),
-    (lambda m: m(IMAGES, torch.zeros(2, 1, dtype=torch.long)), r"y of shape \(2, 1\): expected 2"),
-    (lambda m: m(IMAGES, t=torch.tensor([5])), r"t of torch.int64 and shape \(1,\): expected int64 of shape \(2,\)"),
-    (lambda m: m(IMAGES, t=torch.zeros(2)), r"t of torch.float32 and shape \(2,\)"),
-    (lambda m: m(IMAGES, t=5), "t 5: expected int64"),
-    (lambda m: m(IMAGES, reduction="sum"), "reduction 'sum': expected 'mean' or 'none'"),
-    (lambda m: m(IMAGES, [0, 1], references=(IMAGES, None)), "references without labels"),
-    (lambda m: m.predict(torch.zeros(2, 1, 4, 4), T), r"xt of shape \(2, 1, 4, 4\): expected \(N, 1, 8, 8\)"),
-    (lambda m: m.predict(IMAGES, T, guidance_scale=2.0), "guidance_scale 2.0: guidance needs labels; give y"),
-    (lambda m: m.p_mean_variance(IMAGES, T, guidance_scale=2.0), "guidance_scale 2.0: guidance needs labels"),
-    (lambda m: m.step(IMAGES, IMAGES, T, T - 1, eta=1.0), "noise: eta 1.0 needs standard normal noise"),
-    (lambda m: m.step(IMAGES, IMAGES, T, T - 1, eta=0.1), "noise: eta 0.1 needs standard normal noise"),
-    (lambda m: m.timesteps(10.0), "steps 10.0: expected a whole number"),
-    (lambda m: m.timesteps(3, start=2.5), "start 2.5: expected a whole number"),
-    (lambda m: m.timesteps(3, spacing="even"), "timestep_spacing 'even'"),
-    (lambda m: m.interpolate(IMAGES, IMAGES, 0.5, t=100), "weights 0.5: expected a list of numbers from 0 to 1"),
-    (lambda m: m.interpolate(IMAGES, IMAGES, ["a"], t=100), "weights .'a'.: expected a list of numbers"),
-    (lambda m: m.interpolate(IMAGES, IMAGES, [0.5], t=1.5), "t 1.5: expected a whole number"),
-    (lambda m: m.interpolate(IMAGES[..., :4], IMAGES, [0.5], t=10), r"x0 of shape \(2, 1, 8, 4\)"),
-    (lambda m: m.interpolate(IMAGES, IMAGES[:, :, :4], [0.5], t=10), r"other of shape \(2, 1, 4, 8\)"),
-    (lambda m: m.bits_per_dim(torch.zeros(2, 1, 9, 9)), r"x0 of shape \(2, 1, 9, 9\): expected \(N, 1, 8, 8\)"),
-    (lambda m: m.bits_per_dim(IMAGES, terms=3.0), "terms 3.0: expected a whole number"),
-    (lambda m: m.bits_per_dim(IMAGES, seed="0"), "seed '0': expected a whole number"),
-])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (
+            lambda m: m.sample(2, start=100),
+            "start 100 without xT: pure noise belongs to timestep 999",
+        ),
+        (lambda m: m.sample(2, start=0, steps=1), "start 0 without xT"),
+        (lambda m: m.sample(2, steps=2.0), "steps 2.0: expected a whole number"),
+        (lambda m: m.sample(2.0), "n 2.0: expected a whole number"),
+        (lambda m: m.sample("2"), "n '2': expected a whole number"),
+        (lambda m: m.sample(2, batch_size=None), "batch_size None: expected a whole number"),
+        (lambda m: m.sample(2, eta="1"), "eta '1': expected a number"),
+        (
+            lambda m: m.sample(2, y=1, guidance_scale=math.nan),
+            "guidance_scale nan: expected a finite number",
+        ),
+        (lambda m: m.sample(2, y=1, guidance_scale="2"), "guidance_scale '2': expected a number"),
+        (lambda m: m.sample(2, y="3"), "y '3': expected whole numbers"),
+        (lambda m: m.sample(2, y=[True, False]), "y of torch.bool: expected whole numbers"),
+        (lambda m: m.sample(2, seed=1.5), "seed 1.5: expected a whole number"),
+        (lambda m: m.sample(2, seed=-1), "seed -1: expected from 0 to 4294967295"),
+        (lambda m: m.sample(2, sampler=["ddpm"]), "sampler .'ddpm'.: expected 'ddpm' or"),
+        (
+            lambda m: m.sample(2, xT=torch.zeros(2, 8, 8)),
+            r"xT of shape \(2, 8, 8\): expected \(2, 1, 8, 8\)",
+        ),
+        (
+            lambda m: m.sample(2, xT=[[0.0]]),
+            r"xT \[\[0.0\]\]: expected a tensor of floating-point images",
+        ),
+        (
+            lambda m: m.sample(2, xT=IMAGES.long()),
+            "xT of torch.int64: expected a tensor of floating-point images",
+        ),
+        (
+            lambda m: m(torch.zeros(2, 1, 28, 28)),
+            r"x0 of shape \(2, 1, 28, 28\): expected \(N, 1, 8, 8\)",
+        ),
+        (
+            lambda m: m(torch.zeros(2, 3, 8, 8)),
+            r"x0 of shape \(2, 3, 8, 8\): expected \(N, 1, 8, 8\)",
+        ),
+        (lambda m: m(IMAGES.byte()), "x0 of torch.uint8"),
+        (
+            lambda m: m(IMAGES, eps=torch.zeros(1, 1, 8, 8)),
+            r"eps of shape \(1, 1, 8, 8\): expected \(2, 1, 8, 8\)",
+        ),
+        (lambda m: m(IMAGES, [0, 3]), "y from 0 to 3: expected labels from 0 to 2"),
+        (lambda m: m(IMAGES, [0]), "y of 1 labels: expected 2"),
+        (
+            lambda m: m(IMAGES, torch.zeros(2, 1, dtype=torch.long)),
+            r"y of shape \(2, 1\): expected 2",
+        ),
+        (
+            lambda m: m(IMAGES, t=torch.tensor([5])),
+            r"t of torch.int64 and shape \(1,\): expected int64 of shape \(2,\)",
+        ),
+        (lambda m: m(IMAGES, t=torch.zeros(2)), r"t of torch.float32 and shape \(2,\)"),
+        (lambda m: m(IMAGES, t=5), "t 5: expected int64"),
+        (lambda m: m(IMAGES, reduction="sum"), "reduction 'sum': expected 'mean' or 'none'"),
+        (lambda m: m(IMAGES, [0, 1], references=(IMAGES, None)), "references without labels"),
+        (
+            lambda m: m.predict(torch.zeros(2, 1, 4, 4), T),
+            r"xt of shape \(2, 1, 4, 4\): expected \(N, 1, 8, 8\)",
+        ),
+        (
+            lambda m: m.predict(IMAGES, T, guidance_scale=2.0),
+            "guidance_scale 2.0: guidance needs labels; give y",
+        ),
+        (
+            lambda m: m.p_mean_variance(IMAGES, T, guidance_scale=2.0),
+            "guidance_scale 2.0: guidance needs labels",
+        ),
+        (
+            lambda m: m.step(IMAGES, IMAGES, T, T - 1, eta=1.0),
+            "noise: eta 1.0 needs standard normal noise",
+        ),
+        (
+            lambda m: m.step(IMAGES, IMAGES, T, T - 1, eta=0.1),
+            "noise: eta 0.1 needs standard normal noise",
+        ),
+        (lambda m: m.timesteps(10.0), "steps 10.0: expected a whole number"),
+        (lambda m: m.timesteps(3, start=2.5), "start 2.5: expected a whole number"),
+        (lambda m: m.timesteps(3, spacing="even"), "timestep_spacing 'even'"),
+        (
+            lambda m: m.interpolate(IMAGES, IMAGES, 0.5, t=100),
+            "weights 0.5: expected a list of numbers from 0 to 1",
+        ),
+        (
+            lambda m: m.interpolate(IMAGES, IMAGES, ["a"], t=100),
+            "weights .'a'.: expected a list of numbers",
+        ),
+        (lambda m: m.interpolate(IMAGES, IMAGES, [0.5], t=1.5), "t 1.5: expected a whole number"),
+        (
+            lambda m: m.interpolate(IMAGES[..., :4], IMAGES, [0.5], t=10),
+            r"x0 of shape \(2, 1, 8, 4\)",
+        ),
+        (
+            lambda m: m.interpolate(IMAGES, IMAGES[:, :, :4], [0.5], t=10),
+            r"other of shape \(2, 1, 4, 8\)",
+        ),
+        (
+            lambda m: m.bits_per_dim(torch.zeros(2, 1, 9, 9)),
+            r"x0 of shape \(2, 1, 9, 9\): expected \(N, 1, 8, 8\)",
+        ),
+        (lambda m: m.bits_per_dim(IMAGES, terms=3.0), "terms 3.0: expected a whole number"),
+        (lambda m: m.bits_per_dim(IMAGES, seed="0"), "seed '0': expected a whole number"),
+    ],
+)
 def test_an_argument_of_another_kind_or_without_its_partner_is_one_line(call, words):
     with pytest.raises(ValueError, match=words) as error:
         call(gaussian(means=(-0.4, 0.4)))
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("settings, words", [
-    (dict(num_timesteps=10.0), "num_timesteps 10.0: expected a whole"), (dict(image_size="8"), "image_size '8'"),
-    (dict(channels=0), "channels 0: expected at least 1"), (dict(sample_steps=2.5), "sample_steps 2.5: expected"),
-    (dict(min_snr_gamma="5"), "min_snr_gamma '5': expected"), (dict(min_snr_gamma=math.inf), "min_snr_gamma inf"),
-    (dict(guidance_scale=None), "guidance_scale None: expected a number"), (dict(variance=None), "variance None"),
-    (dict(loss="l1", min_snr_gamma=5.0), "min_snr_gamma 5.0 with loss 'l1': the weights are for squared errors"),
-    (dict(loss="vlb", min_snr_gamma=5.0), "min_snr_gamma 5.0 with loss 'vlb'"),
-    (dict(guidance_scale=2.0), "guidance_scale 2.0: the network is unconditional; expected 1"),
-    (dict(prediction="v", zero_terminal_snr=True, min_snr_gamma=5.0), "min_snr_gamma 5.0 with zero_terminal_snr"),
-    (dict(timestep_spacing="log"), "timestep_spacing 'log'")])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(num_timesteps=10.0), "num_timesteps 10.0: expected a whole"),
+        (dict(image_size="8"), "image_size '8'"),
+        (dict(channels=0), "channels 0: expected at least 1"),
+        (dict(sample_steps=2.5), "sample_steps 2.5: expected"),
+        (dict(min_snr_gamma="5"), "min_snr_gamma '5': expected"),
+        (dict(min_snr_gamma=math.inf), "min_snr_gamma inf"),
+        (dict(guidance_scale=None), "guidance_scale None: expected a number"),
+        (dict(variance=None), "variance None"),
+        (
+            dict(loss="l1", min_snr_gamma=5.0),
+            "min_snr_gamma 5.0 with loss 'l1': the weights are for squared errors",
+        ),
+        (dict(loss="vlb", min_snr_gamma=5.0), "min_snr_gamma 5.0 with loss 'vlb'"),
+        (dict(guidance_scale=2.0), "guidance_scale 2.0: the network is unconditional; expected 1"),
+        (
+            dict(prediction="v", zero_terminal_snr=True, min_snr_gamma=5.0),
+            "min_snr_gamma 5.0 with zero_terminal_snr",
+        ),
+        (dict(timestep_spacing="log"), "timestep_spacing 'log'"),
+    ],
+)
 def test_settings_of_another_kind_or_that_do_not_work_together_are_one_line(settings, words):
     with pytest.raises(ValueError, match=words) as error:
         DDPM(torch.nn.Identity(), **settings)

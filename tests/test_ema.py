@@ -61,7 +61,12 @@ def test_the_update_rate_skips_steps():
     for _ in range(8):
         ema.update()
         values.append(ema.shadow[0][0, 0].item())
-    assert values[:3] == [0, 0, 0] and values[3] > 0 and values[4:7] == [values[3]] * 3 and values[7] > values[3]
+    assert (
+        values[:3] == [0, 0, 0]
+        and values[3] > 0
+        and values[4:7] == [values[3]] * 3
+        and values[7] > values[3]
+    )
 
 
 def test_applied_puts_the_shadow_in_place_and_takes_it_out_even_after_an_exception():
@@ -92,8 +97,10 @@ def test_the_state_goes_on_exactly():
     module = module_at(0.0)
     first = EMA(module, decay=0.9, start=5, update_rate=3)
     go(first, module, values[:17])
-    state = {"step": first.state_dict()["step"],
-             "shadow": {name: shadow.clone() for name, shadow in first.state_dict()["shadow"].items()}}
+    state = {
+        "step": first.state_dict()["step"],
+        "shadow": {name: shadow.clone() for name, shadow in first.state_dict()["shadow"].items()},
+    }
     other = module_at(9.0)
     second = EMA(other, decay=0.9, start=5, update_rate=3)
     second.load_state_dict(state)
@@ -115,7 +122,10 @@ class Net(torch.nn.Module):
 
 
 def everything(module):
-    return {name: tensor.detach().clone() for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+    return {
+        name: tensor.detach().clone()
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+    }
 
 
 def same(a, b):
@@ -125,13 +135,29 @@ def same(a, b):
 # States
 
 
-OTHER = [("step", -1), ("step", True), ("step", "3"), ("step", None), ("shadow", None), ("shadow", {}), ("buffers", {}),
-         ("shadow", [1]), ("buffers", None), ("shadow.conv.bias", None), ("shadow.conv.bias", torch.zeros(5)),
-         ("shadow.conv.bias", torch.zeros(())), ("shadow.more", torch.zeros(1)), ("buffers.table", torch.zeros(2, 3)),
-         ("shadow.norm.bias", "text"), ("buffers.scratch", torch.zeros(2))]
+OTHER = [
+    ("step", -1),
+    ("step", True),
+    ("step", "3"),
+    ("step", None),
+    ("shadow", None),
+    ("shadow", {}),
+    ("buffers", {}),
+    ("shadow", [1]),
+    ("buffers", None),
+    ("shadow.conv.bias", None),
+    ("shadow.conv.bias", torch.zeros(5)),
+    ("shadow.conv.bias", torch.zeros(())),
+    ("shadow.more", torch.zeros(1)),
+    ("buffers.table", torch.zeros(2, 3)),
+    ("shadow.norm.bias", "text"),
+    ("buffers.scratch", torch.zeros(2)),
+]
 
 
-@pytest.mark.parametrize("key, value", OTHER, ids=[f"{key}={str(value)[:9]}" for key, value in OTHER])
+@pytest.mark.parametrize(
+    "key, value", OTHER, ids=[f"{key}={str(value)[:9]}" for key, value in OTHER]
+)
 def test_another_modules_state_is_refused(key, value):
     """A value of None removes the entry."""
     ema, net = EMA(Net()), Net()
@@ -155,7 +181,9 @@ def test_another_modules_state_is_refused(key, value):
 
 @pytest.mark.parametrize("state", [None, [], {}, torch.zeros(3)])
 def test_what_is_no_state_is_refused(state):
-    with pytest.raises(ValueError, match="^EMA state: expected a dictionary with 'step' and 'shadow'$"):
+    with pytest.raises(
+        ValueError, match="^EMA state: expected a dictionary with 'step' and 'shadow'$"
+    ):
         EMA(module_at(0.0)).load_state_dict(state)
 
 
@@ -176,8 +204,12 @@ def test_persistent_buffers_are_copied_swapped_in_restored_and_kept():
     for _ in range(3):
         net(torch.randn(8, 2, 5, 5))
         ema.update()
-    assert set(ema.state_dict()["buffers"]) == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked",
-                                                "table"}
+    assert set(ema.state_dict()["buffers"]) == {
+        "norm.running_mean",
+        "norm.running_var",
+        "norm.num_batches_tracked",
+        "table",
+    }
     kept = everything(net)
     net(torch.randn(8, 2, 5, 5))
     moved = everything(net)
@@ -198,15 +230,22 @@ def test_persistent_buffers_are_copied_swapped_in_restored_and_kept():
 # Modules that change
 
 
-MOVES = {"double": lambda net: net.double(), "bfloat16": lambda net: net.bfloat16(),
-         "part": lambda net: net.norm.double(), "there and back": lambda net: net.double().float(),
-         "contiguous": lambda net: net.to(memory_format=torch.contiguous_format),
-         "cuda": lambda net: net.cuda(), "cuda, half": lambda net: net.cuda().half()}
+MOVES = {
+    "double": lambda net: net.double(),
+    "bfloat16": lambda net: net.bfloat16(),
+    "part": lambda net: net.norm.double(),
+    "there and back": lambda net: net.double().float(),
+    "contiguous": lambda net: net.to(memory_format=torch.contiguous_format),
+    "cuda": lambda net: net.cuda(),
+    "cuda, half": lambda net: net.cuda().half(),
+}
 
 
 @pytest.mark.parametrize("when", ["update", "applied", "state_dict", "load_state_dict"])
 @pytest.mark.parametrize("start", [0, 1, 9])
-@pytest.mark.parametrize("move", [move for move in MOVES if torch.cuda.is_available() or "cuda" not in move])
+@pytest.mark.parametrize(
+    "move", [move for move in MOVES if torch.cuda.is_available() or "cuda" not in move]
+)
 def test_the_shadow_follows_a_module_that_is_moved_or_cast(move, start, when):
     net = Net()
     ema = EMA(net, decay=0.9, start=start)
@@ -226,7 +265,11 @@ def test_the_shadow_follows_a_module_that_is_moved_or_cast(move, start, when):
     named = ema.state_dict()
     for name, tensor in (named["shadow"] | named["buffers"]).items():
         own = net.get_parameter(name) if name in named["shadow"] else net.get_buffer(name)
-        assert (tensor.dtype, tensor.device, tensor.stride()) == (own.dtype, own.device, own.stride()), name
+        assert (tensor.dtype, tensor.device, tensor.stride()) == (
+            own.dtype,
+            own.device,
+            own.stride(),
+        ), name
         assert when == "load_state_dict" or torch.allclose(tensor.double(), own.double(), atol=1e-2)
 
 
@@ -244,17 +287,23 @@ def test_a_module_cast_halfway_has_the_average_of_all_its_weights():
     assert ema.shadow[0].dtype == torch.float64 and torch.allclose(*shadows, rtol=1e-6)
 
 
-CHANGES = {"a layer exchanged": lambda net: setattr(net, "conv", torch.nn.Conv2d(2, 4, 3)),
-           "a layer added": lambda net: setattr(net, "more", torch.nn.Linear(1, 1)),
-           "a layer removed": lambda net: delattr(net, "conv"),
-           "a parameter replaced": lambda net: setattr(net.norm, "bias", torch.nn.Parameter(torch.zeros(4))),
-           "a parameter removed": lambda net: setattr(net.norm, "bias", None),
-           "a parameter reshaped": lambda net: setattr(net.norm.bias, "data", torch.zeros(1)),
-           "to meta": lambda net: net.to("meta"),
-           "a buffer added": lambda net: net.register_buffer("more", torch.zeros(1)),
-           "a buffer removed": lambda net: delattr(net, "table"),
-           "a buffer reshaped": lambda net: setattr(net, "table", torch.zeros(1)),
-           "a layer of buffers exchanged": lambda net: setattr(net, "plain", torch.nn.BatchNorm2d(4, affine=False))}
+CHANGES = {
+    "a layer exchanged": lambda net: setattr(net, "conv", torch.nn.Conv2d(2, 4, 3)),
+    "a layer added": lambda net: setattr(net, "more", torch.nn.Linear(1, 1)),
+    "a layer removed": lambda net: delattr(net, "conv"),
+    "a parameter replaced": lambda net: setattr(
+        net.norm, "bias", torch.nn.Parameter(torch.zeros(4))
+    ),
+    "a parameter removed": lambda net: setattr(net.norm, "bias", None),
+    "a parameter reshaped": lambda net: setattr(net.norm.bias, "data", torch.zeros(1)),
+    "to meta": lambda net: net.to("meta"),
+    "a buffer added": lambda net: net.register_buffer("more", torch.zeros(1)),
+    "a buffer removed": lambda net: delattr(net, "table"),
+    "a buffer reshaped": lambda net: setattr(net, "table", torch.zeros(1)),
+    "a layer of buffers exchanged": lambda net: setattr(
+        net, "plain", torch.nn.BatchNorm2d(4, affine=False)
+    ),
+}
 
 
 @pytest.mark.parametrize("call", ["applied", "state_dict", "load_state_dict"])
@@ -284,17 +333,27 @@ def test_a_module_without_parameters_is_no_special_case():
 # Options
 
 
-WRONG = [("decay", x) for x in (1.0, -0.1, float("nan"), "0.9", None, True, [0.9], 1j, torch.ones(2, 2))]
-WRONG += [(name, x) for name in ("start", "update_rate") for x in (-1, 1.5, 2.0, True, "5", None, float("inf"), [5])]
+WRONG = [
+    ("decay", x) for x in (1.0, -0.1, float("nan"), "0.9", None, True, [0.9], 1j, torch.ones(2, 2))
+]
+WRONG += [
+    (name, x)
+    for name in ("start", "update_rate")
+    for x in (-1, 1.5, 2.0, True, "5", None, float("inf"), [5])
+]
 
 
 @pytest.mark.parametrize("name, value", [*WRONG, ("update_rate", 0)])
 def test_values_out_of_range_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"^ema_{name} .*: expected a (number|whole number)") as error:
+    with pytest.raises(
+        ValueError, match=f"^ema_{name} .*: expected a (number|whole number)"
+    ) as error:
         EMA(module_at(0.0), **{name: value})
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("options", [dict(decay=0), dict(decay=np.float32(0.5)), dict(start=np.int64(3))])
+@pytest.mark.parametrize(
+    "options", [dict(decay=0), dict(decay=np.float32(0.5)), dict(start=np.int64(3))]
+)
 def test_numbers_of_other_kinds_are_taken(options):
     EMA(module_at(0.0), **options).update()

@@ -31,7 +31,9 @@ class Placed(torch.nn.Module):
 
 
 def learned(place, **settings):
-    return DDPM(Placed(Oracle(**settings), place), image_size=8, channels=1, variance="learned", **settings)
+    return DDPM(
+        Placed(Oracle(**settings), place), image_size=8, channels=1, variance="learned", **settings
+    )
 
 
 def pixels(n, mean=MEAN, seed=0):
@@ -41,7 +43,9 @@ def pixels(n, mean=MEAN, seed=0):
 
 def entropy_of(x0):
     """-log2 of the density of these very images times the width of a level, a dimension."""
-    nats = ((x0.double() - MEAN) / STD).square().mean().item() / 2 + math.log(STD * math.sqrt(2 * math.pi))
+    nats = ((x0.double() - MEAN) / STD).square().mean().item() / 2 + math.log(
+        STD * math.sqrt(2 * math.pi)
+    )
     return nats / math.log(2) - math.log2(2 / 255)
 
 
@@ -53,11 +57,19 @@ def test_the_ends_of_a_learned_variance_are_the_fixed_ones(place, fixed):
     torch.manual_seed(0)
     xt = torch.randn(5, 1, 8, 8)
     for schedule in ("linear", "cosine"):
-        ddpm, expected = learned(place, beta_schedule=schedule), gaussian(variance=fixed, beta_schedule=schedule)
-        for t, s in ((torch.tensor([1, 2, 3, 500, 999]), None), (torch.tensor([9, 50, 100, 500, 999]), 5)):
+        ddpm, expected = (
+            learned(place, beta_schedule=schedule),
+            gaussian(variance=fixed, beta_schedule=schedule),
+        )
+        for t, s in (
+            (torch.tensor([1, 2, 3, 500, 999]), None),
+            (torch.tensor([9, 50, 100, 500, 999]), 5),
+        ):
             s = t - 1 if s is None else torch.full_like(t, s)
             fraction = ddpm._network(xt, t)[1]
-            torch.testing.assert_close(ddpm.log_variance(t, s, fraction), expected.log_variance(t, s).expand(xt.shape))
+            torch.testing.assert_close(
+                ddpm.log_variance(t, s, fraction), expected.log_variance(t, s).expand(xt.shape)
+            )
         for a, b in zip(ddpm.p_mean_variance(xt, t), expected.p_mean_variance(xt, t)):
             torch.testing.assert_close(a, b.expand(xt.shape))
         a, b = (model.sample(3, steps=20, seed=1) for model in (ddpm, expected))
@@ -88,18 +100,27 @@ def test_at_the_first_timestep_the_small_variance_is_that_of_the_second():
     t = torch.tensor([0, 1])
     fixed_large = gaussian(variance="fixed_large").log_variance(t, t - 1)
     assert fixed_large[0].item() == small[0].item() and fixed_large[1].item() == large[1].item()
-    for place, expected in ((-1.0, small), (1.0, large)):  # a learned one goes up to beta, at the first timestep too
+    for place, expected in (
+        (-1.0, small),
+        (1.0, large),
+    ):  # a learned one goes up to beta, at the first timestep too
         ddpm = learned(place)
         fraction = ddpm._network(torch.zeros(2, 1, 8, 8), t)[1]
-        torch.testing.assert_close(ddpm.log_variance(t, t - 1, fraction), expected.expand(2, 1, 8, 8))
+        torch.testing.assert_close(
+            ddpm.log_variance(t, t - 1, fraction), expected.expand(2, 1, 8, 8)
+        )
 
 
 def test_a_network_without_a_variance_is_refused_where_one_is_to_be_learned():
-    with pytest.raises(ValueError, match=r"its output of shape \(1, 1, 8, 8\): expected \(1, 2, 8, 8\)") as error:
+    with pytest.raises(
+        ValueError, match=r"its output of shape \(1, 1, 8, 8\): expected \(1, 2, 8, 8\)"
+    ) as error:
         DDPM(Oracle(), image_size=8, channels=1, variance="learned").sample(1, steps=1)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="out_channels 6: expected 3"):
-        DDPM(UNet(base_channels=32, channel_mult=(1,), attention_resolutions=()), variance="learned")
+        DDPM(
+            UNet(base_channels=32, channel_mult=(1,), attention_resolutions=()), variance="learned"
+        )
 
 
 def test_guidance_leaves_the_variance_alone():
@@ -122,16 +143,22 @@ def test_guidance_leaves_the_variance_alone():
 
 def test_the_decoder_is_the_normal_distribution_on_levels():
     mean, std = torch.tensor([-1.3, -1.0, 0.123, 0.999])[:, None].double(), 0.02
-    log_p = discrete_log_likelihood(LEVELS.expand(4, 256), mean, torch.tensor(2 * math.log(std), dtype=torch.float64))
+    log_p = discrete_log_likelihood(
+        LEVELS.expand(4, 256), mean, torch.tensor(2 * math.log(std), dtype=torch.float64)
+    )
     torch.testing.assert_close(log_p.exp().sum(1), torch.ones(4).double())
-    upper, lower = (torch.special.ndtr((LEVELS + half - mean) / std) for half in (1 / 255, -1 / 255))
+    upper, lower = (
+        torch.special.ndtr((LEVELS + half - mean) / std) for half in (1 / 255, -1 / 255)
+    )
     upper[:, -1], lower[:, 0] = 1, 0
     torch.testing.assert_close(log_p.exp(), upper - lower, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("level", [0, 64, 255])
 @pytest.mark.parametrize("deviations", [140, 300, 2000])
-def test_the_decoder_and_its_gradients_are_exact_where_float32_has_no_probability_left(level, deviations):
+def test_the_decoder_and_its_gradients_are_exact_where_float32_has_no_probability_left(
+    level, deviations
+):
     x0 = torch.tensor([level / 127.5 - 1])
     mean = torch.tensor([0.9 if level < 128 else -0.9], requires_grad=True)
     sign = mean.sign().item()
@@ -140,9 +167,13 @@ def test_the_decoder_and_its_gradients_are_exact_where_float32_has_no_probabilit
     std = math.exp(log_variance.item() / 2)
     z = near / std
     log_p = discrete_log_likelihood(x0, mean, log_variance)
-    assert log_p.dtype == torch.float32  # and its value -z^2 / 2 - log(z sqrt(2 pi)) + log(1 - 1 / z^2 + 3 / z^4)
+    assert (
+        log_p.dtype == torch.float32
+    )  # and its value -z^2 / 2 - log(z sqrt(2 pi)) + log(1 - 1 / z^2 + 3 / z^4)
     assert log_p.item() == pytest.approx(
-        -z**2 / 2 - math.log(z * math.sqrt(2 * math.pi)) + math.log1p(-1 / z**2 + 3 / z**4), rel=1e-6)
+        -(z**2) / 2 - math.log(z * math.sqrt(2 * math.pi)) + math.log1p(-1 / z**2 + 3 / z**4),
+        rel=1e-6,
+    )
     log_p.sum().backward()
     assert mean.grad.item() == pytest.approx(-sign * (z + 1 / z - 2 / z**3) / std, rel=1e-5)
     assert log_variance.grad.item() == pytest.approx((z**2 + 1 - 2 / z**2) / 2, rel=1e-5)
@@ -150,12 +181,20 @@ def test_the_decoder_and_its_gradients_are_exact_where_float32_has_no_probabilit
 
 def test_the_decoders_gradients_are_those_of_finite_differences():
     x0 = LEVELS[::15]
-    mean = (x0 + 0.01 * torch.randn(18, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    mean = (
+        x0 + 0.01 * torch.randn(18, generator=torch.Generator().manual_seed(0))
+    ).requires_grad_()
     log_variance = torch.linspace(-11, -2, 18).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda *of: discrete_log_likelihood(x0, *of), (mean, log_variance))
+    assert torch.autograd.gradcheck(
+        lambda *of: discrete_log_likelihood(x0, *of), (mean, log_variance)
+    )
     exact = discrete_log_likelihood(x0, mean, log_variance).detach().float()
-    torch.testing.assert_close(discrete_log_likelihood(*(a.float() for a in (x0, mean, log_variance))), exact,
-                               rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(
+        discrete_log_likelihood(*(a.float() for a in (x0, mean, log_variance))),
+        exact,
+        rtol=2e-5,
+        atol=2e-5,
+    )
 
 
 # The bound
@@ -164,15 +203,22 @@ def test_the_decoders_gradients_are_those_of_finite_differences():
 def test_the_bound_comes_down_to_the_entropy_as_steps_grow():
     x0 = pixels(300)
     entropy = entropy_of(x0)
-    assert entropy == pytest.approx(math.log2(STD * math.sqrt(2 * math.pi * math.e)) - math.log2(2 / 255), abs=0.02)
+    assert entropy == pytest.approx(
+        math.log2(STD * math.sqrt(2 * math.pi * math.e)) - math.log2(2 / 255), abs=0.02
+    )
     gaps = []
     for num_timesteps in (20, 100, 1000):
         bits = gaussian(num_timesteps=num_timesteps, variance="fixed_large").bits_per_dim(
-            x0, seed=1, batch_size=300, terms=min(num_timesteps, 300))
+            x0, seed=1, batch_size=300, terms=min(num_timesteps, 300)
+        )
         gaps.append(bits.total - entropy)
         assert gaps[-1] > -4 * 0.01  # the noise of the estimate; below the entropy there is nothing
-    assert gaps[0] > 0.9 and gaps[1] < 0.35 and 0.01 < gaps[2] < 0.15, gaps  # the decoder takes the small variance
-    best = learned(0.95).bits_per_dim(x0, seed=1, batch_size=300, terms=100)  # the true variance lies near beta
+    assert gaps[0] > 0.9 and gaps[1] < 0.35 and 0.01 < gaps[2] < 0.15, (
+        gaps
+    )  # the decoder takes the small variance
+    best = learned(0.95).bits_per_dim(
+        x0, seed=1, batch_size=300, terms=100
+    )  # the true variance lies near beta
     assert -0.04 < best.total - entropy < 0.1
 
 
@@ -185,7 +231,9 @@ def test_the_bound_is_the_sum_of_its_parts_and_the_curve_of_their_sums():
     prior = (a * x0.square().mean().item() + (1 - a) - 1 - math.log(1 - a)) / 2 / math.log(2)
     assert bits.prior == pytest.approx(prior, rel=1e-3, abs=1e-12)
     assert bits.rate.shape == bits.rmse.shape == (50,)
-    assert bits.rate[0].item() == bits.prior and bits.rate[-1].item() == pytest.approx(bits.prior + bits.kl)
+    assert bits.rate[0].item() == bits.prior and bits.rate[-1].item() == pytest.approx(
+        bits.prior + bits.kl
+    )
     assert (bits.rate.diff() >= 0).all()
     for i, t in ((0, 49), (25, 24), (49, 0)):  # the best guess is off by the posterior deviation
         a = ddpm.alphas_cumprod[t].item()
@@ -202,12 +250,16 @@ def test_a_chain_of_one_and_of_two_steps_by_hand():
         terms = []
         for t in reversed(range(num_timesteps)):
             torch.randint(t, t + 1, (400,), generator=generator)
-            xt = math.sqrt(a[t]) * x0.double() + math.sqrt(1 - a[t]) * torch.randn(x0.shape, generator=generator)
+            xt = math.sqrt(a[t]) * x0.double() + math.sqrt(1 - a[t]) * torch.randn(
+                x0.shape, generator=generator
+            )
             guess = ddpm.network(xt, torch.full((400,), t))
             guess = (xt - math.sqrt(1 - a[t]) * guess) / math.sqrt(a[t])
             if t == 1:
                 snr = [b / (1 - b) for b in a]
-                terms.append((snr[0] - snr[1]) / 2 * (x0 - guess).square().mean().item())  # KL at one variance
+                terms.append(
+                    (snr[0] - snr[1]) / 2 * (x0 - guess).square().mean().item()
+                )  # KL at one variance
             else:
                 b = ddpm.betas.tolist()
                 std = math.sqrt(b[0] if num_timesteps == 1 else b[0] * b[1] / (1 - a[1]))
@@ -221,7 +273,9 @@ def test_a_chain_of_one_and_of_two_steps_by_hand():
 
 def test_fewer_terms_estimate_the_same_bound_and_know_their_error():
     ddpm, x0 = gaussian(num_timesteps=200, variance="fixed_large"), pixels(60)
-    whole = torch.tensor([ddpm.bits_per_dim(x0, seed=seed).total for seed in range(1, 6)]).mean().item()
+    whole = (
+        torch.tensor([ddpm.bits_per_dim(x0, seed=seed).total for seed in range(1, 6)]).mean().item()
+    )
     some = [ddpm.bits_per_dim(x0, terms=6, seed=seed) for seed in range(1, 61)]
     totals = torch.tensor([bits.total for bits in some])
     stated = torch.tensor([bits.standard_error for bits in some]).mean().item()
@@ -240,7 +294,10 @@ def test_the_bound_uses_labels_and_goes_in_batches_that_do_not_matter():
     right, wrong = (ddpm.bits_per_dim(x0, y=labels, seed=1) for labels in (y, 0 * y))
     assert right.total < wrong.total - 1
     split = ddpm.bits_per_dim(x0, y, seed=1, batch_size=7)
-    assert split.total == pytest.approx(right.total, abs=4 * right.standard_error) and ddpm.network.largest == 40
+    assert (
+        split.total == pytest.approx(right.total, abs=4 * right.standard_error)
+        and ddpm.network.largest == 40
+    )
 
 
 def test_the_bound_takes_one_label_for_all_and_gives_tensors_to_compute_with():
@@ -252,11 +309,18 @@ def test_the_bound_takes_one_label_for_all_and_gives_tensors_to_compute_with():
     torch.testing.assert_close(factor.grad, one.rate + one.rmse)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (dict(y=[0, 1]), "y of 2 labels: expected 3, one an image"), (dict(y=[0, 1, 2]), "y from 0 to 2: expected labels"),
-    (dict(y=-1), "y from -1 to -1: expected labels from 0 to 1"), (dict(y=[0.5, 1, 1]), "y of torch.float32"),
-    (dict(batch_size=0), "batch_size 0: expected at least 1"), (dict(batch_size=-1), "batch_size -1"),
-    (dict(x0=torch.zeros(0, 1, 8, 8)), "x0 of 0 images: expected at least 1")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(y=[0, 1]), "y of 2 labels: expected 3, one an image"),
+        (dict(y=[0, 1, 2]), "y from 0 to 2: expected labels"),
+        (dict(y=-1), "y from -1 to -1: expected labels from 0 to 1"),
+        (dict(y=[0.5, 1, 1]), "y of torch.float32"),
+        (dict(batch_size=0), "batch_size 0: expected at least 1"),
+        (dict(batch_size=-1), "batch_size -1"),
+        (dict(x0=torch.zeros(0, 1, 8, 8)), "x0 of 0 images: expected at least 1"),
+    ],
+)
 def test_a_bound_of_what_does_not_fit_is_one_clear_line(arguments, words):
     with pytest.raises(ValueError, match=words) as error:
         gaussian(means=(-0.4, MEAN), num_timesteps=5).bits_per_dim(**dict(x0=pixels(3)) | arguments)
@@ -277,7 +341,9 @@ def test_the_vlb_loss_is_on_average_the_bound():
 
 
 @pytest.mark.parametrize("loss", ["mse", "l1"])
-def test_the_hybrid_loss_moves_the_mean_by_the_simple_loss_alone_and_the_variance_by_the_bound(loss):
+def test_the_hybrid_loss_moves_the_mean_by_the_simple_loss_alone_and_the_variance_by_the_bound(
+    loss,
+):
     torch.manual_seed(0)
     output = torch.randn(6, 2, 8, 8).mul(0.3).requires_grad_()
     network = torch.nn.Identity()
@@ -285,18 +351,27 @@ def test_the_hybrid_loss_moves_the_mean_by_the_simple_loss_alone_and_the_varianc
     t, x0, eps = torch.tensor([0, 1, 10, 300, 700, 999]), pixels(6), torch.randn(6, 1, 8, 8)
 
     def losses(**settings):
-        return DDPM(network, image_size=8, channels=1, **settings)(x0, t=t, eps=eps, reduction="none")
+        return DDPM(network, image_size=8, channels=1, **settings)(
+            x0, t=t, eps=eps, reduction="none"
+        )
 
     simple_network = copy.copy(network)
     simple_network.forward = lambda xt, t, y=None: output[:, :1]
-    simple = DDPM(simple_network, image_size=8, channels=1, loss=loss)(x0, t=t, eps=eps, reduction="none")
+    simple = DDPM(simple_network, image_size=8, channels=1, loss=loss)(
+        x0, t=t, eps=eps, reduction="none"
+    )
     hybrid, bound = losses(loss=loss, variance="learned"), losses(loss="vlb", variance="learned")
     torch.testing.assert_close(hybrid, simple + VLB_WEIGHT * bound)
-    gradients = [torch.autograd.grad(value.sum(), output, retain_graph=True)[0] for value in (simple, hybrid, bound)]
+    gradients = [
+        torch.autograd.grad(value.sum(), output, retain_graph=True)[0]
+        for value in (simple, hybrid, bound)
+    ]
     torch.testing.assert_close(gradients[1][:, :1], gradients[0][:, :1], rtol=0, atol=0)
     torch.testing.assert_close(gradients[1][:, 1:], VLB_WEIGHT * gradients[2][:, 1:])
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
-    assert (gradients[1][:, 1:].flatten(1).abs().sum(1) > 0).all() and gradients[2][:, :1].abs().sum() > 0
+    assert (gradients[1][:, 1:].flatten(1).abs().sum(1) > 0).all() and gradients[2][
+        :, :1
+    ].abs().sum() > 0
 
 
 def test_min_snr_weighs_the_error_of_x0_alike_whatever_is_predicted():
@@ -304,16 +379,22 @@ def test_min_snr_weighs_the_error_of_x0_alike_whatever_is_predicted():
     t, x0, eps = torch.tensor([20, 200, 400, 999]), torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
     guess = x0 + 0.1 * torch.randn(4, 1, 8, 8)
     for prediction in ("x0", "eps", "v"):
-        ddpm = DDPM(torch.nn.Identity(), image_size=8, channels=1, prediction=prediction, min_snr_gamma=5.0)
+        ddpm = DDPM(
+            torch.nn.Identity(), image_size=8, channels=1, prediction=prediction, min_snr_gamma=5.0
+        )
         a = ddpm.alphas_cumprod[t][:, None, None, None].float()
         xt = ddpm.q_sample(x0, t, eps)
         noise = (xt - a.sqrt() * guess) / (1 - a).sqrt()
-        said = {"x0": guess, "eps": noise, "v": a.sqrt() * noise - (1 - a).sqrt() * guess}[prediction]
+        said = {"x0": guess, "eps": noise, "v": a.sqrt() * noise - (1 - a).sqrt() * guess}[
+            prediction
+        ]
         ddpm.network.forward = lambda xt, t, y=None, said=said: said
         snr = (a / (1 - a)).flatten()
         assert snr[0] > 5 > snr[1]
         expected = snr.clamp(max=5) * (x0 - guess).square().mean((1, 2, 3))
-        torch.testing.assert_close(ddpm(x0, t=t, eps=eps, reduction="none"), expected, rtol=2e-3, atol=1e-7)
+        torch.testing.assert_close(
+            ddpm(x0, t=t, eps=eps, reduction="none"), expected, rtol=2e-3, atol=1e-7
+        )
     for settings in (dict(min_snr_gamma=-1.0), dict(min_snr_gamma=5.0, loss="vlb")):
         with pytest.raises(ValueError, match="min_snr_gamma"):
             DDPM(torch.nn.Identity(), **settings)
@@ -323,15 +404,23 @@ def test_zero_terminal_snr_ends_in_noise_begins_as_before_and_is_refused_for_eps
     for schedule in ("linear", "cosine"):
         plain = torch.cumprod(1 - make_betas(schedule, 1000), 0)
         ddpm = gaussian("v", beta_schedule=schedule, zero_terminal_snr=True)
-        assert ddpm.alphas_cumprod[-1] == 0 and ddpm.betas[-1] == 1 and (ddpm.alphas_cumprod.diff() < 0).all()
+        assert (
+            ddpm.alphas_cumprod[-1] == 0
+            and ddpm.betas[-1] == 1
+            and (ddpm.alphas_cumprod.diff() < 0).all()
+        )
         assert ddpm.alphas_cumprod[0].item() == pytest.approx(plain[0].item(), rel=1e-9)
         t = torch.full((2,), 999)
         for prediction in ("v", "x0"):
             ddpm = gaussian(prediction, beta_schedule=schedule, zero_terminal_snr=True)
             assert torch.isfinite(ddpm(pixels(2), t=t))
             assert torch.isfinite(ddpm.predict(torch.randn(2, 1, 8, 8), t)[1]).all()
-            with pytest.raises(ValueError, match="min_snr_gamma 5.0 with zero_terminal_snr"):  # weight 0 at t = 999
-                gaussian(prediction, beta_schedule=schedule, zero_terminal_snr=True, min_snr_gamma=5.0)
+            with pytest.raises(
+                ValueError, match="min_snr_gamma 5.0 with zero_terminal_snr"
+            ):  # weight 0 at t = 999
+                gaussian(
+                    prediction, beta_schedule=schedule, zero_terminal_snr=True, min_snr_gamma=5.0
+                )
     with pytest.raises(ValueError, match="zero_terminal_snr with prediction 'eps'"):
         gaussian("eps", zero_terminal_snr=True)
     with pytest.raises(ValueError, match="num_timesteps 1: expected at least 2"):
@@ -340,9 +429,14 @@ def test_zero_terminal_snr_ends_in_noise_begins_as_before_and_is_refused_for_eps
 
 def test_a_short_hybrid_run_lowers_the_bound_and_leaves_the_simple_loss():
     """Stripes of random brightness: the same network and batches, with fixed and with learned variances."""
+
     def stripes(n, seed):
         generator = torch.Generator().manual_seed(seed)
-        grey = torch.randint(40, 216, (n, 1, 1, 4), generator=generator).repeat_interleave(4, 3).expand(n, 1, 16, 16)
+        grey = (
+            torch.randint(40, 216, (n, 1, 1, 4), generator=generator)
+            .repeat_interleave(4, 3)
+            .expand(n, 1, 16, 16)
+        )
         return (grey + torch.randint(-8, 9, (n, 1, 16, 16), generator=generator)) / 127.5 - 1
 
     bounds, simple = {}, {}
@@ -350,10 +444,24 @@ def test_a_short_hybrid_run_lowers_the_bound_and_leaves_the_simple_loss():
     eps = torch.randn(held_out.shape, generator=torch.Generator().manual_seed(2))
     for variance in ("fixed_small", "learned"):
         torch.manual_seed(0)
-        ddpm = DDPM(UNet(image_size=16, channels=1, base_channels=32, channel_mult=(1,), num_res_blocks=1,
-                         attention_resolutions=(), time_emb_dim=64, patch_size=2,
-                         out_channels=2 if variance == "learned" else 1),
-                    image_size=16, channels=1, beta_schedule="cosine", prediction="v", variance=variance)
+        ddpm = DDPM(
+            UNet(
+                image_size=16,
+                channels=1,
+                base_channels=32,
+                channel_mult=(1,),
+                num_res_blocks=1,
+                attention_resolutions=(),
+                time_emb_dim=64,
+                patch_size=2,
+                out_channels=2 if variance == "learned" else 1,
+            ),
+            image_size=16,
+            channels=1,
+            beta_schedule="cosine",
+            prediction="v",
+            variance=variance,
+        )
         optimizer = torch.optim.Adam(ddpm.parameters(), 2e-3)
         for step in range(60):
             torch.manual_seed(step)
@@ -374,6 +482,7 @@ def test_a_short_hybrid_run_lowers_the_bound_and_leaves_the_simple_loss():
 
 def test_a_learned_variance_finds_the_true_one_and_bounds_better_than_either_fixed_one():
     """The exact mean, and a place of the variance for each timestep, learned by the hybrid loss."""
+
     class Head(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -401,9 +510,17 @@ def test_a_learned_variance_finds_the_true_one_and_bounds_better_than_either_fix
     torch.testing.assert_close(learned_log_variance, true.log(), rtol=0, atol=0.1)
 
     x0 = pixels(100, seed=1000)
-    fixed = [gaussian(num_timesteps=20, variance=variance) for variance in ("fixed_small", "fixed_large")]
+    fixed = [
+        gaussian(num_timesteps=20, variance=variance) for variance in ("fixed_small", "fixed_large")
+    ]
     bits, of_small, of_large = (model.bits_per_dim(x0, seed=1).total for model in (ddpm, *fixed))
-    by_hand = [((true.log() - log_variance).expm1() - (true.log() - log_variance)).sum().item() / 2 / math.log(2)
-               for log_variance in (small, large)]
-    assert by_hand == pytest.approx([0.467, 0.969], abs=1e-3)  # bits a dimension lost in the KL terms
+    by_hand = [
+        ((true.log() - log_variance).expm1() - (true.log() - log_variance)).sum().item()
+        / 2
+        / math.log(2)
+        for log_variance in (small, large)
+    ]
+    assert by_hand == pytest.approx(
+        [0.467, 0.969], abs=1e-3
+    )  # bits a dimension lost in the KL terms
     assert bits < of_small - 0.4 and bits < of_large - 0.9, (bits, of_small, of_large)

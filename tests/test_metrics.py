@@ -20,14 +20,18 @@ from support.png import read_folder
 
 def gaussian(n, mean, cov, seed=0):
     """n points whose mean and covariance are exactly these."""
-    x = torch.randn(n, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.randn(
+        n, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     x = x - x.mean(dim=0)
     x = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(x.T)), x.T, upper=False).T
     return x @ torch.linalg.cholesky(cov).T + mean
 
 
 def random_cov(dim, seed):
-    a = torch.randn(dim, 2 * dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    a = torch.randn(
+        dim, 2 * dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return a @ a.T / dim
 
 
@@ -45,7 +49,10 @@ def test_frechet_distance_of_gaussians_with_covariances_that_commute():
 def test_frechet_distance_of_gaussians_in_general():
     """tr (C_a C_b)^1/2 by the eigenvalues of the product itself, which is not symmetric."""
     cov_a, cov_b = random_cov(6, 0), random_cov(6, 1)
-    a, b = gaussian(50, torch.zeros(6).double(), cov_a), gaussian(60, torch.ones(6).double(), cov_b, seed=1)
+    a, b = (
+        gaussian(50, torch.zeros(6).double(), cov_a),
+        gaussian(60, torch.ones(6).double(), cov_b, seed=1),
+    )
     overlap = np.sqrt(np.linalg.eigvals((cov_a @ cov_b).numpy()).real).sum()
     expected = 6 + cov_a.trace().item() + cov_b.trace().item() - 2 * overlap
     assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
@@ -62,7 +69,9 @@ def test_frechet_distance_of_features_that_never_move():
     x, y = torch.randn(100, 3).double(), torch.randn(100, 3).double()
     dead = torch.zeros(100, 1).double()
     alive = metrics.frechet_distance(x, y)
-    assert metrics.frechet_distance(torch.cat([x, dead], 1), torch.cat([y, dead], 1)) == pytest.approx(alive, rel=1e-6)
+    assert metrics.frechet_distance(
+        torch.cat([x, dead], 1), torch.cat([y, dead], 1)
+    ) == pytest.approx(alive, rel=1e-6)
 
 
 @pytest.mark.parametrize("n", [2, 8])
@@ -74,7 +83,9 @@ def test_too_few_images_for_a_covariance_are_refused(n):
 
 def test_precision_and_recall_of_points_on_a_line():
     """Counted by hand, k = 1: radii are the distances to the nearest other point of the same set."""
-    real = torch.tensor([[0.0], [1.0], [10.0], [12.0]])  # radii 1, 1, 2, 2: among them are [-1, 2] and [8, 14]
+    real = torch.tensor(
+        [[0.0], [1.0], [10.0], [12.0]]
+    )  # radii 1, 1, 2, 2: among them are [-1, 2] and [8, 14]
     samples = torch.tensor([[-1.5], [1.5], [9.0], [30.0]])  # radii 3, 3, 7.5, 21
     # Of the samples 1.5 and 9 lie among the real; [-4.5, 4.5], [1.5, 16.5] and [9, 51] hold all of the real.
     assert metrics.precision_recall(samples, real, k=1) == (0.5, 1.0)
@@ -102,7 +113,8 @@ def test_precision_and_recall_do_not_depend_on_the_parts_they_are_computed_in():
     samples, real = torch.randn(1500, 3).double(), torch.randn(1500, 3).double() * 1.1
     d = torch.cdist(real, real).sort(dim=1).values[:, 3]
     assert metrics.precision_recall(samples, real)[0] == pytest.approx(
-        (torch.cdist(samples, real) <= d).any(dim=1).double().mean().item(), abs=0.002)
+        (torch.cdist(samples, real) <= d).any(dim=1).double().mean().item(), abs=0.002
+    )
     with pytest.raises(ValueError, match="^3 images: expected at least 4"):
         metrics.precision_recall(samples[:3], real)
 
@@ -112,15 +124,23 @@ def test_nearest_finds_copies_and_measures_grey_levels():
     others = torch.randint(256, (700, 32, 32), generator=generator, dtype=torch.uint8)
     picked = torch.randint(700, (600,), generator=generator)
     distance, index = metrics.nearest(others[picked], others)
-    assert torch.equal(index, picked) and torch.equal(distance, torch.zeros(600, dtype=torch.float64))
+    assert torch.equal(index, picked) and torch.equal(
+        distance, torch.zeros(600, dtype=torch.float64)
+    )
     brighter = others[picked].clamp(max=245) + 10
-    distance, index = metrics.nearest(brighter[:, None].expand(-1, 3, -1, -1), others.clamp(max=245))
-    assert torch.equal(index, picked) and torch.allclose(distance, torch.full((600,), 10.0).double(), atol=1e-3)
+    distance, index = metrics.nearest(
+        brighter[:, None].expand(-1, 3, -1, -1), others.clamp(max=245)
+    )
+    assert torch.equal(index, picked) and torch.allclose(
+        distance, torch.full((600,), 10.0).double(), atol=1e-3
+    )
 
 
 def test_nearest_counts_brightness_by_hand():
-    images, others = (torch.tensor(levels, dtype=torch.uint8)[:, None, None].expand(-1, 32, 32)
-                      for levels in ([10, 70, 130, 200], [0, 30, 90, 160, 255]))
+    images, others = (
+        torch.tensor(levels, dtype=torch.uint8)[:, None, None].expand(-1, 32, 32)
+        for levels in ([10, 70, 130, 200], [0, 30, 90, 160, 255])
+    )
     distance, index = metrics.nearest(images, others)
     assert index.tolist() == [0, 2, 3, 3]
     assert torch.allclose(distance, torch.tensor([10.0, 20, 30, 40]).double(), atol=1e-4)
@@ -211,10 +231,18 @@ def read_only(*args, **options):
     raise OSError(30, "Read-only file system")
 
 
-@pytest.mark.parametrize("kind, patch, why", [
-    ("broken", (torch, "save", broken), "unexpected pos"), ("no folder", (Path, "mkdir", read_only), "Read-only"),
-    ("not replaced", (os, "replace", read_only), "Read-only"), ("a folder in its place", None, "irectory")])
-def test_a_classifier_that_cannot_be_saved_is_used_all_the_same(kind, patch, why, mnist, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "kind, patch, why",
+    [
+        ("broken", (torch, "save", broken), "unexpected pos"),
+        ("no folder", (Path, "mkdir", read_only), "Read-only"),
+        ("not replaced", (os, "replace", read_only), "Read-only"),
+        ("a folder in its place", None, "irectory"),
+    ],
+)
+def test_a_classifier_that_cannot_be_saved_is_used_all_the_same(
+    kind, patch, why, mnist, tmp_path, monkeypatch, capsys
+):
     images, labels = mnist[0].images[:20], mnist[0].labels[:20]
     first = metrics.load_classifier("glyphs", images, labels, tmp_path / "made" / "with its folder")
     (path,) = tmp_path.glob("made/*/*.pt")
@@ -227,7 +255,9 @@ def test_a_classifier_that_cannot_be_saved_is_used_all_the_same(kind, patch, why
     monkeypatch.undo()
     assert same(classifier, first) and not classifier.training
     *training, line = capsys.readouterr().err.splitlines()
-    assert len(training) == 2 and all("training the classifier that measures glyphs" in text for text in training)
+    assert len(training) == 2 and all(
+        "training the classifier that measures glyphs" in text for text in training
+    )
     assert "this run uses its classifier all the same" in line and why in line
     assert list(path.parent.iterdir()) == [path] * path.is_dir()
 
@@ -239,31 +269,63 @@ def real_mnist(data_flags):
     return load_data("mnist", DATA_DIR, augment=False)
 
 
-def test_the_classifier_of_mnist_reads_it_and_gives_real_digits_the_figures_of_every_machine(real_mnist, tmp_path):
+def test_the_classifier_of_mnist_reads_it_and_gives_real_digits_the_figures_of_every_machine(
+    real_mnist, tmp_path
+):
     """Its weights are in the repository, so the figures are those of the README: python train_eval.py --evaluate."""
     train, test = real_mnist
     classifier = metrics.load_classifier("mnist", train.images[:5], train.labels[:5], tmp_path)
-    assert not list(tmp_path.iterdir()) and classifier.name == "mnist-dd150293" and not classifier.training
-    assert {value.dtype for value in classifier.state_dict().values()} == {torch.float32, torch.int64}
+    assert (
+        not list(tmp_path.iterdir())
+        and classifier.name == "mnist-dd150293"
+        and not classifier.training
+    )
+    assert {value.dtype for value in classifier.state_dict().values()} == {
+        torch.float32,
+        torch.int64,
+    }
     features, probabilities = classifier.read(test.images)
-    assert (probabilities.argmax(dim=1) == test.labels).double().mean() == pytest.approx(0.9967, abs=1e-4)
+    assert (probabilities.argmax(dim=1) == test.labels).double().mean() == pytest.approx(
+        0.9967, abs=1e-4
+    )
     generator = torch.Generator().manual_seed(0)  # as metrics.measure picks them
-    index, index_test = (torch.randperm(len(split), generator=generator)[:2000] for split in real_mnist)
+    index, index_test = (
+        torch.randperm(len(split), generator=generator)[:2000] for split in real_mnist
+    )
     real, _ = classifier.read(train.images[index])
     assert metrics.frechet_distance(real, features) == pytest.approx(0.1571, abs=2e-4)
-    assert metrics.precision_recall(real, features[index_test]) == pytest.approx((0.881, 0.907), abs=1.1e-3)
+    assert metrics.precision_recall(real, features[index_test]) == pytest.approx(
+        (0.881, 0.907), abs=1.1e-3
+    )
 
 
 def test_other_images_and_other_weights_have_other_names(mnist, tmp_path):
     images, labels = mnist[0].images[:20], mnist[0].labels[:20]
-    names = {metrics.load_classifier(dataset, x, labels, tmp_path).name
-             for dataset, x in (("glyphs", images), ("kmnist", images), ("glyphs", 255 - images), ("mnist", images))}
-    assert len(names) == 4 and {name.partition("-")[0] for name in names} == {"glyphs", "kmnist", "mnist"}
+    names = {
+        metrics.load_classifier(dataset, x, labels, tmp_path).name
+        for dataset, x in (
+            ("glyphs", images),
+            ("kmnist", images),
+            ("glyphs", 255 - images),
+            ("mnist", images),
+        )
+    }
+    assert len(names) == 4 and {name.partition("-")[0] for name in names} == {
+        "glyphs",
+        "kmnist",
+        "mnist",
+    }
 
 
-def test_a_damaged_classifier_of_mnist_is_an_error_and_not_trained_anew(mnist, tmp_path, monkeypatch):
+def test_a_damaged_classifier_of_mnist_is_an_error_and_not_trained_anew(
+    mnist, tmp_path, monkeypatch
+):
     whole = metrics.MNIST_CLASSIFIER.read_bytes()
-    for name, content in (("missing", None), ("cut", whole[:9000]), ("flipped", whole[:9000] + b"!" + whole[9001:])):
+    for name, content in (
+        ("missing", None),
+        ("cut", whole[:9000]),
+        ("flipped", whole[:9000] + b"!" + whole[9001:]),
+    ):
         monkeypatch.setattr(metrics, "MNIST_CLASSIFIER", tmp_path / name)
         if content:
             (tmp_path / name).write_bytes(content)
@@ -285,7 +347,12 @@ def test_the_labels_decide_the_number_of_classes(num_classes, mnist, tmp_path):
     metrics.load_classifier("glyphs", images, labels, tmp_path)
     classifier = metrics.load_classifier("glyphs", images, labels, tmp_path)
     report, _ = metrics.measure(classifier, images, images, images)
-    assert len(report["digits"]) == len(report["digits_real"]) == num_classes == classifier.head.out_features
+    assert (
+        len(report["digits"])
+        == len(report["digits_real"])
+        == num_classes
+        == classifier.head.out_features
+    )
 
 
 def test_what_the_classifier_sees_does_not_depend_on_batches_colours_or_size(classifier, mnist):
@@ -300,7 +367,9 @@ def test_what_the_classifier_sees_does_not_depend_on_batches_colours_or_size(cla
     red = torch.stack([images // 3 * 3, images * 0, images * 0], dim=1)  # a third as bright
     assert torch.allclose(classifier.read(red)[0], classifier.read(images // 3)[0], atol=1e-4)
     small = load_data(mnist[1].name, DATA_DIR, image_size=28, test_size=50)[1]
-    assert (classifier.read(small.images)[1].argmax(1) == probabilities.argmax(1)).double().mean() > 0.9
+    assert (
+        classifier.read(small.images)[1].argmax(1) == probabilities.argmax(1)
+    ).double().mean() > 0.9
     with pytest.raises(ValueError, match="float32.*expected a tensor of uint8"):
         classifier.read(images.float())
 
@@ -349,9 +418,19 @@ def test_noise_moves_precision_and_distance(remembering, mnist, real):
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(256, samples.shape, generator=generator, dtype=torch.uint8)
     report = measured(remembering, mnist, ((samples.float() + noise.float()) / 2).byte(), labels)
-    assert report["frechet"] > 20 * before["frechet"] and report["precision"] < 0.1 and report["accuracy"] < 0.3
-    report = measured(remembering, mnist, noise, labels)  # alone it lies near an odd test digit: precision may be high
-    assert report["frechet"] > 20 * before["frechet"] and report["recall"] < 0.1 and report["accuracy"] < 0.3
+    assert (
+        report["frechet"] > 20 * before["frechet"]
+        and report["precision"] < 0.1
+        and report["accuracy"] < 0.3
+    )
+    report = measured(
+        remembering, mnist, noise, labels
+    )  # alone it lies near an odd test digit: precision may be high
+    assert (
+        report["frechet"] > 20 * before["frechet"]
+        and report["recall"] < 0.1
+        and report["accuracy"] < 0.3
+    )
     assert report["nearest"] > 2 * before["nearest"] and report["copies"] == 0
 
 
@@ -359,15 +438,22 @@ def test_colour_is_noticed_where_the_grey_is_right(remembering, mnist, real):
     samples, _, before = real
     shift = torch.tensor([20, 0, -20])[None, :, None, None]
     coloured = (samples[:, None].clamp(20, 235) + shift).byte()
-    assert measured(remembering, mnist, coloured)["colour"] == pytest.approx(20 * (2 / 3) ** 0.5, rel=1e-6)
+    assert measured(remembering, mnist, coloured)["colour"] == pytest.approx(
+        20 * (2 / 3) ** 0.5, rel=1e-6
+    )
 
 
-def test_copies_of_training_images_move_what_tells_of_memory_and_nothing_else(remembering, mnist, real):
+def test_copies_of_training_images_move_what_tells_of_memory_and_nothing_else(
+    remembering, mnist, real
+):
     _, _, before = real
     copies = mnist[0].images[1000:1800]
     report = measured(remembering, mnist, copies)
     assert report["copies"] == 1 and report["nearest"] == 0
-    assert report["frechet"] < 2 * before["frechet"] and report["precision"] > before["precision"] - 0.05
+    assert (
+        report["frechet"] < 2 * before["frechet"]
+        and report["precision"] > before["precision"] - 0.05
+    )
 
 
 def test_duplicates_move_recall(remembering, mnist, real):
@@ -384,7 +470,9 @@ def test_labels_swapped_move_accuracy_alone(remembering, mnist, real):
     assert report == {name: value for name, value in before.items() if name != "accuracy"}
 
 
-def test_the_pairs_are_the_samples_nearest_to_training_images_each_with_its_neighbour(remembering, mnist, real):
+def test_the_pairs_are_the_samples_nearest_to_training_images_each_with_its_neighbour(
+    remembering, mnist, real
+):
     samples = real[0].clone()
     samples[17] = mnist[0].images[3]
     _, pairs = metrics.measure(remembering, samples, mnist[0].images, mnist[1].images)
@@ -394,33 +482,65 @@ def test_the_pairs_are_the_samples_nearest_to_training_images_each_with_its_neig
     assert torch.equal(distances, distances.sort().values)
 
 
-def test_the_meter_reads_the_real_images_once_and_gives_the_same_distance(remembering, mnist, real, monkeypatch):
+def test_the_meter_reads_the_real_images_once_and_gives_the_same_distance(
+    remembering, mnist, real, monkeypatch
+):
     train, test = mnist
     meter = metrics.FrechetMeter(remembering, test, train.few(100))
     every, _ = train.batch(torch.arange(100) * len(train) // 100)
-    assert meter.real == pytest.approx(metrics.frechet_distance(
-        remembering.read(metrics.as_bytes(every[:, :1]))[0], remembering.read(test.images)[0]))
+    assert meter.real == pytest.approx(
+        metrics.frechet_distance(
+            remembering.read(metrics.as_bytes(every[:, :1]))[0], remembering.read(test.images)[0]
+        )
+    )
     read = []
-    monkeypatch.setattr(meter.classifier, "read", lambda x: (read.append(len(x)), Remembering.read(remembering, x))[1])
+    monkeypatch.setattr(
+        meter.classifier,
+        "read",
+        lambda x: (read.append(len(x)), Remembering.read(remembering, x))[1],
+    )
     assert meter(real[0]) == pytest.approx(real[2]["frechet"]) and read == [len(real[0])]
     assert meter.count_read(real[0], real[1]) == round(real[2]["accuracy"] * len(real[0]))
-    assert meter.count_read(real[0] / 127.5 - 1, (real[1] + 1) % 10) < meter.count_read(real[0], real[1])
+    assert meter.count_read(real[0] / 127.5 - 1, (real[1] + 1) % 10) < meter.count_read(
+        real[0], real[1]
+    )
 
 
-@pytest.mark.parametrize("n, tests, missing", [
-    (1, 1000, 3), (3, 1000, 3), (4, 1000, 1), (64, 1000, 1), (65, 1000, 0), (10, 10, 1), (64, 64, 1), (3, 64, 3),
-    (65, 65, 0)])
+@pytest.mark.parametrize(
+    "n, tests, missing",
+    [
+        (1, 1000, 3),
+        (3, 1000, 3),
+        (4, 1000, 1),
+        (64, 1000, 1),
+        (65, 1000, 0),
+        (10, 10, 1),
+        (64, 64, 1),
+        (3, 64, 3),
+        (65, 65, 0),
+    ],
+)
 def test_what_few_images_cannot_tell_is_left_out(remembering, mnist, real, n, tests, missing):
     samples, test, images = real[0][:n], mnist[1].images[:tests], mnist[0].images[:300]
     report, pairs = metrics.measure(remembering, samples, images, test, real[1][:n])
-    assert set(real[2]) - set(report) == {name + suffix for name in ("frechet", "precision", "recall")[:missing]
-                                          for suffix in ("", "_real")}
+    assert set(real[2]) - set(report) == {
+        name + suffix
+        for name in ("frechet", "precision", "recall")[:missing]
+        for suffix in ("", "_real")
+    }
     assert pairs.shape == (2 * min(n, 10), 1, 32, 32)
 
 
-@pytest.mark.parametrize("n, trains, tests, message", [
-    (0, 99, 99, "^0 samples: expected at least 1$"), (0, 0, 0, "^0 samples"), (1, 0, 9, "at most 0.* training images"),
-    (9, 99, 8, "9 samples: expected at most 8, the number of test"), (99, 98, 99, "at most 98.* training images")])
+@pytest.mark.parametrize(
+    "n, trains, tests, message",
+    [
+        (0, 99, 99, "^0 samples: expected at least 1$"),
+        (0, 0, 0, "^0 samples"),
+        (1, 0, 9, "at most 0.* training images"),
+        (9, 99, 8, "9 samples: expected at most 8, the number of test"),
+        (99, 98, 99, "at most 98.* training images"),
+    ],
+)
 def test_more_samples_than_real_images_are_refused(classifier, mnist, n, trains, tests, message):
     images = mnist[0].images
     with pytest.raises(ValueError, match=message):
@@ -434,7 +554,9 @@ class OnGpu(torch.Tensor):
     __torch_dispatch__ = None  # the mode does it
 
     def __new__(cls, data):
-        self = cls._make_wrapper_subclass(cls, data.shape, strides=data.stride(), dtype=data.dtype, device="meta")
+        self = cls._make_wrapper_subclass(
+            cls, data.shape, strides=data.stride(), dtype=data.dtype, device="meta"
+        )
         self.data_on_cpu = data
         return self
 
@@ -442,8 +564,14 @@ class OnGpu(torch.Tensor):
 class Gpu(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        gpu = [isinstance(x, OnGpu) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim]
-        assert func is torch.ops.aten._to_copy.default or len({*gpu}) < 2, f"{func}: tensors on two devices"
+        gpu = [
+            isinstance(x, OnGpu)
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor) and x.ndim
+        ]
+        assert func is torch.ops.aten._to_copy.default or len({*gpu}) < 2, (
+            f"{func}: tensors on two devices"
+        )
         here = any(gpu)
         if kwargs.get("device"):
             here, kwargs["device"] = kwargs["device"].type == "meta", torch.device("cpu")
@@ -459,7 +587,12 @@ def spread(where, sets):  # a bit for each set: whether it is on the GPU
 @pytest.fixture(scope="module")
 def on_one_device(classifier, mnist, real):
     """Some samples, training and test images and labels, and what they measure on the CPU."""
-    sets = [real[0][:70, None].expand(-1, 3, -1, -1), mnist[0].images[:200], mnist[1].images[:100], real[1][:70]]
+    sets = [
+        real[0][:70, None].expand(-1, 3, -1, -1),
+        mnist[0].images[:200],
+        mnist[1].images[:100],
+        real[1][:70],
+    ]
     with Gpu():
         return sets, metrics.measure(classifier, *sets)
 
@@ -472,7 +605,9 @@ def test_images_may_be_on_any_mixture_of_devices(classifier, on_one_device, wher
     assert report == expected and torch.equal(pairs, expected_pairs)
 
 
-@pytest.mark.parametrize("function", [metrics.frechet_distance, metrics.precision_recall, metrics.nearest])
+@pytest.mark.parametrize(
+    "function", [metrics.frechet_distance, metrics.precision_recall, metrics.nearest]
+)
 @pytest.mark.parametrize("where", range(1, 4))
 def test_each_measure_takes_any_mixture_of_devices(function, where):
     sets = [torch.rand(40, 5) for _ in "ab"]
@@ -482,8 +617,10 @@ def test_each_measure_takes_any_mixture_of_devices(function, where):
         with pytest.raises(AssertionError, match="two devices"):
             torch.add(*spread(1, sets))  # so the mode does refuse
         results = [function(*spread(i, sets)) for i in (0, where)]
-    assert all(torch.equal(torch.as_tensor(x), torch.as_tensor(y)) for x, y in zip(
-        *[x if isinstance(x, tuple) else (x,) for x in results]))
+    assert all(
+        torch.equal(torch.as_tensor(x), torch.as_tensor(y))
+        for x, y in zip(*[x if isinstance(x, tuple) else (x,) for x in results])
+    )
 
 
 # Folders of PNGs, written by hand so that every kind is among them
@@ -496,8 +633,12 @@ def chunk(name, data):
 def png(bits, colour, row, *extra, size=None):
     """A PNG of one row, given by its bytes; `extra` chunks come before the pixels."""
     size = size or (len(row) * 8 // (bits * (1, 0, 3, 1, 2, 0, 4)[colour]), 1)
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0)), *extra,
-              (b"IDAT", zlib.compress(b"\0" + bytes(row))), (b"IEND", b"")]
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0)),
+        *extra,
+        (b"IDAT", zlib.compress(b"\0" + bytes(row))),
+        (b"IEND", b""),
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*pair) for pair in chunks)
 
 
@@ -512,40 +653,68 @@ def see(*values):
 COLOURS = [[1, 2, 3], [40, 50, 60], [70, 80, 90], [255, 0, 9]]
 PALETTE = (b"PLTE", bytes(sum(COLOURS, [])))
 SEEN = {
-    "1": (png(1, 0, b"\xa5"), [255, 0, 255, 0, 0, 255, 0, 255]), "L": (png(8, 0, [0, 7, 255]), [0, 7, 255]),
-    "L2": (png(2, 0, b"\x1b"), [0, 85, 170, 255]), "L4": (png(4, 0, b"\x0f\x3c"), [0, 255, 51, 204]),
+    "1": (png(1, 0, b"\xa5"), [255, 0, 255, 0, 0, 255, 0, 255]),
+    "L": (png(8, 0, [0, 7, 255]), [0, 7, 255]),
+    "L2": (png(2, 0, b"\x1b"), [0, 85, 170, 255]),
+    "L4": (png(4, 0, b"\x0f\x3c"), [0, 255, 51, 204]),
     "L16": (png(16, 0, words(0, 128, 129, 257, 32896, 65535)), [0, 0, 1, 1, 128, 255]),
-    "LA": (png(8, 4, [9, 255, 8, 255]), [9, 8]), "LA16": (png(16, 4, words(514, 65535)), [2]),
+    "LA": (png(8, 4, [9, 255, 8, 255]), [9, 8]),
+    "LA16": (png(16, 4, words(514, 65535)), [2]),
     "P1": (png(1, 3, b"\x70", PALETTE), [COLOURS[i] for i in (0, 1, 1, 1, 0, 0, 0, 0)]),
-    "P2": (png(2, 3, b"\x1b", PALETTE), COLOURS), "P4": (png(4, 3, b"\x32", PALETTE), COLOURS[:1:-1]),
-    "P": (png(8, 3, [3, 0], PALETTE), COLOURS[::-3]), "RGB": (png(8, 2, sum(COLOURS, [])), COLOURS),
-    "RGB16": (png(16, 2, words(257, 514, 65535)), [[1, 2, 255]]), "RGBA": (png(8, 6, [1, 2, 3, 255]), COLOURS[:1]),
+    "P2": (png(2, 3, b"\x1b", PALETTE), COLOURS),
+    "P4": (png(4, 3, b"\x32", PALETTE), COLOURS[:1:-1]),
+    "P": (png(8, 3, [3, 0], PALETTE), COLOURS[::-3]),
+    "RGB": (png(8, 2, sum(COLOURS, [])), COLOURS),
+    "RGB16": (png(16, 2, words(257, 514, 65535)), [[1, 2, 255]]),
+    "RGBA": (png(8, 6, [1, 2, 3, 255]), COLOURS[:1]),
     "RGBA16": (png(16, 6, words(257, 514, 771, 65535)), COLOURS[:1]),
     # with a tRNS chunk that no pixel matches
-    "1 key": (png(1, 0, b"\xff", see(0)), [255] * 8), "L2 key": (png(2, 0, b"\x05", see(3)), [0, 0, 85, 85]),
-    "L4 key": (png(4, 0, b"\x1f", see(3)), [17, 255]), "L key": (png(8, 0, [3, 5], see(4)), [3, 5]),
+    "1 key": (png(1, 0, b"\xff", see(0)), [255] * 8),
+    "L2 key": (png(2, 0, b"\x05", see(3)), [0, 0, 85, 85]),
+    "L4 key": (png(4, 0, b"\x1f", see(3)), [17, 255]),
+    "L key": (png(8, 0, [3, 5], see(4)), [3, 5]),
     "L16 key": (png(16, 0, words(257, 514), see(256)), [1, 2]),
     "RGB key": (png(8, 2, sum(COLOURS, []), see(1, 0, 3)), COLOURS),
     "P index": (png(8, 3, [3, 0], PALETTE, (b"tRNS", b"\xff\0")), COLOURS[::-3]),
-    "P indices": (png(8, 3, [3, 0], PALETTE, (b"tRNS", b"\xff\x80\1")), COLOURS[::-3])}
+    "P indices": (png(8, 3, [3, 0], PALETTE, (b"tRNS", b"\xff\x80\1")), COLOURS[::-3]),
+}
 TRANSPARENT = {
-    "1": png(1, 0, b"\xff", see(1)), "L2": png(2, 0, b"\x05", see(1)), "L4": png(4, 0, b"\x1e", see(14)),
-    "L": png(8, 0, [3, 5], see(5)), "I": png(16, 0, words(257, 514), see(514)), "RGBA": png(8, 6, [1, 2, 3, 0]),
-    "LA": png(8, 4, [9, 255, 8, 254]), "(LA|RGBA)16": png(16, 4, words(1, 65000)),
-    "RGB": png(8, 2, sum(COLOURS, []), see(255, 0, 9)), "RGB16": png(16, 2, words(1, 300, 3), see(1, 300, 3)),
-    "P": png(8, 3, [3, 0], PALETTE, (b"tRNS", b"\0")), "P2": png(8, 3, [3, 1], PALETTE, (b"tRNS", b"\xff\x80"))}
+    "1": png(1, 0, b"\xff", see(1)),
+    "L2": png(2, 0, b"\x05", see(1)),
+    "L4": png(4, 0, b"\x1e", see(14)),
+    "L": png(8, 0, [3, 5], see(5)),
+    "I": png(16, 0, words(257, 514), see(514)),
+    "RGBA": png(8, 6, [1, 2, 3, 0]),
+    "LA": png(8, 4, [9, 255, 8, 254]),
+    "(LA|RGBA)16": png(16, 4, words(1, 65000)),
+    "RGB": png(8, 2, sum(COLOURS, []), see(255, 0, 9)),
+    "RGB16": png(16, 2, words(1, 300, 3), see(1, 300, 3)),
+    "P": png(8, 3, [3, 0], PALETTE, (b"tRNS", b"\0")),
+    "P2": png(8, 3, [3, 1], PALETTE, (b"tRNS", b"\xff\x80")),
+}
 GOOD = png(8, 0, [0, 7, 255])
 DAMAGED = {
-    "empty": b"", "text": b"no picture", "cut": GOOD[:-24],
-    "header": GOOD[:20], "header CRC": GOOD[:30] + b"x" + GOOD[31:], "pixel CRC": GOOD[:-14] + b"xx" + GOOD[-12:],
-    "pixels missing": png(8, 0, [1, 2], size=(3, 9)), "not zlib": GOOD[:41] + b"garbage" + GOOD[48:],
-    "no size": png(8, 0, [1], size=(0, 0)), "bomb": png(8, 0, [1], size=(60000, 60000)), "7 bits": png(7, 0, bytes(7)),
-    "text bomb": png(8, 0, [1], (b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20)))), "no palette": png(8, 3, [1, 2]),
-    "bad text": png(8, 0, [1], (b"zTXt", b"a\0\7x")), "short tRNS": png(8, 2, [1, 2, 3], (b"tRNS", b"\0")),
-    "short pHYs": png(8, 0, [1], (b"pHYs", b"\0")), "pipe": lambda path: os.mkfifo(path),
+    "empty": b"",
+    "text": b"no picture",
+    "cut": GOOD[:-24],
+    "header": GOOD[:20],
+    "header CRC": GOOD[:30] + b"x" + GOOD[31:],
+    "pixel CRC": GOOD[:-14] + b"xx" + GOOD[-12:],
+    "pixels missing": png(8, 0, [1, 2], size=(3, 9)),
+    "not zlib": GOOD[:41] + b"garbage" + GOOD[48:],
+    "no size": png(8, 0, [1], size=(0, 0)),
+    "bomb": png(8, 0, [1], size=(60000, 60000)),
+    "7 bits": png(7, 0, bytes(7)),
+    "text bomb": png(8, 0, [1], (b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20)))),
+    "no palette": png(8, 3, [1, 2]),
+    "bad text": png(8, 0, [1], (b"zTXt", b"a\0\7x")),
+    "short tRNS": png(8, 2, [1, 2, 3], (b"tRNS", b"\0")),
+    "short pHYs": png(8, 0, [1], (b"pHYs", b"\0")),
+    "pipe": lambda path: os.mkfifo(path),
     "link": lambda path: path.symlink_to("missing"),
     "JPEG": lambda path: Image.new("L", (3, 1)).save(path, "JPEG"),
-    "GIF": lambda path: Image.new("L", (3, 1)).save(path, "GIF")}
+    "GIF": lambda path: Image.new("L", (3, 1)).save(path, "GIF"),
+}
 
 
 @pytest.mark.parametrize("kind", SEEN)
@@ -561,7 +730,10 @@ def test_a_png_is_read_as_a_person_sees_it(kind, tmp_path):
 def test_a_png_without_a_definite_picture_is_refused_in_one_line(kind, tmp_path):
     expected = rf"PNG of mode {kind.rstrip('12346')}\S*: some pixels are transparent.*; save it without transparency$"
     if kind == "animated":
-        expected, frames = "PNG of mode L: an animation of 2 frames", [Image.new("L", (3, 1), v) for v in (0, 9)]
+        expected, frames = (
+            "PNG of mode L: an animation of 2 frames",
+            [Image.new("L", (3, 1), v) for v in (0, 9)],
+        )
         frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
     else:
         (tmp_path / "a.png").write_bytes(TRANSPARENT[kind])
@@ -579,16 +751,29 @@ def test_a_png_of_a_mode_that_pillow_may_learn_is_refused(tmp_path, monkeypatch)
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_a_damaged_png_is_refused_in_one_line(kind, tmp_path):
     (tmp_path / "a.png").write_bytes(GOOD)
-    make = DAMAGED[kind] if callable(DAMAGED[kind]) else lambda path: path.write_bytes(DAMAGED[kind])
+    make = (
+        DAMAGED[kind] if callable(DAMAGED[kind]) else lambda path: path.write_bytes(DAMAGED[kind])
+    )
     make(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=r"^/[^\n]*b\.png: not a readable PNG \([^\n]+\); repair or move it$"):
+    with pytest.raises(
+        ValueError, match=r"^/[^\n]*b\.png: not a readable PNG \([^\n]+\); repair or move it$"
+    ):
         read_folder(tmp_path)
 
 
 def test_a_folder_of_pngs_comes_back_as_it_was_written(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "folder.png").mkdir()
-    names = [".hidden.png", "A.PNG", "a.Png", "b.png", "deep/er/z.png", "deep/y.png", "folder.png/x.png", "link.png"]
+    names = [
+        ".hidden.png",
+        "A.PNG",
+        "a.Png",
+        "b.png",
+        "deep/er/z.png",
+        "deep/y.png",
+        "folder.png/x.png",
+        "link.png",
+    ]
     for i, name in enumerate(names[:-1]):
         (tmp_path / name).write_bytes(png(8, 0, [i]))
     (tmp_path / "link.png").symlink_to("b.png")
@@ -602,12 +787,17 @@ def test_a_folder_of_pngs_comes_back_as_it_was_written(tmp_path):
 
 
 def test_a_folder_that_cannot_be_measured_is_refused_in_one_line(tmp_path, monkeypatch):
-    for folder, message in ((tmp_path, "there is no PNG in it$"), (tmp_path / "missing", "there is no such folder$")):
+    for folder, message in (
+        (tmp_path, "there is no PNG in it$"),
+        (tmp_path / "missing", "there is no such folder$"),
+    ):
         with pytest.raises(ValueError, match=message):
             read_folder(folder)
     (tmp_path / "a.png").write_bytes(png(8, 0, bytes(32)))
     (tmp_path / "b\n.png").write_bytes(png(8, 0, bytes(28)))
-    with pytest.raises(ValueError, match=r"^'/.*b\\n.png': 28x1 pixels; expected 32x1, the size of a.png$"):
+    with pytest.raises(
+        ValueError, match=r"^'/.*b\\n.png': 28x1 pixels; expected 32x1, the size of a.png$"
+    ):
         read_folder(tmp_path)
     monkeypatch.setattr(os, "scandir", read_only)
     with pytest.raises(ValueError, match="^.*not a readable folder"):

@@ -19,12 +19,16 @@ from diffusion import DDPM
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "explore.ipynb"
 SILENT = ("setup",)  # ids of code cells that print and draw nothing
-TINY = ("--device cpu --no-bf16 --train_size 100 --test_size 80 --base_channels 32 --channel_mult 1 --num_res_blocks 1 "
-        "--time_emb_dim 32 --patch_size 4 --attention_resolutions none --epochs 1 --preview_steps 2 --num_samples 10 "
-        "--target_references 0").split()
-KINDS = {"labels": ["--use_conditional_generation"],
-         "clusters": "--no-use_conditional_generation --num_clusters 12".split(),
-         "nothing": "--no-use_conditional_generation --num_clusters 0 --guidance_scale 1 --sample_steps 4".split()}
+TINY = (
+    "--device cpu --no-bf16 --train_size 100 --test_size 80 --base_channels 32 --channel_mult 1 --num_res_blocks 1 "
+    "--time_emb_dim 32 --patch_size 4 --attention_resolutions none --epochs 1 --preview_steps 2 --num_samples 10 "
+    "--target_references 0"
+).split()
+KINDS = {
+    "labels": ["--use_conditional_generation"],
+    "clusters": "--no-use_conditional_generation --num_clusters 12".split(),
+    "nothing": "--no-use_conditional_generation --num_clusters 0 --guidance_scale 1 --sample_steps 4".split(),
+}
 
 
 def code_cells(notebook):
@@ -33,7 +37,12 @@ def code_cells(notebook):
 
 def printed(notebook):
     """What all cells print, and fails if they print to stderr."""
-    streams = [output for cell in code_cells(notebook) for output in cell.outputs if output.output_type == "stream"]
+    streams = [
+        output
+        for cell in code_cells(notebook)
+        for output in cell.outputs
+        if output.output_type == "stream"
+    ]
     assert {stream.name for stream in streams} <= {"stdout"}, streams
     return "".join(stream.text for stream in streams)
 
@@ -54,21 +63,36 @@ def faults(notebook, size):
                 found.append(f"{cell.id}: {output}")
             if "data" in output and "image/png" not in output.data:
                 found.append(f"{cell.id}: {list(output.data)} without a PNG, which web pages show")
-            elif "data" in output and not base64.b64decode(output.data["image/png"]).startswith(b"\x89PNG"):
+            elif "data" in output and not base64.b64decode(output.data["image/png"]).startswith(
+                b"\x89PNG"
+            ):
                 found.append(f"{cell.id}: a picture that is not a PNG")
     texts = [cell.source for cell in notebook.cells] + [
-        text for cell in cells for output in cell.outputs
-        for text in (output.get("text", ""), output.get("data", {}).get("text/plain", ""))]
-    found += [f"a path of a machine: {path}" for text in texts
-              for path in re.findall(r"(?<![\w.:/~-])/\w[\w.-]*/|[A-Z]:\\", text)]
-    if set(notebook.metadata) - {"kernelspec", "language_info"} or notebook.metadata.kernelspec.name != "python3":
+        text
+        for cell in cells
+        for output in cell.outputs
+        for text in (output.get("text", ""), output.get("data", {}).get("text/plain", ""))
+    ]
+    found += [
+        f"a path of a machine: {path}"
+        for text in texts
+        for path in re.findall(r"(?<![\w.:/~-])/\w[\w.-]*/|[A-Z]:\\", text)
+    ]
+    if (
+        set(notebook.metadata) - {"kernelspec", "language_info"}
+        or notebook.metadata.kernelspec.name != "python3"
+    ):
         found.append(f"metadata {notebook.metadata}")
     return found
 
 
 def figures(notebook):
     """The number of figures that the stored outputs hold."""
-    return sum(output.output_type == "display_data" for cell in code_cells(notebook) for output in cell.outputs)
+    return sum(
+        output.output_type == "display_data"
+        for cell in code_cells(notebook)
+        for output in cell.outputs
+    )
 
 
 def run_here(notebook, folder, monkeypatch):
@@ -82,7 +106,11 @@ def run_here(notebook, folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(plt, "show", show)
     scope, text = {}, io.StringIO()
-    with plt.rc_context(), torch.no_grad(), contextlib.redirect_stdout(text):  # the first cell turns gradients off
+    with (
+        plt.rc_context(),
+        torch.no_grad(),
+        contextlib.redirect_stdout(text),
+    ):  # the first cell turns gradients off
         for cell in code_cells(notebook):
             exec(compile(cell.source, cell.id, "exec"), scope)
     return text.getvalue(), len(shown)
@@ -98,12 +126,16 @@ def test_the_notebook_runs_on_what_a_run_leaves(kind, tmp_path, data_flags, monk
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     expected = figures(notebook)
     if kind == "labels":
-        NotebookClient(notebook, timeout=600, kernel_name="python3",
-                       resources={"metadata": {"path": tmp_path}}).execute()
+        NotebookClient(
+            notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+        ).execute()
         text, drawn = printed(notebook), figures(notebook)
     else:  # without a kernel, whose start takes longer than the cells
         text, drawn = run_here(notebook, tmp_path, monkeypatch)
-    parameters = sum(parameter.numel() for parameter in DDPM.load(save_dir / "best_model.pt").network.parameters())
+    parameters = sum(
+        parameter.numel()
+        for parameter in DDPM.load(save_dir / "best_model.pt").network.parameters()
+    )
     assert f"{parameters:,} parameters" in text
     missing = {"labels": 0, "clusters": 1, "nothing": 2}[kind]  # cells that say what they need
     assert text.count("This cell needs") == missing, text
@@ -114,15 +146,33 @@ def test_the_stored_outputs_are_whole_and_fit_the_web():
     assert faults(nbformat.read(NOTEBOOK, as_version=4), NOTEBOOK.stat().st_size) == []
 
 
-@pytest.mark.parametrize("broken, message", [
-    (lambda cells: cells[-1].outputs.clear(), "outputs []"),
-    (lambda cells: cells[1].outputs.append(nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])), "'E'"),
-    (lambda cells: cells[1].outputs.append(nbformat.v4.new_output("stream", name="stderr", text="0%|")), "stderr"),
-    (lambda cells: cells[1].outputs.append(nbformat.v4.new_output("stream", text="in /home/ann/data")), "/home/"),
-    (lambda cells: cells[2].update(execution_count=9), "order"),
-    (lambda cells: cells[2].outputs[0].data.pop("image/png"), "without a PNG"),
-    (lambda cells: cells[2].outputs[0].data.update({"image/png": "A" * 1_500_000}), "bytes"),
-])
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        (lambda cells: cells[-1].outputs.clear(), "outputs []"),
+        (
+            lambda cells: cells[1].outputs.append(
+                nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])
+            ),
+            "'E'",
+        ),
+        (
+            lambda cells: cells[1].outputs.append(
+                nbformat.v4.new_output("stream", name="stderr", text="0%|")
+            ),
+            "stderr",
+        ),
+        (
+            lambda cells: cells[1].outputs.append(
+                nbformat.v4.new_output("stream", text="in /home/ann/data")
+            ),
+            "/home/",
+        ),
+        (lambda cells: cells[2].update(execution_count=9), "order"),
+        (lambda cells: cells[2].outputs[0].data.pop("image/png"), "without a PNG"),
+        (lambda cells: cells[2].outputs[0].data.update({"image/png": "A" * 1_500_000}), "bytes"),
+    ],
+)
 def test_a_fault_of_the_stored_outputs_is_found(broken, message):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     broken(code_cells(notebook))

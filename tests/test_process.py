@@ -24,7 +24,9 @@ def test_a_network_of_ones_own_trains_and_samples_in_ten_lines():
     for _ in range(1500):
         x0, eps = 0.3 + 0.1 * torch.randn(4000, 1, 1, 1), torch.randn(4000, 1, 1, 1)
         t = torch.randint(20, (4000,))
-        loss = (predict(process.q_sample(x0, t, eps), t) - process.target(x0, eps, t)).square().mean()
+        loss = (
+            (predict(process.q_sample(x0, t, eps), t) - process.target(x0, eps, t)).square().mean()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -35,7 +37,9 @@ def test_a_network_of_ones_own_trains_and_samples_in_ten_lines():
         for i, j in pairwise([*process.timesteps(20), -1]):
             t, s = torch.full((20_000,), i), torch.full((20_000,), j)
             x0 = process.x0_from_output(predict(xt, t), xt, t)
-            xt = process.step(x0, process.eps_from_x0(x0, xt, t), t, s, eta=1.0, noise=torch.randn(xt.shape))
+            xt = process.step(
+                x0, process.eps_from_x0(x0, xt, t), t, s, eta=1.0, noise=torch.randn(xt.shape)
+            )
     mean, variance = final_moments(process.timesteps(20), process, 1.0)  # of the exact network
     assert mean == pytest.approx(0.3, abs=0.01)
     assert xt.mean().item() == pytest.approx(mean, abs=0.005)
@@ -52,5 +56,8 @@ def test_its_step_is_the_mean_and_the_variance_of_the_posterior():
 
 def test_its_tables_are_float64_follow_the_device_and_are_not_saved():
     process = GaussianProcess()
-    assert process.betas.dtype == process.alphas_cumprod.dtype == torch.float64 and process.state_dict() == {}
+    assert (
+        process.betas.dtype == process.alphas_cumprod.dtype == torch.float64
+        and process.state_dict() == {}
+    )
     assert process.to("meta").device.type == "meta"

@@ -28,8 +28,13 @@ CONSTANTS = read_constants({"device": "cpu"})
 
 def few(n):
     """So many examples, the same ones at every run."""
-    return settings(max_examples=n, derandomize=True, deadline=None, database=None, suppress_health_check=list(
-        HealthCheck))
+    return settings(
+        max_examples=n,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def answered(call, *arguments):
@@ -55,11 +60,11 @@ def damaged(draw, whole):
         elif change == "cut":
             del data[at:]
         elif change == "remove":
-            del data[at:at + draw(st.integers(1, 9))]
+            del data[at : at + draw(st.integers(1, 9))]
         elif change == "insert":
             data[at:at] = draw(st.binary(min_size=1, max_size=9))
         elif change == "repeat":
-            data[at:at] = data[at:at + draw(st.integers(1, 99))]
+            data[at:at] = data[at : at + draw(st.integers(1, 99))]
     return bytes(data)
 
 
@@ -83,7 +88,9 @@ def test_any_bytes_in_place_of_a_data_file(folder, file, data):
     splits = answered(load_data, "mnist", folder)
     if splits is not None:  # a change of pixels or labels alone, which no checksum guards
         assert len(content) == len(MNIST[file])
-        assert all(len(split.images) == len(split.labels) and split.labels.max() < 10 for split in splits)
+        assert all(
+            len(split.images) == len(split.labels) and split.labels.max() < 10 for split in splits
+        )
 
 
 @few(100)
@@ -95,9 +102,16 @@ def test_any_bytes_in_place_of_a_png(folder, data):
 
 
 @few(100)
-@given(size=st.tuples(st.integers(0, 20), st.integers(0, 20)), bits=st.sampled_from([1, 2, 4, 8, 16]),
-       colour=st.sampled_from([0, 2, 3, 4, 6]), interlaced=st.integers(0, 1), rest=st.integers(-9, 9))
-def test_a_png_is_read_if_and_only_if_all_its_pixels_are_there(folder, size, bits, colour, interlaced, rest):
+@given(
+    size=st.tuples(st.integers(0, 20), st.integers(0, 20)),
+    bits=st.sampled_from([1, 2, 4, 8, 16]),
+    colour=st.sampled_from([0, 2, 3, 4, 6]),
+    interlaced=st.integers(0, 1),
+    rest=st.integers(-9, 9),
+)
+def test_a_png_is_read_if_and_only_if_all_its_pixels_are_there(
+    folder, size, bits, colour, interlaced, rest
+):
     """With checksums that are right, and a number of bytes that is about right."""
     width, height = size
     depth = bits * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
@@ -105,19 +119,38 @@ def test_a_png_is_read_if_and_only_if_all_its_pixels_are_there(folder, size, bit
     for x, y, dx, dy in PASSES if interlaced else ((0, 0, 1, 1),):
         row = len(range(x, width, dx))
         needed += len(range(y, height, dy)) * (1 + (row * depth + 7) // 8) if row else 0
-    header = b"".join(value.to_bytes(4, "big") for value in size) + bytes([bits, colour, 0, 0, interlaced])
+    header = b"".join(value.to_bytes(4, "big") for value in size) + bytes(
+        [bits, colour, 0, 0, interlaced]
+    )
     palette = chunk(b"PLTE", bytes(3 * 256)) if colour == 3 else b""
     pixels = zlib.compress(bytes(max(0, needed + rest)))
-    (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + palette + chunk(b"IDAT", pixels)
-                                   + chunk(b"IEND", b""))
+    (folder / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + palette
+        + chunk(b"IDAT", pixels)
+        + chunk(b"IEND", b"")
+    )
     found = answered(read_folder, folder)
-    legal = bits in {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}[colour]
-    whole = legal and needed and rest >= 0 and colour in (0, 2, 3)  # with colour 4 and 6 zeros are transparent
+    legal = (
+        bits in {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}[colour]
+    )
+    whole = (
+        legal and needed and rest >= 0 and colour in (0, 2, 3)
+    )  # with colour 4 and 6 zeros are transparent
     assert (found is not None) == bool(whole)
     assert found is None or found[0].shape == (1, 3, height, width)
 
 
-PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+PASSES = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
 
 
 @pytest.fixture(scope="module")
@@ -125,18 +158,29 @@ def checkpoint(tmp_path_factory):
     """A checkpoint of 40 kB: its bytes and what is in it."""
     path = tmp_path_factory.mktemp("whole") / "model.pt"
     torch.manual_seed(0)
-    network = UNet(image_size=8, channels=1, base_channels=32, channel_mult=(1,), num_res_blocks=1, time_emb_dim=4,
-                   attention_resolutions=())
+    network = UNet(
+        image_size=8,
+        channels=1,
+        base_channels=32,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        time_emb_dim=4,
+        attention_resolutions=(),
+    )
     DDPM(network, image_size=8, channels=1, num_timesteps=10).save(path, epoch=3)
     saved = load_checkpoint(path, ["weights"])
-    saved["weights"] = {name: torch.randn(value.shape)[..., :2].clone() for name, value in saved["weights"].items()}
+    saved["weights"] = {
+        name: torch.randn(value.shape)[..., :2].clone() for name, value in saved["weights"].items()
+    }
     save_checkpoint(path, saved)
     return path.read_bytes(), saved
 
 
 def same(a, b):
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return (
+            isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        )
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
@@ -166,11 +210,19 @@ def test_a_bit_flipped_in_a_weight_is_refused(folder, checkpoint, name):
             load_checkpoint(path, ["weights"])
 
 
-FLAGS = st.one_of(st.sampled_from([f"--{name}" for name in CONSTANTS]), st.text(max_size=8),
-                  st.sampled_from([f"--{name}=" for name in CONSTANTS]).flatmap(
-                      lambda flag: st.one_of(st.integers(), st.floats(), st.text(max_size=8), st.just("1,2"),
-                                             st.sampled_from(["none", "cpu", "mse", "v", "cosine", "True"]))
-                      .map(lambda value: f"{flag}{value}")))
+FLAGS = st.one_of(
+    st.sampled_from([f"--{name}" for name in CONSTANTS]),
+    st.text(max_size=8),
+    st.sampled_from([f"--{name}=" for name in CONSTANTS]).flatmap(
+        lambda flag: st.one_of(
+            st.integers(),
+            st.floats(),
+            st.text(max_size=8),
+            st.just("1,2"),
+            st.sampled_from(["none", "cpu", "mse", "v", "cosine", "True"]),
+        ).map(lambda value: f"{flag}{value}")
+    ),
+)
 
 
 @few(40)
@@ -182,7 +234,11 @@ def test_any_flags(capsys, flags):
         config, names = train_eval.configure(["--device=cpu", *flags])
     except SystemExit as exit_:
         out, line = capsys.readouterr()
-        assert exit_.code == 2 and len(line.splitlines()) == 1 and line.startswith("train_eval.py: error: ")
+        assert (
+            exit_.code == 2
+            and len(line.splitlines()) == 1
+            and line.startswith("train_eval.py: error: ")
+        )
     else:
         assert names <= vars(config).keys() == CONSTANTS.keys()
         answered(build, config)
@@ -193,5 +249,17 @@ def build(config):
     train_eval.configurator.check_together(config)
     make_betas(config.beta_schedule, min(config.num_timesteps, 1000), config.zero_terminal_snr)
     with torch.device("meta"):
-        UNet(**{name: vars(config)[name] for name in ("image_size", "channels", "attention_resolutions", "dropout",
-                                                      "num_heads", "patch_size")}, base_channels=32)
+        UNet(
+            **{
+                name: vars(config)[name]
+                for name in (
+                    "image_size",
+                    "channels",
+                    "attention_resolutions",
+                    "dropout",
+                    "num_heads",
+                    "patch_size",
+                )
+            },
+            base_channels=32,
+        )

@@ -35,20 +35,34 @@ from support import configurator, pictures
 from unet import UNet
 
 ROOT = Path(__file__).parent.parent
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-         for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 README = PAGES["README.md"]
 BLOCK = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.M)
 PROGRAMS = ("python", "pip", "ruff", "torchrun", "tensorboard", "kill")
 # A short run: flags that a command may replace, and flags that replace those of a command.
-SHORT = ("--channel_mult 1 --num_res_blocks 1 --time_emb_dim 32 --patch_size 4 --attention_resolutions none "
-         "--sample_steps 3 --preview_steps 3 --num_samples 10 --save_every 1").split()
-SMALL = ("--device cpu --train_size 70 --test_size 70 --base_channels 32 --batch_size 35 --epochs 1 --no-bf16").split()
+SHORT = (
+    "--channel_mult 1 --num_res_blocks 1 --time_emb_dim 32 --patch_size 4 --attention_resolutions none "
+    "--sample_steps 3 --preview_steps 3 --num_samples 10 --save_every 1"
+).split()
+SMALL = (
+    "--device cpu --train_size 70 --test_size 70 --base_channels 32 --batch_size 35 --epochs 1 --no-bf16"
+).split()
 EVALUATION = "--device cpu --no-bf16 --num_samples 10 --eval_samples 70 --bound_images 2 --bound_terms 2".split()
 # Code in the text that is no name, file or command of ours.
-OTHERS = {"diffusers", "UNet2DModel", "Unet", "torch.profiler", "DataLoader",  # other libraries
-          "total_params: 452364806",  # the reference's log
-          "data/", "data/MNIST/raw", "MNIST/raw"}  # what a download leaves
+OTHERS = {
+    "diffusers",
+    "UNet2DModel",
+    "Unet",
+    "torch.profiler",
+    "DataLoader",  # other libraries
+    "total_params: 452364806",  # the reference's log
+    "data/",
+    "data/MNIST/raw",
+    "MNIST/raw",
+}  # what a download leaves
 
 
 def blocks(text, language):
@@ -73,8 +87,14 @@ def commands():
             for line in block.replace("\\\n", " ").splitlines():
                 for command in shlex.join(shlex.split(line, comments=True)).split(" '&&' "):
                     found[command] = None
-        found.update(dict.fromkeys(part for snippet in snippets(text) if is_command(snippet)
-                                   for part in snippet.split(" && ")))
+        found.update(
+            dict.fromkeys(
+                part
+                for snippet in snippets(text)
+                if is_command(snippet)
+                for part in snippet.split(" && ")
+            )
+        )
     return [command.removesuffix(" ...") for command in found if command]
 
 
@@ -82,14 +102,19 @@ def tables(text):
     """Every table as its rows of cells, and the text before it in its section."""
     for section in re.split(r"^## ", text, flags=re.M):
         for match in re.finditer(r"(?:^\|.*\n)+", section + "\n", re.M):
-            rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in match[0].splitlines()]
-            yield [rows[0], *rows[2:]], section[:match.start()]
+            rows = [
+                [cell.strip() for cell in line.strip("|").split("|")]
+                for line in match[0].splitlines()
+            ]
+            yield [rows[0], *rows[2:]], section[: match.start()]
 
 
 def slugs(text):
     """The anchors that GitHub gives to the headings."""
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-            for heading in re.findall(r"^#+ (.*)$", BLOCK.sub("", text), re.M)}
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", BLOCK.sub("", text), re.M)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +161,10 @@ def test_a_command_does_what_it_should(command, here, data_flags, monkeypatch, c
     elif (program, *rest) == ("python", "-m", "support.train_classifier"):
         check_train_classifier(monkeypatch, here)
     elif (program, *rest[:2]) == ("python", "-m", "support.pictures"):
-        assert pictures.main([*rest[2:], *data_flags[2:]]) == 0 and Path("images", "denoising.gif").exists()
+        assert (
+            pictures.main([*rest[2:], *data_flags[2:]]) == 0
+            and Path("images", "denoising.gif").exists()
+        )
     elif program == "torchrun":
         script, flags = check_torchrun(rest)
         assert script == "train_eval.py"
@@ -148,7 +176,9 @@ def test_a_command_does_what_it_should(command, here, data_flags, monkeypatch, c
     elif program == "pip":
         check_pip(rest)
     else:  # what the commands of .ci/run are is run there
-        assert command in (ROOT / ".ci" / "run").read_text().splitlines(), f"{command}: no test knows this command"
+        assert command in (ROOT / ".ci" / "run").read_text().splitlines(), (
+            f"{command}: no test knows this command"
+        )
 
 
 def check_run(flags, data_flags):
@@ -173,7 +203,9 @@ def check_run(flags, data_flags):
         flags = [*SHORT, *flags, *SMALL]
     before = len(list(Path("checkpoints").glob("run_*")))
     assert train_eval.main([*flags, *data_flags, "--save_dir", "checkpoints"]) == 0
-    assert len(list(Path("checkpoints").glob("run_*"))) == before + (not config.evaluate and not config.resume)
+    assert len(list(Path("checkpoints").glob("run_*"))) == before + (
+        not config.evaluate and not config.resume
+    )
 
 
 def check_model(flags):
@@ -193,8 +225,11 @@ def check_flags(flags, data_flags, capsys):
     elif flag and (len(flags) > 1 or flag.nargs == 0):
         check_model(flags)
     elif not flag:
-        others = [lambda: check_torchrun([*flags, "train_eval.py"]), lambda: check_benchmark(flags),
-                  lambda: check_tensorboard(["--logdir", "x", *flags])]
+        others = [
+            lambda: check_torchrun([*flags, "train_eval.py"]),
+            lambda: check_benchmark(flags),
+            lambda: check_tensorboard(["--logdir", "x", *flags]),
+        ]
         assert any(map(accepted, others)), f"{flags[0]}: no program knows this flag"
         capsys.readouterr()
 
@@ -213,12 +248,29 @@ def check_benchmark(flags, parts=()):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["benchmark.py", *flags])
         patch.setattr(benchmark, "settings", lambda name, device: settings("small", device))
-        for name in {"ceilings", "counts", "small_steps", "memory_kept", "busy", "sampling", "loader", "after_backward",
-                     "start_up", "growth", "reference_steps", "on_paper", "whole_run"} - {*parts}:
+        for name in {
+            "ceilings",
+            "counts",
+            "small_steps",
+            "memory_kept",
+            "busy",
+            "sampling",
+            "loader",
+            "after_backward",
+            "start_up",
+            "growth",
+            "reference_steps",
+            "on_paper",
+            "whole_run",
+        } - {*parts}:
+
             def skip(bench):
                 pass
+
             patch.setattr(benchmark.Bench, name, skip)
-        patch.setattr(subprocess, "run", lambda command, **options: run([*command, *SHORT, *SMALL], **options))
+        patch.setattr(
+            subprocess, "run", lambda command, **options: run([*command, *SHORT, *SMALL], **options)
+        )
         if not parts:
             patch.setattr(benchmark, "print_table", lambda bench: None)
         benchmark.main()
@@ -227,11 +279,18 @@ def check_benchmark(flags, parts=()):
 def check_train_classifier(monkeypatch, folder):
     """With few images, and not into assets/."""
     real = dataprocess.load_data
-    monkeypatch.setattr(dataprocess, "load_data", lambda *args, **options: real("glyphs", train_size=64, test_size=64))
+    monkeypatch.setattr(
+        dataprocess,
+        "load_data",
+        lambda *args, **options: real("glyphs", train_size=64, test_size=64),
+    )
     monkeypatch.setattr(metrics, "MNIST_CLASSIFIER", folder / "classifier.pt")
     monkeypatch.setattr(sys, "argv", ["train_classifier"])
     runpy.run_module("support.train_classifier", run_name="__main__")
-    shapes = {name: value.shape for name, value in torch.load(folder / "classifier.pt", weights_only=True).items()}
+    shapes = {
+        name: value.shape
+        for name, value in torch.load(folder / "classifier.pt", weights_only=True).items()
+    }
     saved = torch.load(ROOT / "assets" / "classifier.pt", weights_only=True)
     assert shapes == {name: value.shape for name, value in saved.items()}
 
@@ -258,7 +317,9 @@ def check_kill(command, data_flags, monkeypatch):
 
     def killed(*args):
         if left:
-            subprocess.run([word.replace("PID", str(os.getpid())) for word in left.pop()], check=True)
+            subprocess.run(
+                [word.replace("PID", str(os.getpid())) for word in left.pop()], check=True
+            )
         return step(*args)
 
     monkeypatch.setattr(train_eval, "train_step", killed)
@@ -275,16 +336,29 @@ def check_pip(rest):
     assert rest[:2] == ["install", "-r"], f"pip {shlex.join(rest)}: no test knows this command"
     for path in rest[2:]:
         lines = (ROOT / path).read_text().splitlines()
-        assert all(re.match(r"-r \S+$|[\w-]+([>=]=|<)[\d.]+( +#.*)?$|#", line) for line in lines), path
+        assert all(re.match(r"-r \S+$|[\w-]+([>=]=|<)[\d.]+( +#.*)?$|#", line) for line in lines), (
+            path
+        )
 
 
-@pytest.mark.parametrize("page, block", [(page, block) for page, text in PAGES.items()
-                                         for block in blocks(text, "python")])
+@pytest.mark.parametrize(
+    "page, block",
+    [(page, block) for page, text in PAGES.items() for block in blocks(text, "python")],
+)
 def test_a_python_block_runs(page, block, here, monkeypatch):
     few_terms = functools.partial(likelihood.bits_per_dim, terms=10)
     monkeypatch.setattr(likelihood, "bits_per_dim", few_terms)
-    names = {"x0": torch.rand(1, 3, 32, 32) * 2 - 1, "other": torch.rand(1, 3, 32, 32) * 2 - 1, "network": UNet(
-        base_channels=32, channel_mult=(1,), num_res_blocks=1, patch_size=4, attention_resolutions=())}
+    names = {
+        "x0": torch.rand(1, 3, 32, 32) * 2 - 1,
+        "other": torch.rand(1, 3, 32, 32) * 2 - 1,
+        "network": UNet(
+            base_channels=32,
+            channel_mult=(1,),
+            num_res_blocks=1,
+            patch_size=4,
+            attention_resolutions=(),
+        ),
+    }
     exec(compile(block, page, "exec"), names)
     plt.close("all")
     for name, shape in re.findall(r"^(\w+) = .*# (\([\d, ]+\))", block, re.M):
@@ -308,8 +382,12 @@ def test_links_and_their_anchors_exist(page):
 def test_names_exist(page, trained):
     run = [path.relative_to(trained).as_posix() for path in trained.rglob("*")]
     files = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*")] + run
-    unknown = [code for code in snippets(PAGES[page]) if not is_command(code) and not is_name(code, files)]
-    assert not unknown, f"neither a name nor a file of ours, nor a command that a test knows: {unknown}"
+    unknown = [
+        code for code in snippets(PAGES[page]) if not is_command(code) and not is_name(code, files)
+    ]
+    assert not unknown, (
+        f"neither a name nor a file of ours, nor a command that a test knows: {unknown}"
+    )
 
 
 def is_name(code, files):
@@ -319,13 +397,19 @@ def is_name(code, files):
     for path in ROOT.glob("*.py"):
         module = importlib.import_module(path.stem)
         scope = {path.stem: module} | vars(module) | scope
-    arguments = {name for function in (DDPM.sample, DDPM.interpolate, DDPM.bits_per_dim, likelihood.bits_per_dim)
-                 for name in inspect.signature(function).parameters}
+    arguments = {
+        name
+        for function in (DDPM.sample, DDPM.interpolate, DDPM.bits_per_dim, likelihood.bits_per_dim)
+        for name in inspect.signature(function).parameters
+    }
     choices = {choice for values in train_eval.CHOICES.values() for choice in values}
     if code in OTHERS or code in constants or code in arguments or code.strip('"') in choices:
         return True
     if match := re.fullmatch(r"([A-Z_]+)=\w+", code):  # a variable of the environment
-        return any(f'"{match[1]}"' in (ROOT / path).read_text() for path in ("tests/conftest.py", "support/threads.py"))
+        return any(
+            f'"{match[1]}"' in (ROOT / path).read_text()
+            for path in ("tests/conftest.py", "support/threads.py")
+        )
     if match := re.fullmatch(r"(\w+)=([\w.]*)", code):
         return match[1] in arguments
     if match := re.fullmatch(r"(\w+) = (.+)", code):
@@ -345,11 +429,12 @@ def is_name(code, files):
     for part in ast.unparse(function).split(".")[1:]:
         found = getattr(found, part, None)
     return found is not None and {word.arg for word in keywords} <= (
-        inspect.signature(found).parameters.keys() if keywords else set())
+        inspect.signature(found).parameters.keys() if keywords else set()
+    )
 
 
 def test_the_constants_are_those_of_the_script():
-    table, = (rows for rows, _ in tables(README) if rows[0][0] == "constant")
+    (table,) = (rows for rows, _ in tables(README) if rows[0][0] == "constant")
 
     def check(names, cell, flags):
         constants = read_constants(flags)
@@ -367,14 +452,17 @@ def test_the_constants_are_those_of_the_script():
 
 
 def test_the_table_of_sample_has_its_arguments():
-    table, = (rows for rows, _ in tables(README) if rows[0][0] == "argument of `sample`")
+    (table,) = (rows for rows, _ in tables(README) if rows[0][0] == "argument of `sample`")
     names = {name for row in table[1:] for name in re.findall(r"`(\w+)`", row[0])}
     own = {"self", "n", "rows"}  # `rows` is for several processes
     assert names == inspect.signature(DDPM.sample).parameters.keys() - own
 
 
 def test_the_layout_names_every_file():
-    names = {Path(code).name for code in snippets(README[README.index("\n## Layout"):].split("\n## ")[1])}
+    names = {
+        Path(code).name
+        for code in snippets(README[README.index("\n## Layout") :].split("\n## ")[1])
+    }
     for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]:
         assert path.name in names or path.name == "__init__.py", path.name
 
@@ -383,13 +471,18 @@ def test_parameters_are_counted_right():
     with torch.device("meta"):
         networks = [UNet(), UNet(attention_resolutions=()), metrics.Classifier(10)]
     networks.append(train_eval.build(train_eval.configure(["--device", "cpu"])[0]).network)
-    counts = {f"{sum(parameter.numel() for parameter in network.parameters()):,}" for network in networks}
+    counts = {
+        f"{sum(parameter.numel() for parameter in network.parameters()):,}" for network in networks
+    }
     for text in PAGES.values():
         assert {*re.findall(r"(\d+(?:,\d{3})+) parameters", text)} <= counts
 
 
-SOURCE = re.compile(r"`python |^```bash|source(:| is) (a|the) (command|script)|by the same kind of\nruns|"
-                    r"of the benchmark|was measured|as many training images", re.M | re.I)
+SOURCE = re.compile(
+    r"`python |^```bash|source(:| is) (a|the) (command|script)|by the same kind of\nruns|"
+    r"of the benchmark|was measured|as many training images",
+    re.M | re.I,
+)
 FIGURE = re.compile(r"\d[\d,.]* ?(%|ms|s|MB|min|G.*/s|\(.*|\+- .*)?$")
 
 

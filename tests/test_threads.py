@@ -36,11 +36,16 @@ def wait_until(true):
         time.sleep(0.01)
 
 
-def test_threads_are_added_while_others_work_and_only_then_and_none_that_computes(two_threads, monkeypatch):
+def test_threads_are_added_while_others_work_and_only_then_and_none_that_computes(
+    two_threads, monkeypatch
+):
     load, clock = [0.0], [0.0, 0.0]  # cores that others use; seconds that they have used, the time
 
     def seconds():
-        clock[0], clock[1] = clock[0] + load[0] + 0.5, clock[1] + 1  # half a core is this process's own
+        clock[0], clock[1] = (
+            clock[0] + load[0] + 0.5,
+            clock[1] + 1,
+        )  # half a core is this process's own
         return clock[0], clock[1] / 2, clock[1]
 
     watch, cores = threads._watch_others, len(os.sched_getaffinity(0))
@@ -80,10 +85,14 @@ def test_a_variable_that_the_person_has_set_is_left_to_decide(two_threads, monke
 def test_a_system_that_hides_its_load_is_left_alone(two_threads, monkeypatch, tmp_path, content):
     if content is not None:
         (tmp_path / "stat").write_text(content)
-    monkeypatch.setattr("builtins.open", lambda path, *args, **options: Path(tmp_path / "stat").open())
+    monkeypatch.setattr(
+        "builtins.open", lambda path, *args, **options: Path(tmp_path / "stat").open()
+    )
     assert threads._core_seconds() is None
     threads._watch_others(threading.Event(), pause=0.01)  # comes back
-    answers = iter([(0.0, 0.0, 0.0), (9.0, 0.0, 1.0), None])  # hidden later on, while threads are added
+    answers = iter(
+        [(0.0, 0.0, 0.0), (9.0, 0.0, 1.0), None]
+    )  # hidden later on, while threads are added
     monkeypatch.setattr(threads, "_core_seconds", lambda: next(answers))
     threads._watch_others(threading.Event(), pause=0.01)
 

@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from timesteps import ImportanceSampler, make_timesteps
 
 
-@pytest.mark.parametrize("sampling, std", [("uniform", None), ("logit-normal", 0.6), ("logit-normal", 2.0)])
+@pytest.mark.parametrize(
+    "sampling, std", [("uniform", None), ("logit-normal", 0.6), ("logit-normal", 2.0)]
+)
 def test_draws_follow_their_law(sampling, std):
     torch.manual_seed(0)
     timesteps = make_timesteps(sampling, 1000, std or 0.3)
@@ -23,12 +25,16 @@ def test_draws_follow_their_law(sampling, std):
     assert t.min() >= 0 and (900 if std == 0.6 else 970) < t.max() < 1000
     for share in (0.1, 0.25, 0.5, 0.75, 0.9):
         below = NormalDist(0, std).cdf(math.log(share / (1 - share))) if std else share
-        assert (t < 1000 * share).double().mean() == pytest.approx(below, abs=0.015)  # 4 standard deviations
+        assert (t < 1000 * share).double().mean() == pytest.approx(
+            below, abs=0.015
+        )  # 4 standard deviations
     assert timesteps.state_dict() == {}
 
 
 def test_an_unknown_sampling_is_one_line():
-    with pytest.raises(ValueError, match="timestep_sampling 'normal': expected 'uniform' or 'logit-normal' or 'imp"):
+    with pytest.raises(
+        ValueError, match="timestep_sampling 'normal': expected 'uniform' or 'logit-normal' or 'imp"
+    ):
         make_timesteps("normal", 10)
 
 
@@ -60,9 +66,13 @@ def test_importance_sampling_begins_evenly_and_then_follows_the_root_mean_square
     for i in range(10):
         assert torch.equal(sampler.probabilities(), torch.full((4,), 0.25).double())
         sampler.update(torch.arange(4), sizes * (2 if i % 2 else 1))
-    expected = 0.999 * sizes / sizes.sum() + 0.001 / 4  # the mean of squares is 2.5 times the sizes' for each
+    expected = (
+        0.999 * sizes / sizes.sum() + 0.001 / 4
+    )  # the mean of squares is 2.5 times the sizes' for each
     torch.testing.assert_close(sampler.probabilities(), expected.double())
-    sampler.update(torch.arange(4).repeat(10), torch.ones(40))  # only the last ten count, also within one batch
+    sampler.update(
+        torch.arange(4).repeat(10), torch.ones(40)
+    )  # only the last ten count, also within one batch
     torch.testing.assert_close(sampler.probabilities(), torch.full((4,), 0.25).double())
 
 
@@ -100,11 +110,16 @@ def test_importance_sampling_survives_losses_of_zero_and_losses_that_are_not_fin
     sampler.update(torch.arange(2).repeat(10), torch.zeros(20))
     assert sampler.probabilities().tolist() == [0.5, 0.5]
     assert sampler.sample(100)[1].tolist() == [1.0] * 100
-    t, losses = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([math.nan, 3.0, math.inf, 1.0, -math.inf])
+    t, losses = (
+        torch.tensor([0, 0, 0, 1, 1]),
+        torch.tensor([math.nan, 3.0, math.inf, 1.0, -math.inf]),
+    )
     sampler.update(t, losses)
     assert sampler.counts.tolist() == [11, 11]
     assert sampler.losses.tolist() == [[3.0] + [0.0] * 9, [1.0] + [0.0] * 9]
-    assert sampler.probabilities().tolist() == pytest.approx([0.999 * 3 / 4 + 0.0005, 0.999 / 4 + 0.0005])
+    assert sampler.probabilities().tolist() == pytest.approx(
+        [0.999 * 3 / 4 + 0.0005, 0.999 / 4 + 0.0005]
+    )
     never = ImportanceSampler(2)
     never.update(torch.arange(2).repeat(10), torch.tensor([math.nan, 1.0]).repeat(10))
     assert never.counts.tolist() == [0, 10] and never.probabilities().tolist() == [0.5, 0.5]

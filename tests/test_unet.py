@@ -15,8 +15,14 @@ def count(**options):
 
 
 def small(**options):
-    defaults = dict(base_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(8,),
-                    time_emb_dim=64, patch_size=2)
+    defaults = dict(
+        base_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(8,),
+        time_emb_dim=64,
+        patch_size=2,
+    )
     return UNet(**{**defaults, **options})
 
 
@@ -37,34 +43,44 @@ def test_the_conditional_reference_adds_a_row_a_label_and_one_for_no_label():
     assert count(num_classes=10, attention_resolutions=()) == 226_188_035
 
 
-@pytest.mark.parametrize("resolutions, blocks", [((), 0), ((8,), 5), ((16,), 5), ((8, 16), 10), ((32, 4), 10)])
+@pytest.mark.parametrize(
+    "resolutions, blocks", [((), 0), ((8,), 5), ((16,), 5), ((8, 16), 10), ((32, 4), 10)]
+)
 def test_attention_stands_at_the_resolutions_named_and_in_the_middle(resolutions, blocks):
     with torch.device("meta"):
         network = UNet(attention_resolutions=resolutions)
         heights = []
         for module in network.modules():
             if isinstance(module, Attention):
-                module.register_forward_hook(lambda module, args, output: heights.append(output.shape[2]))
+                module.register_forward_hook(
+                    lambda module, args, output: heights.append(output.shape[2])
+                )
         network(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.long))
     assert heights.pop(heights.index(4)) == 4  # the middle, the bottom of 32, 16, 8, 4
     assert len(heights) == blocks and set(heights) == set(resolutions)
 
 
-@pytest.mark.parametrize("options, words", [
-    (dict(attention_resolutions=(7,)), "attention_resolutions 7"),
-    (dict(attention_resolutions=(8, 32), patch_size=2), "attention_resolutions 32"),
-    (dict(base_channels=48), "base_channels 48"),
-    (dict(image_size=28), "image_size 28"),
-    (dict(image_size=32, patch_size=8), "image_size 32"),
-    (dict(channel_mult=()), "channel_mult"),
-    (dict(patch_size=0), "patch_size 0"),
-    (dict(num_res_blocks=0), "num_res_blocks 0"),
-    (dict(time_emb_dim=0), "time_emb_dim 0"),
-    (dict(dropout=1.5), "dropout 1.5"),
-    (dict(num_heads=0), "num_heads 0"),
-    (dict(num_heads=3), "num_heads 3: expected a divisor of 256, the width of the attention at 16x16"),
-    (dict(out_channels=0), "out_channels 0"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(attention_resolutions=(7,)), "attention_resolutions 7"),
+        (dict(attention_resolutions=(8, 32), patch_size=2), "attention_resolutions 32"),
+        (dict(base_channels=48), "base_channels 48"),
+        (dict(image_size=28), "image_size 28"),
+        (dict(image_size=32, patch_size=8), "image_size 32"),
+        (dict(channel_mult=()), "channel_mult"),
+        (dict(patch_size=0), "patch_size 0"),
+        (dict(num_res_blocks=0), "num_res_blocks 0"),
+        (dict(time_emb_dim=0), "time_emb_dim 0"),
+        (dict(dropout=1.5), "dropout 1.5"),
+        (dict(num_heads=0), "num_heads 0"),
+        (
+            dict(num_heads=3),
+            "num_heads 3: expected a divisor of 256, the width of the attention at 16x16",
+        ),
+        (dict(out_channels=0), "out_channels 0"),
+    ],
+)
 def test_what_does_not_fit_is_refused_in_one_line(options, words):
     with pytest.raises(ValueError, match=words) as error:
         UNet(**options)
@@ -74,7 +90,9 @@ def test_what_does_not_fit_is_refused_in_one_line(options, words):
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_prediction_has_the_shape_of_the_images(patch_size, channels):
-    network = trained(small(patch_size=patch_size, channels=channels, attention_resolutions=(16 // patch_size,)))
+    network = trained(
+        small(patch_size=patch_size, channels=channels, attention_resolutions=(16 // patch_size,))
+    )
     xt = torch.randn(2, channels, 32, 32)
     assert network(xt, torch.tensor([0, 999])).shape == xt.shape
 
@@ -82,7 +100,9 @@ def test_the_prediction_has_the_shape_of_the_images(patch_size, channels):
 def test_patches_keep_pixels_in_their_place():
     """A network of one patch step moves a local change of the input only locally."""
     network = trained(small(channel_mult=(1,), attention_resolutions=()))
-    network.middle[0].attention = torch.nn.Identity()  # attention and group norm look at the whole image
+    network.middle[
+        0
+    ].attention = torch.nn.Identity()  # attention and group norm look at the whole image
     for module in network.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.forward = lambda x: x
@@ -90,7 +110,11 @@ def test_patches_keep_pixels_in_their_place():
     changed = xt.clone()
     changed[0, :, 0, 31] += 1.0  # the upper right corner
     difference = (network(changed, t) - network(xt, t)).abs().sum(1)[0]
-    assert difference[:16, 16:].sum() > 0 and difference[:, :2].sum() == 0 and difference[30:].sum() == 0
+    assert (
+        difference[:16, 16:].sum() > 0
+        and difference[:, :2].sum() == 0
+        and difference[30:].sum() == 0
+    )
 
 
 def test_a_new_network_predicts_zero_and_its_blocks_are_the_identity():
@@ -117,7 +141,9 @@ def test_images_do_not_see_each_other():
     network = trained(small())
     xt, t = torch.randn(3, 3, 32, 32), torch.tensor([10, 500, 900])
     with torch.no_grad():
-        torch.testing.assert_close(network(xt, t)[1:2], network(xt[1:2], t[1:2]), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            network(xt, t)[1:2], network(xt[1:2], t[1:2]), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_labels_for_an_unconditional_network_are_refused():
@@ -131,7 +157,11 @@ def test_attention_mixes_pixels_by_similarity():
     x = torch.randn(2, 32, 4, 4)
     with torch.no_grad():
         q, k, v = attention.qkv(attention.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
-        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        mixed = (
+            torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            .transpose(1, 2)
+            .reshape(x.shape)
+        )
         torch.testing.assert_close(attention(x), x + attention.out(mixed))
 
 
@@ -143,9 +173,13 @@ def test_heads_attend_each_on_its_own_channels_and_cost_no_parameter():
         qkv = attention.qkv(attention.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in qkv)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        torch.testing.assert_close(attention(x), x + attention.out(mixed.transpose(1, 2).reshape(x.shape)))
+        torch.testing.assert_close(
+            attention(x), x + attention.out(mixed.transpose(1, 2).reshape(x.shape))
+        )
     assert count(num_heads=8) == count()
-    assert [module.num_heads for module in small(num_heads=4).modules() if isinstance(module, Attention)] == [4] * 4
+    assert [
+        module.num_heads for module in small(num_heads=4).modules() if isinstance(module, Attention)
+    ] == [4] * 4
 
 
 def test_a_second_half_of_channels_comes_out_behind_the_first():
@@ -155,8 +189,12 @@ def test_a_second_half_of_channels_comes_out_behind_the_first():
     both = network(xt, t)
     assert both.shape == (2, 6, 32, 32)
     alone = small()
-    alone.load_state_dict({name: value[:12] if name.startswith("conv_out") else value
-                           for name, value in network.state_dict().items()})
+    alone.load_state_dict(
+        {
+            name: value[:12] if name.startswith("conv_out") else value
+            for name, value in network.state_dict().items()
+        }
+    )
     torch.testing.assert_close(both[:, :3], alone.eval()(xt, t))
 
 
@@ -167,9 +205,14 @@ def test_adaptive_norm_scales_and_shifts_after_the_second_norm():
         scale, shift = block.project(embedding)[:, :, None, None].chunk(2, dim=1)
         h = block.norm2(block.conv1(F.silu(block.norm1(x)))) * (1 + scale) + shift
         torch.testing.assert_close(block(x, embedding), block.conv2(F.silu(h)) + block.shortcut(x))
-    widths = [module.conv1.out_channels for module in small().modules() if isinstance(module, ResidualBlock)]
+    widths = [
+        module.conv1.out_channels
+        for module in small().modules()
+        if isinstance(module, ResidualBlock)
+    ]
     assert count(**small().config | {"adaptive_norm": True}) - count(**small().config) == sum(
-        65 * width for width in widths)  # time_emb_dim 64, and a bias
+        65 * width for width in widths
+    )  # time_emb_dim 64, and a bias
 
 
 def test_the_time_embedding_is_sines_then_cosines_of_falling_frequencies():
@@ -186,11 +229,19 @@ def test_the_residual_block_is_the_designs(attention):
     block = trained(ResidualBlock(32, 64, 16, dropout=0.5, num_heads=1 if attention else 0))
     x, embedding = torch.randn(2, 32, 8, 8), torch.randn(2, 16)
     with torch.no_grad():
-        h = F.conv2d(F.silu(F.group_norm(x, 32, block.norm1.weight, block.norm1.bias)),
-                     block.conv1.weight, block.conv1.bias, padding=1)
+        h = F.conv2d(
+            F.silu(F.group_norm(x, 32, block.norm1.weight, block.norm1.bias)),
+            block.conv1.weight,
+            block.conv1.bias,
+            padding=1,
+        )
         h = h + F.linear(embedding, block.project.weight, block.project.bias).view(2, 64, 1, 1)
-        h = F.conv2d(F.silu(F.group_norm(h, 32, block.norm2.weight, block.norm2.bias)),
-                     block.conv2.weight, block.conv2.bias, padding=1)
+        h = F.conv2d(
+            F.silu(F.group_norm(h, 32, block.norm2.weight, block.norm2.bias)),
+            block.conv2.weight,
+            block.conv2.bias,
+            padding=1,
+        )
         h = h + F.conv2d(x, block.shortcut.weight, block.shortcut.bias)
         torch.testing.assert_close(block(x, embedding), block.attention(h) if attention else h)
         block.train()
