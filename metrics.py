@@ -1,9 +1,9 @@
 """Measures of sample quality: they compare generated digits with real ones.
 
-The features come from a small classifier of digits, because Inception knows little about them. That of MNIST is kept in
-assets/, so that figures compare between machines. Fréchet distance: arXiv 1706.08500. Precision and recall: arXiv
-1904.06991. Images are uint8, (N, H, W) or (N, C, H, W), as in a PNG, so a model and a folder of PNGs are measured in
-the same way.
+The features come from a small classifier of digits, because Inception knows little about them. That
+of MNIST is kept in assets/, so that figures compare between machines. Fréchet distance: arXiv
+1706.08500. Precision and recall: arXiv 1904.06991. Images are uint8, (N, H, W) or (N, C, H, W), as
+in a PNG, so a model and a folder of PNGs are measured in the same way.
 """
 
 import hashlib
@@ -16,47 +16,34 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from support import checks
 from support.checkpoint import load_checkpoint, save_checkpoint
-from support.checks import (
-    FLOATS,
-    check_device,
-    check_path,
-    check_tensor,
-    check_whole,
-    one_line,
-    shown,
-)
 
 SIZE = 32  # height and width of the classifier's input, in pixels
 NUM_FEATURES = 64  # width of the classifier's last hidden layer
 NEIGHBOURS = 3  # k of precision and recall, as in 1904.06991
-VERSION = 2  # version of the classifier and its training; a new number makes every cached classifier invalid
-MNIST_CLASSIFIER = (
-    Path(__file__).parent / "assets" / "classifier.pt"
-)  # by `python -m support.train_classifier`
+VERSION = 2  # of the classifier and its training; a new number makes every cached one invalid
+MNIST_CLASSIFIER = Path(__file__).parent / "assets" / "classifier.pt"  # see assets/README.md
 
 
 class Classifier(nn.Module):
-    """A small convolutional network that recognises digits: uint8 images -> logits, (N, num_classes).
+    """A small convolutional network that recognises digits: uint8 images -> logits.
 
     It averages the colour channels and resizes images of other sizes to 32x32.
 
     Attributes:
-        name: of a loaded one, its data set and a hash of its weights. Figures compare only for the same name.
+        name: of a loaded one, its data set and a hash of its weights. Figures compare only for the
+            same name.
     """
 
     name = "unnamed"
 
     def __init__(self, num_classes):
         super().__init__()
-        check_whole("num_classes", num_classes, 1)
 
         def layer(width_in, width_out, size=3, stride=1):
-            return [
-                nn.Conv2d(width_in, width_out, size, stride, padding=size // 2, bias=False),
-                nn.BatchNorm2d(width_out),
-                nn.ReLU(),
-            ]
+            conv = nn.Conv2d(width_in, width_out, size, stride, padding=size // 2, bias=False)
+            return [conv, nn.BatchNorm2d(width_out), nn.ReLU()]
 
         self.body = nn.Sequential(
             *layer(1, 32, size=5, stride=2),
@@ -83,35 +70,31 @@ class Classifier(nn.Module):
         """Run the classifier on images, in evaluation mode. The results are on the CPU.
 
         Returns:
-            Features before the last layer, float64, (N, 64), and class probabilities, float64, (N, num_classes).
+            Features before the last layer, float64, (N, 64), and class probabilities, float64,
+            (N, num_classes).
         """
-        check_whole("batch_size", batch_size, 1)
-        _check_images("images", images)
+        checks.pictures("images", images)
         self.eval()
         device = self.head.weight.device
-        features = torch.cat(
-            [self.body(_grey(batch.to(device))) for batch in images.split(int(batch_size))]
-        )
+        parts = [self.body(_grey(batch.to(device))) for batch in images.split(batch_size)]
+        features = torch.cat(parts)
         return features.cpu().double(), self.head(features).cpu().double().softmax(dim=1)
 
     def accuracy(self, images, labels):
         """Share of the images, 0 to 1, that the classifier recognises as `labels`, int64, (N,)."""
-        _check_labels(images, labels)
         return (self.read(images)[1].argmax(dim=1) == labels.cpu()).double().mean().item()
 
 
 def train_classifier(images, labels, *, seed=0, device="cpu", epochs=5, progress=False):
-    """Train a classifier on images and labels, int64, (N,), from 0. On a CPU, the seed fixes the result to the bit.
+    """Train a classifier on images and labels, int64, (N,), from 0.
 
-    Every eight images are rotated, shifted, scaled and sheared a little, by random amounts of their own.
+    On a CPU, the seed fixes the result to the bit. Every eight images are rotated, shifted, scaled
+    and sheared a little, by random amounts of their own.
     """
     from torchvision.transforms import InterpolationMode, v2
 
+    checks.labelled(images, labels)
     distort = v2.RandomAffine(10, (0.08, 0.08), (0.9, 1.1), 5, InterpolationMode.BILINEAR, fill=-1)
-    _check_labels(images, labels)
-    check_whole("seed", seed, 0, 2**32 - 1)
-    check_whole("epochs", epochs, 1)
-    check_device(device)
     images = _grey(images)
     batch_size, rate = 128, 5e-3
     steps = epochs * math.ceil(len(images) / batch_size)
@@ -144,18 +127,15 @@ def train_classifier(images, labels, *, seed=0, device="cpu", epochs=5, progress
 
 
 def load_classifier(dataset, images, labels, folder, *, device="cpu", progress=False):
-    """The classifier of a data set, with its `name`. For 'mnist' it is the one in assets/, whatever the images.
+    """The classifier of a data set, with its `name`; 'mnist' has its own in assets/.
 
-    For others it is loaded from `folder`, where a hash of images and labels names it, or trained and kept there.
+    For others it is loaded from `folder`, where a hash of images and labels names it, or trained
+    and kept there.
 
     Raises:
         ValueError: the file in assets/ is missing or damaged.
     """
-    if not isinstance(dataset, str):
-        raise ValueError(f"dataset {shown(dataset)}: expected the name of a data set")
-    _check_labels(images, labels)
-    check_path("folder", folder)
-    check_device(device)
+    checks.labelled(images, labels)
     with torch.random.fork_rng([]):  # measuring takes no random numbers from training
         classifier = Classifier(10 if dataset == "mnist" else int(labels.max()) + 1)
     if dataset == "mnist":
@@ -166,19 +146,13 @@ def load_classifier(dataset, images, labels, folder, *, device="cpu", progress=F
         try:
             classifier.load_state_dict(load_checkpoint(path, ()))
         except Exception:  # the file is missing or damaged
-            print(
-                f"training the classifier that measures {dataset}, which takes some minutes, once: {path}",
-                file=sys.stderr,
-            )
+            print(f"training the classifier of {dataset}, once: {path}", file=sys.stderr)
             classifier = train_classifier(images, labels, device=device, progress=progress)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_checkpoint(path, classifier.state_dict())
             except OSError as error:
-                print(
-                    f"{one_line(error)}; this run uses its classifier all the same, and the next trains it again",
-                    file=sys.stderr,
-                )
+                print(f"{checks.one_line(error)}; the next run trains it again", file=sys.stderr)
     classifier.name = f"{dataset}-{_digest(*classifier.state_dict().values())[:8]}"
     return classifier.to(device).eval()
 
@@ -192,250 +166,172 @@ def _digest(*parts):
 
 
 def frechet_distance(a, b):
-    """Squared Fréchet (2-Wasserstein) distance between Gaussians fitted to two sets (1706.08500 eq. 6).
+    """Squared Fréchet (2-Wasserstein) distance between Gaussians fitted to two sets.
 
-    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2), in float64 on the CPU. The trace of the root is the sum of the
-    square roots of the eigenvalues of C_a^1/2 C_b C_a^1/2.
+    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2), in float64 on the CPU (1706.08500 eq. 6). The
+    trace of the root is the sum of the square roots of the eigenvalues of C_a^1/2 C_b C_a^1/2.
 
     Args:
         a, b: features, (N, D) and (M, D), on any devices.
 
     Raises:
-        ValueError: if a set has at most D rows, because its covariance would be singular.
+        ValueError: a set has at most D rows, because its covariance would be singular.
     """
-    _check_features(a=a, b=b)
+    checks.features(least=a.shape[-1] + 1, a=a, b=b)
     a, b = a.cpu().double(), b.cpu().double()
-    for features in (a, b):
-        n, dim = features.shape
-        if n <= dim:
-            raise ValueError(
-                f"{n} images: their covariance of {dim} features is singular; expected at least {dim + 1}"
-            )
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     overlap = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    distance = means + cov_a.trace() + cov_b.trace() - 2 * overlap
     return distance.clamp(min=0).item()  # rounding can give a tiny negative number
 
 
 def precision_recall(samples, real, k=NEIGHBOURS):
-    """Precision and recall (1904.06991 eq. 1 and 2).
+    """Precision and recall (1904.06991 eq. 1 and 2), each from 0 to 1.
 
-    Precision is the share of the samples that lie among the real images. Recall is the share of the real images that
-    lie among the samples. A point lies among a set if, for some point of the set, it is at least as near as that
-    point's k-th neighbour in the set.
+    Precision is the share of the samples that lie among the real images. Recall is the share of the
+    real images that lie among the samples. A point lies among a set if, for some point of the set,
+    it is at least as near as that point's k-th neighbour in the set.
 
     Args:
-        samples, real: features, (N, D) and (M, D), on any devices. Results compare only for equal N and equal M.
-
-    Returns:
-        precision and recall, 0 to 1.
+        samples, real: features, (N, D) and (M, D), on any devices. Results compare only for equal N
+            and equal M.
 
     Raises:
-        ValueError: if a set has fewer than k + 1 rows.
+        ValueError: a set has fewer than k + 1 rows.
     """
-    check_whole("k", k, 1)
-    _check_features(samples=samples, real=real)
+    checks.features(least=k + 1, samples=samples, real=real)
     samples = samples.to(real.device)
-    for features in (samples, real):
-        if len(features) <= k:
-            raise ValueError(
-                f"{len(features)} images: expected at least {k + 1}, because precision and recall "
-                f"need {k} neighbours"
-            )
 
     def distances(a, b):  # in parts, to limit memory; without matrix products, because those round
         for part in a.split(1000):
             yield torch.cdist(part, b, compute_mode="donot_use_mm_for_euclid_dist")
 
     def among(points, members):
-        radii = torch.cat(
-            [d.kthvalue(k + 1, dim=1).values for d in distances(members, members)]
-        )  # +1: itself
-        return (
-            torch.cat([(d <= radii).any(dim=1) for d in distances(points, members)])
-            .double()
-            .mean()
-            .item()
-        )
+        near = [d.kthvalue(k + 1, dim=1).values for d in distances(members, members)]  # +1: itself
+        radii = torch.cat(near)
+        inside = torch.cat([(d <= radii).any(dim=1) for d in distances(points, members)])
+        return inside.double().mean().item()
 
     return among(samples, real), among(real, samples)
 
 
 def nearest(images, others):
-    """Find the nearest of `others` to each image, pixel by pixel. The work is done on the device of `others`.
+    """Find the nearest of `others` to each image, pixel by pixel, on the device of `others`.
 
     Returns:
-        Root mean square difference to the nearest, in grey levels from 0 to 255, float64, (N,), and the index of the
-        nearest, int64, (N,). Both are on the CPU.
+        Root mean square difference to the nearest, in grey levels from 0 to 255, float64, (N,), and
+        the index of the nearest, int64, (N,). Both are on the CPU.
     """
-    _check_images("images", images)
-    _check_images("others", others)
+    checks.pictures("images", images)
+    checks.pictures("others", others)
     images, others = (_grey(x).flatten(1) for x in (images.to(others.device), others))
     squares = others.square().sum(dim=1)
-    index = torch.cat([(squares - 2 * part @ others.T).argmin(dim=1) for part in images.split(500)])
-    difference = (
-        127.5 * (images - others[index]).cpu().double()
-    )  # computed again, because the products above round
+    near = [(squares - 2 * part @ others.T).argmin(dim=1) for part in images.split(500)]
+    index = torch.cat(near)
+    # computed again, because the products above round
+    difference = 127.5 * (images - others[index]).cpu().double()
     return difference.square().mean(dim=1).sqrt(), index.cpu()
 
 
 def as_bytes(images):
-    """Images in [-1, 1] as a PNG keeps them, uint8; what is uint8 stays."""
-    return (
-        ((images + 1) * 127.5).round().clamp(0, 255).byte()
-        if images.is_floating_point()
-        else images
-    )
+    """Images in [-1, 1] as a PNG keeps them, uint8."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 class FrechetMeter:
-    """The Fréchet distance of samples to the same real images, again and again. These are read only once.
+    """The Fréchet distance of samples to the same real images, again and again.
 
     Args:
         classifier: its features are compared.
-        test: `Images` that samples are compared with.
-        train: `Images` in place of samples, for comparison.
+        test: real images, uint8, that samples are compared with. They are read only once.
+        train: real images, uint8, in place of samples, for comparison.
 
     Attributes:
         real: the distance of `train`.
     """
 
     def __init__(self, classifier, test, train):
-        self.classifier, self.features = classifier, classifier.read(test.images)[0]
-        self.real = self(train.images)
+        self.classifier, self.features = classifier, classifier.read(test)[0]
+        self.real = self(train)
 
     def __call__(self, samples):
-        """The distance of samples, uint8, (N, C, H, W); N must be above the number of features, 64, to mean much."""
+        """The distance of samples, uint8, (N, C, H, W); N must be above the 64 features."""
         return frechet_distance(self.classifier.read(samples)[0], self.features)
-
-    def count_read(self, samples, labels):
-        """How many samples, in [-1, 1] or uint8, (N, C, H, W), the classifier reads as their labels, int64, (N,)."""
-        return (
-            (self.classifier.read(as_bytes(samples))[1].argmax(dim=1) == labels.cpu()).sum().item()
-        )
 
 
 def measure(classifier, samples, train, test, labels=None, seed=0):
     """Compare samples with real images.
 
-    The Fréchet distance compares the samples with all of `test`. Precision and recall compare them with as many test
-    images as there are samples. A figure that cannot be computed is left out of the result: `frechet` needs more
-    samples than there are features (64), so also more test images; `precision` and `recall` need at least 4 samples.
+    The Fréchet distance compares the samples with all of `test`. Precision and recall compare them
+    with as many test images as there are samples. A figure that cannot be computed is left out of
+    the result: `frechet` needs more samples than there are features (64), so also more test images;
+    `precision` and `recall` need at least 4 samples.
 
-    Most figures come a second time, as `NAME_real`, for real images in place of the samples: equally many images of
-    `train`, chosen by `seed`. The classifier has learned from these, so unseen digits would measure slightly worse.
-    Only `nearest_real` and `nearest_1st_real` are of test images.
+    Most figures come a second time, as `NAME_real`, for real images in place of the samples:
+    equally many images of `train`, chosen by `seed`. The classifier has learned from these, so
+    unseen digits would measure slightly worse. Only `nearest_real` and `nearest_1st_real` are of
+    test images.
 
     Args:
         classifier: its features are compared.
         samples: images, uint8. They may be on another device than the real images.
-        train, test: real images, uint8.
+        train, test: real images, uint8, at least as many as samples.
         labels: the digits that were asked for, int64, (N,), or None.
         seed: chooses the real images.
 
     Returns:
         report: a dict of plain numbers, ready for JSON:
             `samples`, the number of samples; `frechet`; `precision`; `recall`;
-            `accuracy`, the share of the samples that are recognised as their label, if there are labels;
+            `accuracy`, the share of the samples that are recognised as their label;
             `confidence`, the mean of the largest class probability;
             `digits`, the share of the samples that are recognised as each class;
             `colour`, the root mean square deviation from grey, in grey levels;
-            `nearest`, `nearest_1st`, the median and first percentile of the distance to `train`, in grey levels;
-            `copies`, the share of the samples that are nearer to `train` than 99 % of the test images are.
-        pairs: uint8, (20, 1, 32, 32), the ten samples nearest to `train`, each followed by its nearest training
-            image. There are fewer pairs if there are fewer samples.
+            `nearest`, `nearest_1st`, the median and first percentile of the distance to `train`, in
+            grey levels;
+            `copies`, the share of the samples that are nearer to `train` than 99 % of the test
+            images are.
+        pairs: uint8, (20, 1, 32, 32), the ten samples nearest to `train`, each followed by its
+            nearest training image. There are fewer pairs if there are fewer samples.
 
     Raises:
-        ValueError: if there are no samples, or more samples than training or test images.
+        ValueError: there are no samples, or more than training or test images.
     """
-    for name, images in (("samples", samples), ("train", train), ("test", test)):
-        _check_images(name, images, least=0)
-    n = len(samples)
-    if n == 0:
-        raise ValueError("0 samples: expected at least 1")
+    checks.measured(samples, train, test, labels, seed)
+    n, generator = len(samples), torch.Generator().manual_seed(seed)
+    real, unseen = (x[torch.randperm(len(x), generator=generator)[:n]] for x in (train, test))
+    report = {"samples": n} | _compare(classifier, samples, real, test, unseen)
     if labels is not None:
-        check_tensor("labels", labels, (torch.int64,), (n,))
-    check_whole("seed", seed, 0, 2**32 - 1)
-    for name, real in (("training", train), ("test", test)):
-        if n > len(real):
-            raise ValueError(
-                f"{n} samples: expected at most {len(real)}, the number of {name} images to compare with"
-            )
-    generator = torch.Generator().manual_seed(seed)
-    train_index, test_index = (
-        torch.randperm(len(x), generator=generator)[:n].to(x.device) for x in (train, test)
-    )
-    real = train[train_index]
-    features, probabilities = classifier.read(samples)
-    features_real, probabilities_real = classifier.read(real)
-    features_test, _ = classifier.read(test)
-    report = {"samples": n}
-    if n > features.shape[1]:
-        report["frechet"] = frechet_distance(features, features_test)
-        report["frechet_real"] = frechet_distance(features_real, features_test)
-    features_test = features_test[test_index.cpu()]
-    for suffix, x, p in (
-        ("", features, probabilities),
-        ("_real", features_real, probabilities_real),
-    ):
-        if n > NEIGHBOURS:
-            report["precision" + suffix], report["recall" + suffix] = precision_recall(
-                x, features_test
-            )
-        report["confidence" + suffix] = p.max(dim=1).values.mean().item()
-        report["digits" + suffix] = (
-            p.argmax(dim=1).bincount(minlength=p.shape[1]).double() / n
-        ).tolist()
-    if labels is not None:
-        report["accuracy"] = (probabilities.argmax(dim=1) == labels.cpu()).double().mean().item()
+        report["accuracy"] = classifier.accuracy(samples, labels)
     report["colour"] = _colour(samples)
     distances, index = nearest(samples, train)
-    distances_test, _ = nearest(test[test_index], train)
-    for suffix, d in (("", distances), ("_real", distances_test)):
-        report["nearest" + suffix] = d.median().item()
-        report["nearest_1st" + suffix] = d.quantile(0.01).item()
+    for suffix, found in (("", distances), ("_real", nearest(unseen, train)[0])):
+        report["nearest" + suffix] = found.median().item()
+        report["nearest_1st" + suffix] = found.quantile(0.01).item()
     report["copies"] = (distances < report["nearest_1st_real"]).double().mean().item()
     first = distances.argsort()[:10]
-    pairs = torch.stack(
-        [
-            _grey(samples[first.to(samples.device)]).cpu(),
-            _grey(train[index[first].to(train.device)]).cpu(),
-        ],
-        dim=1,
-    ).flatten(0, 1)
-    return report, ((pairs + 1) * 127.5).round().byte()
+    copies = samples.cpu()[first], train.cpu()[index[first]]
+    pairs = torch.stack([_grey(x) for x in copies], dim=1).flatten(0, 1)
+    return report, as_bytes(pairs)
 
 
-def _check_images(name, images, least=1):
-    """ValueError if these are not images, uint8, (N, H, W) or (N, C, H, W), at least so many."""
-    if (
-        not isinstance(images, torch.Tensor)
-        or images.dtype != torch.uint8
-        or images.ndim not in (3, 4)
-    ):
-        raise ValueError(
-            f"{name} {shown(images)}: expected a tensor of uint8, (N, H, W) or (N, C, H, W)"
-        )
-    if len(images) < least or 0 in images.shape[1:]:
-        raise ValueError(
-            f"{name} of shape {tuple(images.shape)}: expected at least {least} image, of pixels"
-        )
-
-
-def _check_labels(images, labels):
-    """ValueError if these are not images and a label, from 0, for each."""
-    _check_images("images", images)
-    check_tensor("labels", labels, (torch.int64,), (len(images),), 0, 2**31 - 1)
-
-
-def _check_features(**sets):
-    """ValueError if these are not sets of features, (N, D), all of one width D."""
-    for name, features in sets.items():
-        check_tensor(name, features, FLOATS, ("N", "D"))
-        if features.shape[1] != (width := next(iter(sets.values())).shape[1]) or not width:
-            raise ValueError(f"{name} of {features.shape[1]} features: expected {max(width, 1)}")
+def _compare(classifier, samples, real, test, unseen):
+    """The figures of `measure` that need features: of samples, and of real images beside them."""
+    features_test, features_unseen = (classifier.read(images)[0] for images in (test, unseen))
+    report = {}
+    for suffix, images in (("", samples), ("_real", real)):
+        features, probabilities = classifier.read(images)
+        if len(images) > features.shape[1]:
+            report["frechet" + suffix] = frechet_distance(features, features_test)
+        if len(images) > NEIGHBOURS:
+            figures = precision_recall(features, features_unseen)
+            report["precision" + suffix], report["recall" + suffix] = figures
+        report["confidence" + suffix] = probabilities.max(dim=1).values.mean().item()
+        counts = probabilities.argmax(dim=1).bincount(minlength=probabilities.shape[1])
+        report["digits" + suffix] = (counts.double() / len(images)).tolist()
+    return report
 
 
 def _grey(images):

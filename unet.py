@@ -1,7 +1,7 @@
 """The network: (x_t, t, y) -> prediction.
 
-The UNet of DDPM (arXiv 2006.11239, appendix B): residual blocks that get the time embedding, attention at low
-resolutions, and skip connections from the way down to the way up.
+The UNet of DDPM (arXiv 2006.11239, appendix B): residual blocks that get the time embedding,
+attention at low resolutions, and skip connections from the way down to the way up.
 """
 
 import inspect
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.checks import check_number, check_switch, check_tensor, check_whole, shown
+from support import checks
 
 NUM_GROUPS = 32  # groups in every GroupNorm, as in DDPM
 
@@ -23,19 +23,21 @@ class UNet(nn.Module):
         image_size: height and width of the images, in pixels.
         channels: channels of the images.
         base_channels: width of the first level; a multiple of 32.
-        channel_mult: width of each level as a multiple of `base_channels`; each further level halves the resolution.
+        channel_mult: width of each level as a multiple of `base_channels`; each further level
+            halves the resolution.
         num_res_blocks: residual blocks per level on the way down; the way up has one more.
-        attention_resolutions: heights of the feature maps whose residual blocks end in attention. The first block of
-            the middle always does.
+        attention_resolutions: heights of the feature maps whose residual blocks end in attention.
+            The first block of the middle always does.
         dropout: dropout probability in every residual block.
         time_emb_dim: width of the time embedding.
         num_classes: number of labels; None for an unconditional network.
+        patch_size: fold patches of this size into channels at the input (pixel-unshuffle) and
+            unfold them at the output. Inside, the network works at `image_size / patch_size`.
         num_heads: heads in each attention layer; it does not change the number of parameters.
-        adaptive_norm: the embedding scales and shifts the output of the second GroupNorm of a residual block (Improved
-            DDPM, sec. 6) instead of being added before it.
-        out_channels: channels of the prediction; None means `channels`. A learned variance needs twice as many.
-        patch_size: fold patches of this size into channels at the input (pixel-unshuffle) and unfold them at the
-            output. Inside, the network works at `image_size / patch_size`.
+        adaptive_norm: the embedding scales and shifts the output of the second GroupNorm of a
+            residual block (Improved DDPM, sec. 6) instead of being added before it.
+        out_channels: channels of the prediction; None means `channels`. A learned variance needs
+            twice as many.
 
     Raises:
         ValueError: widths, sizes or resolutions do not fit together.
@@ -57,34 +59,13 @@ class UNet(nn.Module):
         adaptive_norm=False,
         out_channels=None,
     ):
+        arguments = locals()
         super().__init__()
-        out_channels = channels if out_channels is None else out_channels
-        for name, value in (
-            ("channel_mult", channel_mult),
-            ("attention_resolutions", attention_resolutions),
-        ):
-            if not isinstance(value, (tuple, list)):
-                raise ValueError(f"{name} {shown(value)}: expected a tuple of whole numbers")
         # What rebuilds this network: saved beside the weights.
-        self.config = dict(
-            image_size=image_size,
-            channels=channels,
-            base_channels=base_channels,
-            channel_mult=tuple(channel_mult),
-            num_res_blocks=num_res_blocks,
-            attention_resolutions=tuple(attention_resolutions),
-            dropout=dropout,
-            time_emb_dim=time_emb_dim,
-            num_classes=num_classes,
-            patch_size=patch_size,
-            num_heads=num_heads,
-            adaptive_norm=adaptive_norm,
-            out_channels=out_channels,
-        )
-        self.image_shape = (channels, image_size, image_size)
+        self.config = {name: arguments[name] for name in UNET_SETTINGS}
+        _check(self.config)
         self.num_classes = num_classes
         self.patch_size = patch_size
-        resolutions = _check(self.config)
 
         self.time_embedding = nn.Sequential(
             SinusoidalEmbedding(base_channels),
@@ -93,52 +74,44 @@ class UNet(nn.Module):
             nn.Linear(time_emb_dim, time_emb_dim),
         )
         # The last row stands for 'no label' (classifier-free guidance, arXiv 2207.12598).
-        self.label_embedding = (
-            None if num_classes is None else nn.Embedding(num_classes + 1, time_emb_dim)
-        )
+        self.label_embedding = None
+        if num_classes is not None:
+            self.label_embedding = nn.Embedding(num_classes + 1, time_emb_dim)
 
         def block(width_in, width_out, attention):
-            return ResidualBlock(
-                width_in,
-                width_out,
-                time_emb_dim,
-                dropout,
-                num_heads if attention else 0,
-                adaptive_norm,
-            )
+            heads = num_heads if attention else 0
+            return ResidualBlock(width_in, width_out, time_emb_dim, dropout, heads, adaptive_norm)
 
         self.conv_in = nn.Conv2d(channels * patch_size**2, base_channels, 3, padding=1)
         width = base_channels
         skips = [width]
+        levels = []  # width, and whether its blocks end in attention
+        for level, mult in enumerate(channel_mult):
+            resolution = image_size // patch_size // 2**level
+            levels.append((base_channels * mult, resolution in attention_resolutions))
+
         self.down = nn.ModuleList()
-        for level, (mult, resolution) in enumerate(zip(channel_mult, resolutions)):
+        for level, (level_width, attention) in enumerate(levels):
             for _ in range(num_res_blocks):
-                self.down.append(
-                    block(width, base_channels * mult, resolution in attention_resolutions)
-                )
-                width = base_channels * mult
+                self.down.append(block(width, level_width, attention))
+                width = level_width
                 skips.append(width)
-            if level < len(channel_mult) - 1:
+            if level < len(levels) - 1:
                 self.down.append(Downsample(width))
                 skips.append(width)
 
         self.middle = nn.ModuleList([block(width, width, True), block(width, width, False)])
 
         self.up = nn.ModuleList()
-        for level, (mult, resolution) in reversed(list(enumerate(zip(channel_mult, resolutions)))):
+        for level, (level_width, attention) in reversed(list(enumerate(levels))):
             for _ in range(num_res_blocks + 1):
-                self.up.append(
-                    block(
-                        width + skips.pop(),
-                        base_channels * mult,
-                        resolution in attention_resolutions,
-                    )
-                )
-                width = base_channels * mult
+                self.up.append(block(width + skips.pop(), level_width, attention))
+                width = level_width
             if level > 0:
                 self.up.append(Upsample(width))
 
         self.norm_out = nn.GroupNorm(NUM_GROUPS, width)
+        out_channels = channels if out_channels is None else out_channels
         self.conv_out = _zero(nn.Conv2d(width, out_channels * patch_size**2, 3, padding=1))
 
     def forward(self, xt, t, y=None):
@@ -147,17 +120,13 @@ class UNet(nn.Module):
         Args:
             xt: noisy images, (N, channels, image_size, image_size).
             t: timesteps, int64, (N,).
-            y: labels, int64, (N,), where `num_classes` means 'no label'; None means that for all of them.
+            y: labels, int64, (N,), where `num_classes` means 'no label', as None does for all.
 
         Returns:
-            The prediction, (N, out_channels, image_size, image_size): the noise, v or x0, whatever the network was
-            trained for. With a learned variance the second half of the channels says where it lies.
-
-        Raises:
-            ValueError: labels for an unconditional network, or images of another shape.
+            The prediction, (N, out_channels, image_size, image_size): the noise, v or x0, whatever
+            the network was trained for. With a learned variance the second half of the channels
+            says where it lies.
         """
-        if not torch.compiler.is_compiling():  # a graph would be cut at each look at a value
-            self._check_inputs(xt, t, y)
         embedding = self.time_embedding(t)
         if self.label_embedding is not None:
             if y is None:
@@ -179,27 +148,12 @@ class UNet(nn.Module):
         h = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, self.patch_size)
 
-    def _check_inputs(self, xt, t, y):
-        """ValueError if the inputs of `forward` do not fit. Autocast converts images; without it they have one type."""
-        weight = self.conv_in.weight
-        mixed = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-        dtypes = (
-            {weight.dtype, torch.float32, torch.bfloat16, torch.float16}
-            if mixed
-            else {weight.dtype}
-        )
-        check_tensor("xt", xt, dtypes, ("N", *self.image_shape), finite=False)
-        check_tensor("t", t, (torch.int64,), (len(xt),))
-        if y is not None and self.num_classes is None:
-            raise ValueError(
-                "y: labels were given to an unconditional network; build it with num_classes"
-            )
-        if y is not None:
-            check_tensor("y", y, (torch.int64,), (len(xt),), 0, self.num_classes)
+
+UNET_SETTINGS = tuple(inspect.signature(UNet).parameters)  # what a config must have to build one
 
 
 class SinusoidalEmbedding(nn.Module):
-    """Timesteps (N,) -> sines and cosines (N, dim) of `dim / 2` frequencies that fall from 1 towards 1/10000."""
+    """Timesteps (N,) -> sines and cosines (N, dim) of frequencies that fall from 1 to 1/10000."""
 
     def __init__(self, dim):
         super().__init__()
@@ -212,7 +166,7 @@ class SinusoidalEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with the time embedding between them, a shortcut around them, and attention after them.
+    """Two convolutions with the time embedding between them, a shortcut around, attention after.
 
     It maps images (N, in_channels, H, W) and the embedding after its SiLU, (N, time_emb_dim), to
     (N, out_channels, H, W). `num_heads` 0 means no attention.
@@ -229,11 +183,9 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.GroupNorm(NUM_GROUPS, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.shortcut = (
-            nn.Identity()
-            if in_channels == out_channels
-            else nn.Conv2d(in_channels, out_channels, 1)
-        )
+        self.shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
         self.attention = Attention(out_channels, num_heads) if num_heads else nn.Identity()
 
     def forward(self, x, embedding):
@@ -249,7 +201,10 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels of a feature map, with a residual: (N, C, H, W) -> (N, C, H, W)."""
+    """Self-attention over the pixels of a feature map, with a residual, (N, C, H, W) to the same.
+
+    Plain products: on a CPU the fused kernel's backward pass is slower than these.
+    """
 
     def __init__(self, channels, num_heads=1):
         super().__init__()
@@ -260,16 +215,11 @@ class Attention(nn.Module):
 
     def forward(self, x):
         n, c, height, width = x.shape
-        q, k, v = (
-            self.qkv(self.norm(x))
-            .reshape(n, 3, self.num_heads, c // self.num_heads, height * width)
-            .transpose(0, 1)
-            .flatten(1, 2)
-        )  # each (N heads, C / heads, H W)
-        # Plain products: on CPU the fused kernel's backward pass is slower than these.
-        weights = torch.softmax(
-            torch.bmm(q.transpose(1, 2), k) * q.shape[1] ** -0.5, dim=-1
-        )  # (.., query, key)
+        qkv = self.qkv(self.norm(x))
+        qkv = qkv.reshape(n, 3, self.num_heads, c // self.num_heads, height * width)
+        q, k, v = qkv.transpose(0, 1).flatten(1, 2)  # each (N heads, C / heads, H W)
+        scores = torch.bmm(q.transpose(1, 2), k) * q.shape[1] ** -0.5  # (.., query, key)
+        weights = torch.softmax(scores, dim=-1)
         h = torch.bmm(v, weights.transpose(1, 2))
         return x + self.out(h.reshape(n, c, height, width))
 
@@ -296,51 +246,6 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-UNET_SETTINGS = tuple(inspect.signature(UNet).parameters)  # what a config must have to build one
-
-
-def num_classes_of(network):
-    """The number of labels that a network knows, from its attribute `num_classes`; None if it is unconditional.
-
-    Raises:
-        ValueError: the network says nothing, but one of its parts knows labels: a wrapper hides them.
-    """
-    if not hasattr(network, "num_classes"):
-        for name, module in network.named_modules():
-            if getattr(module, "num_classes", None) is not None:
-                raise ValueError(
-                    f"network: {type(network).__name__} has no num_classes, but its part {name} knows "
-                    f"{module.num_classes} labels; give it num_classes, None for an unconditional model"
-                )
-    num_classes = getattr(network, "num_classes", None)
-    if num_classes is not None:
-        check_whole("num_classes", num_classes, 1, note=", or None")
-    return num_classes
-
-
-def is_plain_unet(network, weights):
-    """Whether `UNet(**network.config)` with these weights computes the same: no layer was exchanged, no hook added."""
-    if type(network) is not UNet:
-        return False
-    layers = [
-        layer for layer in network.modules() if "_orig_mod" not in layer._modules
-    ]  # without torch.compile's
-    if any(
-        layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-        for layer in layers
-    ):
-        return False
-    with torch.device("meta"):
-        plain = UNet(**network.config)
-    shapes, plain_shapes = (
-        {name: w.shape for name, w in of.items()} for of in (weights, plain.state_dict())
-    )
-    kinds, plain_kinds = (
-        [(type(layer), layer.extra_repr()) for layer in of] for of in (layers, plain.modules())
-    )
-    return shapes == plain_shapes and kinds == plain_kinds
-
-
 def _zero(module):
     """Set a layer to zero, so that its residual block starts as the identity."""
     for parameter in module.parameters():
@@ -349,58 +254,44 @@ def _zero(module):
 
 
 def _check(config):
-    """Check the settings. Returns the height of the feature maps of each level."""
-    for name in (
-        "image_size",
-        "channels",
-        "base_channels",
-        "num_res_blocks",
-        "time_emb_dim",
-        "patch_size",
-        "num_heads",
-        "out_channels",
-    ):
-        check_whole(name, config[name], 1)
+    """ValueError for settings that do not fit together: the door of the network."""
     for name in ("channel_mult", "attention_resolutions"):
+        if not isinstance(config[name], (tuple, list)):
+            checks.refuse(name, config[name], "a tuple of whole numbers")
         for value in config[name]:
-            check_whole(name, value, 1)
-    if config["num_classes"] is not None:
-        check_whole("num_classes", config["num_classes"], 1, note=", or None")
-    check_switch("adaptive_norm", config["adaptive_norm"])
-    check_number("dropout", config["dropout"], 0, 1, note=", without 1")
-    if config["base_channels"] % NUM_GROUPS:
-        raise ValueError(
-            f"base_channels {config['base_channels']}: expected a multiple of {NUM_GROUPS}"
-        )
+            checks.whole(name, value)
+    for name in ("image_size", "channels", "base_channels", "num_res_blocks", "time_emb_dim"):
+        checks.whole(name, config[name])
+    for name in ("patch_size", "num_heads"):
+        checks.whole(name, config[name])
+    for name in ("num_classes", "out_channels"):
+        if config[name] is not None:
+            checks.whole(name, config[name], note=", or None")
+    checks.switch("adaptive_norm", config["adaptive_norm"])
+    checks.number("dropout", config["dropout"], 0, 1)
     if config["dropout"] == 1:
-        raise ValueError(f"dropout {config['dropout']}: expected a probability from 0 to below 1")
+        checks.refuse("dropout", 1, "a probability from 0 to below 1")
+    if config["base_channels"] % NUM_GROUPS:
+        checks.refuse("base_channels", config["base_channels"], f"a multiple of {NUM_GROUPS}")
     levels, patch_size = len(config["channel_mult"]), config["patch_size"]
     if not 1 <= levels <= 30:
-        raise ValueError(
-            f"channel_mult {shown(config['channel_mult'])}: expected a whole number for each of 1 to 30 "
-            "levels"
+        checks.refuse(
+            "channel_mult", config["channel_mult"], "a whole number for each of 1 to 30 levels"
         )
     factor = patch_size * 2 ** (levels - 1)
     if config["image_size"] % factor:
-        raise ValueError(
-            f"image_size {config['image_size']}: expected a multiple of {factor}, for patch_size "
-            f"{patch_size} and {levels} levels in channel_mult"
-        )
+        expected = f"a multiple of {factor}, for patch_size {patch_size} and {levels} levels"
+        checks.refuse("image_size", config["image_size"], f"{expected} in channel_mult")
     resolutions = [config["image_size"] // patch_size // 2**level for level in range(levels)]
     for resolution in config["attention_resolutions"]:
         if resolution not in resolutions:
-            raise ValueError(
-                f"attention_resolutions {resolution}: no feature map has that height; "
-                f"this network has {', '.join(map(str, resolutions))}"
+            heights = ", ".join(map(str, resolutions))
+            checks.refuse(
+                "attention_resolutions", resolution, f"heights of feature maps: {heights}"
             )
     for mult, resolution in zip(config["channel_mult"], resolutions):
         width = config["base_channels"] * mult
-        if (
-            resolution in (*config["attention_resolutions"], resolutions[-1])
-            and width % config["num_heads"]
-        ):
-            raise ValueError(
-                f"num_heads {config['num_heads']}: expected a divisor of {width}, the width of the "
-                f"attention at {resolution}x{resolution}"
-            )
-    return resolutions
+        attention = resolution in (*config["attention_resolutions"], resolutions[-1])
+        if attention and width % config["num_heads"]:
+            expected = f"a divisor of {width}, the width of the attention at {resolution}"
+            checks.refuse("num_heads", config["num_heads"], expected)

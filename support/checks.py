@@ -1,6 +1,8 @@
-"""Checks of what a person gives: each is a ValueError of one line that says the name, the value and what was expected.
+"""The doors: what a person hands in is checked here, once, where it comes in.
 
-A check of a tensor's values is for the CPU alone: on a GPU the program would wait for it.
+First the kinds: each is a ValueError of one line that says the name, the value and what was
+expected. Then the doors, one function for each, made of these. A check of a tensor's values is for
+the CPU alone: on a GPU the program would wait for it.
 """
 
 import math
@@ -11,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-MOST = 2**31 - 1  # what torch takes as a size everywhere
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def shown(value):
@@ -24,8 +26,9 @@ def shown(value):
 
 
 def one_line(error):
-    """The message of an exception, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The kind of an exception and the first line of its message."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {reason}"
 
 
 def printable(path):
@@ -33,154 +36,329 @@ def printable(path):
     return str(path) if str(path).isprintable() else repr(str(path))
 
 
-def check_choice(name, value, choices):
-    """ValueError if the value is none of the choices."""
+# Kinds
+
+
+def refuse(name, value, expected):
+    """Raise the ValueError."""
+    raise ValueError(f"{name} {shown(value)}: expected {expected}")
+
+
+def choice(name, value, choices):
+    """One of the names that can be chosen."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} {shown(value)}: expected {' or '.join(map(repr, choices))}")
+        refuse(name, value, " or ".join(map(repr, choices)))
 
 
-def check_switch(name, value):
-    """ValueError if the value is not True or False."""
+def switch(name, value):
+    """True or False."""
     if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name} {shown(value)}: expected True or False")
+        refuse(name, value, "True or False")
 
 
-def check_whole(name, value, low, high=MOST, note=""):
-    """ValueError if the value is not a whole number from `low` to `high`."""
+def whole(name, value, low=1, high=2**31 - 1, note=""):
+    """A whole number from `low` to `high`; without one to what torch takes as a size."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise ValueError(f"{name} {shown(value)}: expected a whole number")
+        refuse(name, value, "a whole number")
     if not low <= value <= high:
-        limits = (
-            f"at least {low}"
-            if high in (MOST, math.inf) and value < low
-            else f"from {low} to {high}"
-        )
-        raise ValueError(f"{name} {shown(value)}: expected {limits}{note}")
+        limits = f"at least {low}" if value < low and high >= 2**31 - 1 else f"from {low} to {high}"
+        refuse(name, value, limits + note)
 
 
-def is_number(value):
-    """Whether a value is a real number, of Python or numpy. True and False are none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+def number(name, value, low=-math.inf, high=math.inf, note=""):
+    """A finite real number, of Python or numpy, from `low` to `high`."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        refuse(name, value, "a number")
+    if not -math.inf < value < math.inf or not low <= value <= high:
+        if high < math.inf:
+            limits = f"from {low} to {high}"
+        else:
+            limits = "a finite number" if low == -math.inf else f"at least {low} and finite"
+        refuse(name, value, limits + note)
 
 
-def check_number(name, value, low=-math.inf, high=math.inf, note=""):
-    """ValueError if the value is not a finite number from `low` to `high`."""
-    if not is_number(value):
-        raise ValueError(f"{name} {shown(value)}: expected a number")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # a whole number that is too large for a float
-        finite = False
-    if not finite or not low <= value <= high:
-        limits = (
-            "a finite number"
-            if low == -math.inf
-            else (f"at least {low} and finite" if high == math.inf else f"from {low} to {high}")
-        )
-        raise ValueError(f"{name} {shown(value)}: expected {limits}{note}")
-
-
-def check_path(name, value):
-    """ValueError if the value cannot name a file. (A number would be an open file, and reading it could wait.)"""
+def path(name, value):
+    """What can name a file. (A number would be an open file, and reading it could wait.)"""
     if not isinstance(value, (str, os.PathLike)) or "\0" in str(value):
-        raise ValueError(f"{name} {shown(value)}: expected the path of a file or folder")
+        refuse(name, value, "the path of a file or folder")
 
 
-def check_device(device):
-    """ValueError for a device that cannot be used here; it is given back."""
+def device(value):
+    """A device that can be used here, in float64, as the tables of a process are."""
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float64, device=value)
     except Exception as error:  # each backend has its own
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"device {shown(device)}: cannot be used here ({str(error).partition(chr(10))[0]}); expected "
-            "for example 'cpu' or 'cuda'"
+            f"device {shown(value)}: cannot be used here ({reason}); expected for example 'cpu' or "
+            "'cuda'; try --device cpu"
         ) from None
-    return device
 
 
-def check_module(name, value):
-    """ValueError if the value is not a torch module."""
+def module(name, value):
+    """A torch module."""
     if not isinstance(value, nn.Module):
-        raise ValueError(f"{name} {shown(value)}: expected a torch.nn.Module")
+        refuse(name, value, "a torch.nn.Module")
 
 
-def check_tensor(name, value, dtypes, shape, low=None, high=None, finite=True):
-    """ValueError if the value is not a tensor of one of these types and of this shape, with values in the limits.
+def tensor(name, value, dtypes, shape, low=None, high=None):
+    """A tensor of one of these types and of this shape, finite and within the limits.
 
-    None or a letter in the shape allows any size, an empty one too.
+    A letter in the shape allows any size.
     """
-    if not (
-        isinstance(value, torch.Tensor)
-        and value.dtype in dtypes
-        and value.ndim == len(shape)
-        and all(
-            size is None or isinstance(size, str) or size == found
-            for size, found in zip(shape, value.shape)
-        )
-    ):
-        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        sizes = ", ".join("N" if size is None else str(size) for size in shape)
-        raise ValueError(
-            f"{name} {shown(value)}: expected a tensor of {kinds}, ({sizes}{',' * (len(shape) == 1)})"
-        )
-    if finite:
-        check_values(name, value, low, high)
-
-
-def check_values(name, x, low=None, high=None):
-    """ValueError if a tensor on the CPU has values out of these limits, or NaN. Its dtype and shape fit already."""
-    if x.device.type == "cpu" and x.numel():
-        least, most = (value.item() for value in torch.aminmax(x.detach()))  # NaN if one is
+    fits = isinstance(value, torch.Tensor) and value.dtype in dtypes and value.ndim == len(shape)
+    if not fits or any(not isinstance(a, str) and a != b for a, b in zip(shape, value.shape)):
+        kinds = {FLOATS: "floating-point numbers", WHOLE: "whole numbers"}.get(dtypes)
+        kinds = kinds or " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        sizes = ", ".join(map(str, shape)) + "," * (len(shape) == 1)
+        refuse(name, value, f"a tensor of {kinds}, ({sizes})")
+    if value.device.type == "cpu" and value.numel():
+        least, most = (x.item() for x in torch.aminmax(value.detach()))  # NaN if one is
+        found = f"{name} with values from {least} to {most}"
         if not (math.isfinite(least) and math.isfinite(most)):
-            raise ValueError(f"{name} with values from {least} to {most}: expected finite numbers")
+            raise ValueError(f"{found}: expected finite numbers")
         if low is not None and least < low or high is not None and most > high:
             limits = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise ValueError(f"{name} with values from {least} to {most}: expected {limits}")
+            raise ValueError(f"{found}: expected {limits}")
 
 
-def check_weights(weights):
-    """The weights of `DDPM.interpolate` as a list; ValueError if they are not numbers from 0 to 1."""
+def generator(seed, device):
+    """A generator of this seed; a torch.Generator, and None for torch's own, stay as they are."""
+    if isinstance(seed, torch.Generator) and seed.device.type != torch.device(device).type:
+        raise ValueError(f"seed: a generator on {seed.device}; expected one on {device}")
+    if seed is None or isinstance(seed, torch.Generator):
+        return seed
+    whole("seed", seed, 0, 2**32 - 1)  # torch's generator on a CPU takes no more bits
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+# Doors of DDPM. Labels come back as int64, (N,), on the device of the model.
+
+
+def process(process, beta_schedules, predictions, variances, spacings):
+    """The settings of a `GaussianProcess`."""
+    choice("beta_schedule", process.beta_schedule, beta_schedules)
+    choice("prediction", process.prediction, predictions)
+    choice("variance", process.variance, variances)
+    choice("timestep_spacing", process.timestep_spacing, spacings)
+    switch("zero_terminal_snr", process.zero_terminal_snr)
+    whole("num_timesteps", process.num_timesteps, 2 if process.zero_terminal_snr else 1)
+    if process.zero_terminal_snr and process.prediction == "eps":
+        raise ValueError(
+            "zero_terminal_snr with prediction 'eps': pure noise says nothing of x0; expected 'v' "
+            "or 'x0'"
+        )
+
+
+def ddpm(ddpm, losses, samplers):
+    """The settings of a `DDPM`, and whether its network fits them."""
+    whole("image_size", ddpm.image_size)
+    whole("channels", ddpm.channels)
+    choice("loss", ddpm.loss, losses)
+    choice("sampler", ddpm.sampler, samplers)
+    whole("sample_steps", ddpm.sample_steps, 1, ddpm.num_timesteps, ", the number of timesteps")
+    number("guidance_scale", ddpm.guidance_scale)
+    number("min_snr_gamma", ddpm.min_snr_gamma, 0)
+    number("label_dropout", ddpm.label_dropout, 0, 1)
+    if ddpm.min_snr_gamma and ddpm.loss != "mse":
+        refuse("min_snr_gamma", ddpm.min_snr_gamma, "0: the weights are for loss 'mse'")
+    if ddpm.min_snr_gamma and ddpm.zero_terminal_snr:
+        expected = "0: with zero_terminal_snr the timestep where sampling starts is not trained"
+        refuse("min_snr_gamma", ddpm.min_snr_gamma, expected)
+    module("network", ddpm.network)
+    settings = {"image_size": ddpm.image_size, "channels": ddpm.channels}
+    config = getattr(ddpm.network, "config", None) or {}
+    if {"out_channels", *settings} <= config.keys():  # a UNet
+        for name, value in (settings | {"out_channels": ddpm.outputs}).items():
+            found = config["channels"] if config[name] is None else config[name]
+            if value != found:
+                refuse(name, value, f"{found}, as in the network")
+    if ddpm.num_classes is not None:
+        whole("num_classes", ddpm.num_classes, note=", or None")
+    elif hidden := [
+        name for name, part in ddpm.network.named_modules() if getattr(part, "num_classes", None)
+    ]:
+        raise ValueError(
+            f"network {type(ddpm.network).__name__}: it has no num_classes, but its part "
+            f"{hidden[0]} knows labels; expected an attribute num_classes, None for no labels"
+        )
+    elif ddpm.guidance_scale != 1:
+        refuse("guidance_scale", ddpm.guidance_scale, "1: the network is unconditional")
+    shares = ddpm.class_shares
+    if shares is not None:
+        if not isinstance(shares, (list, tuple)) or len(shares) != (ddpm.num_classes or 0):
+            refuse("class_shares", shares, f"a list of a number for each of {ddpm.num_classes}")
+        for share in shares:
+            number("class_shares", share, 0)
+        if not sum(shares):
+            refuse("class_shares", shares, "a number above 0 for at least one class")
+
+
+def images(ddpm, name, x, n="N"):
+    """Images for a `DDPM`."""
+    tensor(name, x, FLOATS, (n, *ddpm.image_shape))
+
+
+def labels(ddpm, y, n, no_label=False):
+    """n labels, or one for all; None stays None. `no_label` allows `num_classes` too."""
+    if y is None:
+        return None
+    if ddpm.num_classes is None:
+        raise ValueError("y: this model is unconditional; it knows no labels")
+    try:
+        y = torch.as_tensor(list(y) if isinstance(y, range) else y)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"y {shown(y)}: expected whole numbers") from None
+    if y.ndim == 0 and y.dtype in WHOLE:
+        # copied, since torch.compile makes a graph of its own for a label of stride 0
+        y = y.expand(n).contiguous()
+    tensor("y", y, WHOLE, (n,), 0, ddpm.num_classes - (not no_label))
+    return y.to(ddpm.device, torch.int64)
+
+
+def guidance(ddpm, scale, y="drawn"):
+    """A guidance scale, beside labels or None."""
+    number("guidance_scale", scale)
+    if scale not in (0, 1) and (ddpm.num_classes is None or y is None):
+        refuse("guidance_scale", scale, "0 or 1: guidance needs labels; give y")
+
+
+def batch(ddpm, x0, y):
+    """`ddpm(x0, y)` -> x0, y."""
+    images(ddpm, "x0", x0)
+    return x0, labels(ddpm, y, len(x0), no_label=True)
+
+
+def prediction(ddpm, xt, t, y, scale):
+    """`DDPM.predict` -> y."""
+    images(ddpm, "xt", xt)
+    tensor("t", t, (torch.int64,), (len(xt),), 0, ddpm.num_timesteps - 1)
+    y = labels(ddpm, y, len(xt), no_label=True)
+    guidance(ddpm, scale, y)
+    return y
+
+
+def sampling(given, samplers):
+    """`DDPM.sample`, its arguments as a dict -> y, generator."""
+    ddpm, n, xT, last = given["self"], given["n"], given["xT"], given["self"].num_timesteps - 1
+    whole("n", n, note=" image")
+    start = last if given["start"] is None else given["start"]
+    whole("start", start, 0, last, ", a timestep")
+    if start != last and xT is None:
+        raise ValueError(f"start {start} without xT: pure noise belongs to {last}; give xT")
+    if given["sampler"] is not None:
+        choice("sampler", given["sampler"], samplers)
+    if given["steps"] is not None:
+        whole("steps", given["steps"], 1, start + 1, ", the number of timesteps")
+    if given["eta"] is not None:
+        number("eta", given["eta"], 0, 1, " (0 is DDIM, 1 is DDPM)")
+    if given["guidance_scale"] is not None:
+        guidance(ddpm, given["guidance_scale"])
+    if given["return_sequence"] not in (False, True, "xt"):
+        refuse("return_sequence", given["return_sequence"], "False, True or 'xt'")
+    switch("progress", given["progress"])
+    if xT is not None:
+        images(ddpm, "xT", xT, n)
+    return labels(ddpm, given["y"], n), generator(given["seed"], ddpm.device)
+
+
+def mixture(ddpm, x0, other, weights, t, y, seed, options):
+    """`DDPM.interpolate` -> weights, y, generator."""
     weights = weights.tolist() if hasattr(weights, "tolist") else weights  # a tensor or an array
-    if not isinstance(weights, (list, tuple)) or not all(map(is_number, weights)):
-        raise ValueError(f"weights {shown(weights)}: expected a list of numbers from 0 to 1")
-    if not weights or not all(0 <= weight <= 1 for weight in weights):
-        raise ValueError(f"weights {weights}: expected one or more, from 0 to 1")
-    return weights
+    if not isinstance(weights, (list, tuple)) or not weights:
+        refuse("weights", weights, "a list of numbers from 0 to 1")
+    for weight in weights:
+        number("weights", weight, 0, 1)
+    whole("t", t, 0, ddpm.num_timesteps - 1, ", a timestep")
+    images(ddpm, "x0", x0)
+    images(ddpm, "other", other, len(x0))
+    if options.get("guidance_scale") is not None:
+        guidance(ddpm, options["guidance_scale"], y)
+    return weights, labels(ddpm, y, len(x0)), generator(seed, ddpm.device)
 
 
-def check_shares(shares, num_classes):
-    """The shares of the classes as a list; ValueError if they are not one number from 0 for each, or all are 0."""
-    shares = shares.tolist() if hasattr(shares, "tolist") else shares
-    if (
-        num_classes is None
-        or not isinstance(shares, (list, tuple))
-        or len(shares) != num_classes
-        or not all(is_number(share) and 0 <= share < math.inf for share in shares)
-        or not sum(shares)
-    ):
-        raise ValueError(
-            f"class_shares {shown(shares)}: expected a number from 0 for each of the network's "
-            f"{num_classes or 0} classes, not all 0"
-        )
-    return [float(share) for share in shares]
+def bound(ddpm, x0, y, terms, seed, progress):
+    """`DDPM.bits_per_dim` -> x0 on the device of the model, in float32; y, generator."""
+    tensor("x0", x0, FLOATS, ("N", *ddpm.image_shape), -1, 1)
+    if not len(x0):
+        raise ValueError("x0 of 0 images: expected at least 1")
+    if terms is not None:
+        most = ddpm.num_timesteps
+        whole("terms", terms, min(2, most), most, ", the number of timesteps")
+    switch("progress", progress)
+    x0 = x0.to(ddpm.device, torch.float32)
+    return x0, labels(ddpm, y, len(x0)), generator(seed, ddpm.device)
 
 
-def check_references(references, loss, y):
-    """ValueError unless these are None, or images and their labels that this loss can use beside labels `y`."""
-    if references is None:
-        return
-    if loss != "mse":
-        raise ValueError(
-            f"references with loss {loss!r}: expected 'mse', whose minimum is the mean"
-        )
-    if not isinstance(references, (tuple, list)) or len(references) != 2:
-        raise ValueError(
-            f"references {shown(references)}: expected two things, images and their labels or None"
-        )
-    images, labels = references
-    if not isinstance(images, torch.Tensor) or images.ndim != 4:
-        raise ValueError(f"references {shown(images)}: expected images, a tensor (M, C, H, W)")
-    if y is not None and labels is None:
-        raise ValueError("references without labels: expected theirs, since y is given")
-    if y is not None:
-        check_tensor("labels of references", labels, (torch.int64,), (len(images),))
+# Other doors
+
+
+def ema(module_, decay, start, update_rate):
+    """The settings of an `EMA`."""
+    module("module", module_)
+    number("ema_decay", decay, 0, 1)
+    if decay == 1:
+        refuse("ema_decay", decay, "a number from 0 to below 1")
+    whole("ema_start", start, 0, note=" steps")
+    whole("ema_update_rate", update_rate, note=" step")
+
+
+def timesteps(sampling, samplings, num_timesteps, std):
+    """The settings of a timestep sampler."""
+    choice("timestep_sampling", sampling, samplings)
+    whole("num_timesteps", num_timesteps)
+    number("timestep_std", std, 0)
+    if sampling == "logit-normal" and not std:
+        refuse("timestep_std", std, "above 0: one timestep alone would be trained")
+
+
+def data(dataset, datasets, data_dir, sizes, augment, seed, device_):
+    """`load_data`; `sizes` are {name: pixels or number of images}."""
+    choice("dataset", dataset, datasets)
+    path("data_dir", data_dir)
+    switch("augment", augment)
+    whole("seed", seed, 0, 2**32 - 1)
+    for name, value in sizes.items():
+        whole(name, value)
+    device(device_)
+
+
+# Doors of metrics
+
+
+def pictures(name, images):
+    """Images, uint8, (N, H, W) or (N, C, H, W), at least one."""
+    if not isinstance(images, torch.Tensor) or images.ndim not in (3, 4):
+        refuse(name, images, "a tensor of uint8, (N, H, W) or (N, C, H, W)")
+    tensor(name, images, (torch.uint8,), "NCHW"[: images.ndim])
+    if 0 in images.shape:
+        refuse(name, images, "at least 1 image, of pixels")
+
+
+def labelled(images, labels):
+    """Images and a label, int64 from 0, for each."""
+    pictures("images", images)
+    tensor("labels", labels, (torch.int64,), (len(images),), 0)
+
+
+def features(least, **sets):
+    """Sets of features, (N, D), all of one width, each of at least so many rows."""
+    first = next(iter(sets.values()))
+    for name, x in sets.items():
+        tensor(name, x, FLOATS, ("N", "D") if x is first else ("N", first.shape[1]))
+        if len(x) < least or not x.shape[1]:
+            refuse(name, x, f"at least {least} images, of at least one feature")
+
+
+def measured(samples, train, test, labels, seed):
+    """`metrics.measure`."""
+    for name, images in (("samples", samples), ("train", train), ("test", test)):
+        pictures(name, images)
+        if len(images) < len(samples):
+            raise ValueError(
+                f"{len(samples)} samples: expected at most {len(images)}, the number of {name} "
+                "images to compare with"
+            )
+    if labels is not None:
+        tensor("labels", labels, (torch.int64,), (len(samples),))
+    whole("seed", seed, 0, 2**32 - 1)

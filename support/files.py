@@ -1,19 +1,28 @@
-"""Files that are whole: what is written gets its name when it is on the disk, not before."""
+"""Files that are whole, since they get their names last; the folder of a run and its lock."""
 
 import os
+import socket
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+RUN_FILES = ("last.pt", "last.previous.pt", "best_model.pt", "loss_curve.png", "samples") + (
+    "evaluation*.json",
+)
 PATIENCE = 5  # seconds in which a rename that is refused is tried again
 
 
 @contextmanager
 def whole_file(path, previous=None):
-    """The name to write a file under, so that `path` is at every moment the old file or the whole new one.
+    """The name to write a file under: `path` is always the old file or the whole new one.
 
-    At the end of the block the new file is flushed to the disk and gets its name; after an error it is removed.
-    `previous` is a name under which the old file is kept.
+    At the end of the block the new file is flushed to the disk and gets its name; after an error it
+    is removed. `previous` is a name under which the old file is kept.
     """
     partial = f"{os.fspath(path)}.partial"
     try:
@@ -29,7 +38,7 @@ def whole_file(path, previous=None):
 
 
 def flush(path):
-    """Have the system write a file, or the names in a folder, to the disk. Not every system can open a folder."""
+    """Have the system write a file, or the names in a folder, to the disk."""
     folder = os.path.isdir(path)
     try:
         descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
@@ -38,7 +47,7 @@ def flush(path):
         finally:
             os.close(descriptor)
     except OSError:
-        if not folder:
+        if not folder:  # which not every system can open
             raise
 
 
@@ -54,7 +63,7 @@ def _keep(path, previous):
 
 
 def _rename(source, target):
-    """`os.replace`, tried again for some seconds: on Windows a virus scanner may hold a new file for a moment."""
+    """`os.replace`, tried again for some seconds: a virus scanner may hold a new file."""
     end = time.monotonic() + PATIENCE
     while True:
         try:
@@ -82,14 +91,138 @@ def write_text(path, text):
 
 
 def make_folder(path):
-    """Make a folder, with those above it, unless it is there. Returns its Path; ValueError if it cannot be written."""
+    """Make a folder, with those above it, unless it is there. Returns its Path.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(13, "not writable", os.fspath(path))
     except OSError as error:
         raise ValueError(
-            f"save_dir {os.fspath(path)!r}: {error.strerror or error}; expected a folder that can be "
-            "written"
+            f"save_dir {os.fspath(path)!r}: {error.strerror or error}; expected a folder that can "
+            "be written"
         ) from None
     return Path(path)
+
+
+# The folder of a run
+
+
+class RunFolder:
+    """The folder of a run, locked for this process until `close` or until the process ends.
+
+    A new run moves what an earlier one left to a subfolder run_DATE. TensorBoard's logs stay.
+
+    Raises:
+        ValueError: the folder cannot be written, or another run uses it.
+    """
+
+    def __init__(self, save_dir, new):
+        self.path, self.lock = Path(save_dir), None
+        try:
+            if new:
+                make_folder(self.path)
+            if self.path.is_dir():
+                self._acquire()
+                for partial in (*self.path.glob("*.partial"), *self.path.glob("samples/*.partial")):
+                    if partial.is_file():  # of a run that was killed while it wrote
+                        partial.unlink()
+                if new:
+                    # whatever can fail, fails before the move
+                    make_folder(self.path / "tensorboard_logs")
+                if new or any(self.path.glob("run_*.moving")):
+                    self._move_earlier_run()
+                if new:
+                    (self.path / "samples").mkdir(exist_ok=True)
+        except ValueError:
+            self.close()
+            raise
+        except OSError as error:
+            self.close()
+            raise ValueError(
+                f"save_dir {str(save_dir)!r}: {error.strerror or error} ({error.filename}); "
+                "expected a folder that can be written"
+            ) from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def close(self):
+        """Release the lock."""
+        if self.lock is not None:
+            try:
+                os.remove(self.lock.name)
+            except OSError:
+                pass  # Windows removes no open file; what stays locks nothing
+            self.lock.close()
+            self.lock = None
+
+    def _acquire(self):
+        """Lock the folder by its file .lock, which says who holds it."""
+        while self.lock is None:
+            file = open(self.path / ".lock", "a+", encoding="utf-8")
+            if not _try_lock(file):
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise ValueError(
+                    f"save_dir {str(self.path)!r}: in use by {holder}; wait until that run ends, "
+                    "or name another --save_dir"
+                )
+            try:
+                removed = not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+            except FileNotFoundError:
+                removed = True
+            if removed:  # by a run that ended between our open and our lock
+                file.close()
+            else:
+                self.lock = file
+        self.lock.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n")
+        self.lock.flush()
+
+    def _move_earlier_run(self):
+        """Move the files of an earlier run aside. If this is killed, the next call finishes it."""
+        earlier = [path for pattern in RUN_FILES for path in sorted(self.path.glob(pattern))]
+        earlier = [path for path in earlier if path.name != "samples" or any(path.iterdir())]
+        moving = next(self.path.glob("run_*.moving"), None)
+        if moving is None:
+            if not earlier:
+                return
+            newest = max(path.stat().st_mtime for path in earlier)
+            name = time.strftime("run_%Y-%m-%d_%H-%M-%S", time.localtime(newest))
+            aside = unused(self.path / name)
+            moving = aside.with_name(aside.name + ".moving")
+            moving.mkdir()
+        for path in earlier:
+            path.rename(unused(moving / path.name))
+        aside = unused(moving.with_suffix(""))
+        moving.rename(aside)
+        print(f"what an earlier run left in {self.path} is now in {aside}")
+
+
+def _try_lock(file):
+    """Lock an open file without waiting; False if another process holds it.
+
+    The lock ends with the process, however that ends.
+    """
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            file.seek(2**20)  # a byte beyond the text, so that others can read who holds it
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return fcntl is not None  # a file system without locks: go on; on Windows: held
+    return True

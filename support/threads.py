@@ -1,28 +1,27 @@
-"""The threads of a run on a CPU, on a machine that is not quiet."""
+"""Signals that a person sends to a run, and its threads on a CPU that is not quiet."""
 
 import os
+import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
 
 @contextmanager
 def patient_threads():
-    """Inside, while other programs want the cores, OpenMP's threads wait asleep instead of spinning.
+    """Inside, while other programs want the cores, OpenMP's threads wait asleep, not spinning.
 
-    GNU OpenMP lets a thread spin for milliseconds while it waits for another one, which may not be scheduled, but
-    hardly at all in a process with more threads than cores. So while others work, idle threads are added. Those that
-    compute stay as they are, and so do the bits. A variable of the user's, and other systems, leave all as it is.
+    GNU OpenMP lets a thread spin for milliseconds while it waits for another one, which may not be
+    scheduled, but hardly at all in a process with more threads than cores. So while others work,
+    idle threads are added. Those that compute stay as they are, and so do the bits. A variable of
+    the user's, and other systems, leave all as it is.
     """
     done, variables = threading.Event(), {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
-    if (
-        sys.platform == "linux"
-        and not variables & os.environ.keys()
-        and torch.get_num_threads() > 1
-    ):
+    linux = sys.platform == "linux" and not variables & os.environ.keys()
+    if linux and torch.get_num_threads() > 1:
         threading.Thread(target=_watch_others, args=(done,), daemon=True).start()
     try:
         yield
@@ -31,15 +30,13 @@ def patient_threads():
 
 
 def _watch_others(done, pause=1.0):
-    """Every `pause` seconds see whether others use more than the cores that are left, until `done` is set."""
+    """Until `done` is set, see every `pause` seconds whether others need the cores we use."""
     cores, idle_threads = len(os.sched_getaffinity(0)), None
     before = _core_seconds()
     while before is not None and not done.wait(pause) and (now := _core_seconds()) is not None:
         others = now[0] - before[0] - (now[1] - before[1])
-        crowded, before = (
-            others > (cores - torch.get_num_threads() + 0.25) * (now[2] - before[2]),
-            now,
-        )
+        crowded = others > (cores - torch.get_num_threads() + 0.25) * (now[2] - before[2])
+        before = now
         if crowded and idle_threads is None:
             idle_threads = threading.Event()
             threading.Thread(
@@ -53,7 +50,10 @@ def _watch_others(done, pause=1.0):
 
 
 def _core_seconds():
-    """Seconds that all programs have used the cores, that this process has, and the time; None if /proc is hidden."""
+    """Seconds of the cores' work for all programs, those for this process, and the time.
+
+    None if /proc is hidden.
+    """
     try:
         with open("/proc/stat") as file:
             user, nice, system = map(int, file.readline().split()[1:4])
@@ -65,9 +65,77 @@ def _core_seconds():
 def _add_threads(number, done):
     """Have OpenMP keep so many threads for this one, until `done` is set."""
     before = torch.get_num_threads()
-    torch.set_num_threads(
-        number
-    )  # of this thread, and of any that begins before the number is set back
+    # of this thread, and of any that begins before the number is set back
+    torch.set_num_threads(number)
     torch.zeros(number * 2**15).add_(1)  # torch gives each thread 2^15 numbers
     torch.set_num_threads(before)
     done.wait()
+
+
+class Interrupt:
+    """Ctrl-C, SIGTERM and SIGUSR1 while a run goes on, as a context manager.
+
+    Ctrl-C and SIGTERM end the block by KeyboardInterrupt, but inside `after_the_step` the first is
+    only a request, which `asked` reports. SIGUSR1 asks for a save. In a thread other than the main
+    one Python allows no handlers, so there it does nothing.
+
+    Args:
+        agree: makes one number of those of all processes of the run.
+        repeated: whether a launcher sends again what the terminal has sent already.
+
+    Attributes:
+        signum: the signal that ends the run, or 0.
+        status: the exit status that belongs to it, as shells count: 130 for Ctrl-C, 143 for
+            SIGTERM.
+    """
+
+    SAVE = getattr(signal, "SIGUSR1", None)  # Windows has none
+
+    def __init__(self, agree=int, repeated=False):
+        self.agree, self.repeated = agree, repeated
+        self.signum, self.save, self.immediate = 0, False, True
+        self.before = {}
+
+    @property
+    def status(self):
+        return 128 + (self.signum or signal.SIGINT)
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for signum in filter(None, (signal.SIGINT, signal.SIGTERM, self.SAVE)):
+                self.before[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *exception):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum, frame):
+        if signum == self.SAVE:
+            self.save = True
+            return
+        again, self.signum = bool(self.signum), self.signum or signum
+        if again and self.repeated:
+            return
+        if again or self.immediate:
+            raise KeyboardInterrupt
+        if sys.stderr is not None:  # else 2 may be another file
+            with suppress(OSError):  # the `tee` behind a pipe ends by the same Ctrl-C
+                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+
+    def asked(self):
+        """What a process of the run was asked for: 'stop', 'save' or None."""
+        asked = self.agree(self.signum or int(self.save))
+        self.save = False
+        if asked > 1:  # SIGINT is 2 and SIGTERM 15
+            self.signum = asked
+        return "stop" if asked > 1 else "save" if asked else None
+
+    @contextmanager
+    def after_the_step(self):
+        """Inside, the first signal is a request; a second one ends the block at once."""
+        self.immediate = False
+        try:
+            yield
+        finally:
+            self.immediate = True

@@ -1,0 +1,178 @@
+"""Where data comes from: the folder of the data, assets/, a download; and PNGs to measure."""
+
+import http.client
+import lzma
+import math
+import os
+import socket
+import struct
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from support.checks import one_line, path, printable
+
+# Names of classes in torchvision.datasets, and of the folders in which they keep their files.
+DATASETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte") + (
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+MNIST = Path(__file__).parent.parent / "assets" / "mnist.tar.xz"  # assets/README.md has its source
+DOWNLOAD_TIMEOUT = 10  # seconds without a byte before a download is given up
+
+
+def read_dataset(name, data_dir):
+    """Images, uint8, (N, 28, 28), and labels, int64, (N,), of the training and the test split.
+
+    Raises:
+        ValueError: a file is damaged, or the data set is neither found nor downloaded.
+    """
+    raw = Path(data_dir).expanduser() / DATASETS[name] / "raw"
+    missing = [file for file in FILES if not (raw / file).exists()]
+    if missing and name == "mnist" and MNIST.exists():
+        found = _read_archive(MNIST)
+    else:
+        if missing:
+            _download(name, raw, missing)
+        found = {raw / file: _read_bytes(raw / file) for file in FILES}
+    arrays = [(where, _parse(where, data)) for where, data in found.items()]
+    splits = []
+    for (_, images), (where, labels) in (arrays[:2], arrays[2:]):
+        if len(images) != len(labels) or labels.max() > 9:
+            raise ValueError(
+                f"{printable(where)}: {len(labels)} labels from {labels.min()} to {labels.max()}; "
+                f"expected one from 0 to 9 for each of {len(images)} images"
+            )
+        splits.append((torch.from_numpy(images), torch.from_numpy(labels).long()))
+    return splits
+
+
+def _read_archive(where):
+    """The files of an archive in assets/ as {where they are: bytes}."""
+    try:
+        with lzma.open(where) as file, tarfile.open(fileobj=file) as archive:
+            return {where / name: archive.extractfile(name).read() for name in FILES}
+    except (OSError, EOFError, KeyError, lzma.LZMAError, tarfile.TarError) as error:
+        raise ValueError(
+            f"{where}: damaged ({one_line(error)}); bring it back with git, or delete it, and the "
+            "next run downloads MNIST"
+        ) from None
+
+
+def _read_bytes(where):
+    try:
+        return where.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{printable(where)}: {error.strerror}; expected a file that can be read"
+        ) from None
+
+
+def _parse(where, data):
+    """The bytes of an IDX file of images or labels as uint8, (N, 28, 28) or (N,)."""
+    expected = (2051, 28, 28) if "images" in where.name else (2049,)  # magic number, size
+    header = struct.Struct(f">{1 + len(expected)}i")
+    magic, count, *size = header.unpack(data[: header.size].ljust(header.size, b"\0"))
+    length = header.size + max(count, 1) * math.prod(size)
+    if (magic, *size) != expected or len(data) != length:
+        raise ValueError(
+            f"{printable(where)}: {len(data)} bytes with the header {(magic, count, *size)}, which "
+            f"is not a whole file of MNIST's kind; move it away, and the next run takes another"
+        )
+    return np.frombuffer(bytearray(data), np.uint8, offset=header.size).reshape(count, *size)
+
+
+def _download(name, raw, missing):
+    """Let torchvision download the `missing` files of a data set."""
+    import torchvision
+
+    cure = f"put {', '.join(FILES)} into {printable(raw)}, or name another --data_dir"
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        # Files leave this folder when they are whole: an interrupted download leaves no half file.
+        with tempfile.TemporaryDirectory(dir=raw, prefix="download-") as staging:
+            getattr(torchvision.datasets, DATASETS[name])(staging, download=True)
+            for file in missing:
+                os.replace(Path(staging, DATASETS[name], "raw", file), raw / file)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise ValueError(
+            f"dataset {name}: neither found in {printable(raw)} nor downloaded "
+            f"({one_line(error)}); {cure}"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def read_folder(folder):
+    """Read all PNGs of a folder and its subfolders, sorted by path.
+
+    Each PNG becomes the RGB picture that a person sees. 16 bits become 8: grey levels are rounded,
+    v / 257, and for colours Pillow keeps the high byte. Links to folders are not followed.
+
+    Returns:
+        The images, uint8, (N, 3, H, W), and a sorted list of the relative paths of what was left
+        out: files that are not PNGs, and links to folders.
+
+    Raises:
+        ValueError: there is no folder or no PNG in it, or a PNG is unreadable, has another size
+            than the first one, has transparent pixels, or is animated.
+    """
+    path("evaluate", folder)
+
+    def refuse(error):
+        raise ValueError(f"{printable(error.filename)}: not a readable folder ({one_line(error)})")
+
+    pngs, left_out = [], []
+    for here, folders, files in os.walk(folder, onerror=refuse) if os.path.isdir(folder) else ():
+        links = [name for name in folders if os.path.islink(os.path.join(here, name))]
+        for name in files + links:
+            kept = name in files and name.lower().endswith(".png")
+            (pngs if kept else left_out).append(Path(here, name).relative_to(folder))
+    if not pngs:
+        found = "no PNG is in it" if os.path.isdir(folder) else "there is no such folder"
+        raise ValueError(
+            f"evaluate {str(folder)!r}: expected a folder of PNGs, one per image; {found}"
+        )
+    pngs.sort(key=lambda png: png.parts)
+    images = []
+    for png in pngs:
+        images.append(read_png(Path(folder, png)))
+        if images[-1].shape != images[0].shape:
+            size, expected = (f"{x.shape[2]}x{x.shape[1]}" for x in (images[-1], images[0]))
+            raise ValueError(
+                f"{printable(Path(folder, png))}: {size} pixels; expected {expected}, the size of "
+                f"{printable(pngs[0])}"
+            )
+    return torch.stack(images), sorted(map(Path.as_posix, left_out))
+
+
+def read_png(file):
+    """One PNG as a person sees it: uint8, (3, H, W). `read_folder` lists what is refused."""
+    from PIL import Image
+
+    try:
+        if not file.is_file():  # opening a pipe would wait forever
+            raise OSError("a broken link, or not a regular file")
+        with Image.open(file, formats=["PNG"]) as image:
+            image.verify()  # the checksums, which reading pixels ignores
+        with Image.open(file, formats=["PNG"]) as image:
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1:
+                raise OSError(f"an animation of {frames} frames; save it as a single picture")
+            if image.mode in ("I", "I;16"):  # 16-bit grey; "I" in older Pillow
+                grey = (np.asarray(image).astype(np.int64) + 128) // 257  # v / 257, rounded
+                return torch.from_numpy(grey).byte().expand(3, -1, -1)
+            pixels = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1)
+            if pixels[3].min() < 255:
+                raise OSError("some pixels are transparent; save it without transparency")
+            return pixels[:3]
+    except Exception as error:  # Pillow raises many types for a damaged file
+        raise ValueError(
+            f"{printable(file)}: not a readable PNG ({one_line(error)}); repair or move it"
+        ) from None
