@@ -25,7 +25,7 @@ def load_data(
     seed=0,
     device="cpu",
 ):
-    """Load a data set: from `data_dir`, MNIST else from assets/, else from a download to `data_dir`.
+    """Load a data set: from `data_dir`, else MNIST from assets/, else download it there.
 
     Args:
         dataset: 'mnist', 'fashion_mnist' or 'kmnist'.

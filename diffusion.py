@@ -242,9 +242,7 @@ class DDPM(GaussianProcess):
             ValueError: an argument does not fit the model.
         """
         y, generator = checks.sampling(locals(), SAMPLERS)
-        if y is None and self.num_classes is not None:
-            shares = torch.tensor(self.class_shares or [1.0] * self.num_classes)
-            y = torch.multinomial(shares.to(self.device), n, True, generator=generator)
+        y = self.draw_labels(n, generator) if y is None else y
         if xT is None:
             xT = torch.randn(n, *self.image_shape, generator=generator, device=self.device)
         start = self.num_timesteps - 1 if start is None else start
@@ -265,6 +263,13 @@ class DDPM(GaussianProcess):
                     bar.update(len(part))
                 images.append(torch.stack(sequence) if return_sequence else xt)
         return torch.cat(images, dim=-4)
+
+    def draw_labels(self, n, generator=None):
+        """n labels by `class_shares`, int64, (n,); None for an unconditional model."""
+        if self.num_classes is None:
+            return None
+        shares = torch.tensor(self.class_shares or [1.0] * self.num_classes, device=self.device)
+        return torch.multinomial(shares, n, replacement=True, generator=generator)
 
     @torch.no_grad()
     def walk(

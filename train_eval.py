@@ -1,4 +1,4 @@
-"""Train a DDPM on MNIST, watch it, draw digits: edit the constants and run `python train_eval.py`.
+"""Train a DDPM on MNIST, watch it, draw digits: edit the constants, run `python train_eval.py`.
 
 Each constant is also a flag that replaces its line: `python train_eval.py --help` lists them.
 """
@@ -6,341 +6,323 @@ Each constant is also a flag that replaces its line: `python train_eval.py --hel
 import math
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+import likelihood
 import metrics
-from dataprocess import DATASETS, Images, load_data
-from diffusion import DDPM, LOSSES, SAMPLERS, SETTINGS, draw_dropped
+from dataprocess import Images, load_data
+from diffusion import DDPM, LOSSES, SAMPLERS, SETTINGS
 from ema import EMA
 from process import BETA_SCHEDULES, PREDICTIONS, SPACINGS, VARIANCES
-from support import configurator, console, machine, monitor, pictures
-from support.checkpoint import RunFolder, load_last, restore, save_last
-from support.machine import autocast, gather, has_bf16, on_main, share, warning_if_it_fails
-from support.png import read_folder
-from support.threads import patient_threads
+from support import configurator, console, machine, monitor, pictures, processes
+from support.checkpoint import load_checkpoint, load_last, restore, save_last
+from support.configurator import input_errors
+from support.datasets import DATASETS, read_folder
+from support.files import RunFolder
+from support.machine import autocast, has_bf16
+from support.processes import in_chunks, is_main, on_main
+from support.threads import Interrupt, patient_threads
 from timesteps import TIMESTEP_SAMPLINGS, make_timesteps
 from unet import UNET_SETTINGS, UNet
 
-# run
-device = (
-    "cuda" if torch.cuda.is_available() else "cpu"
-)  # where to run; the defaults below depend on it
-cuda = str(device).startswith("cuda")
-seed = 0  # decides the run, on a CPU to the bit; change it for another run of the same kind
-save_dir = "checkpoints"  # folder for everything that a run leaves
-resume = False  # continue the run in save_dir from its last.pt
-evaluate = (
-    False  # do not train. Alone: measure best_model.pt of save_dir. With FOLDER: measure its PNGs
-)
+RECIPES = {"reference": False, "quick": True}  # whether it is the small one
+
+# machine
+device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
+data_dir: str = "data"  # folder of the data; what is neither there nor in assets/ is downloaded
+
+# command
+save_dir: str = "checkpoints"  # folder for everything that a run leaves
+resume: bool = False  # continue the run in save_dir from its last.pt
+# do not train. Alone: measure best_model.pt of save_dir. With FOLDER: measure its PNGs
+evaluate: bool | str = False
+
+# recipe
+# reference: the large network, for hours on a GPU; quick: a small one, good digits in minutes
+recipe: RECIPES = "reference" if device.startswith("cuda") else "quick"
+quick = RECIPES[recipe]
+seed: int = 0  # decides the run, on a CPU to the bit; change it for another run of the same kind
 
 # data
-dataset = (
-    "auto"  # auto takes mnist, or glyphs if MNIST is neither in data_dir nor can be downloaded
-)
-data_dir = "data"  # folder of the data; what is missing is downloaded
-train_size = 60_000  # use the first N training images; fewer make a run short
-test_size = 10_000  # use the first N test images
-image_size = 32  # height and width that images are resized to, in pixels
-channels = 3  # 3 repeats the grey image as RGB, 1 keeps it grey
-use_augmentation = cuda  # small random shifts, rotations and scales; for long runs
+dataset: DATASETS = "mnist"  # mnist, fashion_mnist or kmnist
+train_size: int = 60_000  # use the first N training images; fewer make a run short
+test_size: int = 10_000  # use the first N test images
+image_size: int = 32  # height and width that images are resized to, in pixels
+channels: int = 3  # 3 repeats the grey image as RGB, 1 keeps it grey
+use_augmentation: bool = not quick  # small random shifts, rotations and scales; for long runs
 
 # network
-use_conditional_generation = (
-    not cuda
-)  # train on labels too, so you can ask for a digit; it also learns faster
-num_clusters = (
-    0 if cuda or use_conditional_generation else 256
-)  # without labels: train on clusters instead; 0 is off
-base_channels = 128 if cuda else 32  # width of the first level; a multiple of 32
-channel_mult = (
-    (1, 2, 4, 8) if cuda else (1, 2, 4)
-)  # width of each level, as multiples of base_channels
-num_res_blocks = 2 if cuda else 1  # residual blocks per level
-attention_resolutions = (8, 16) if cuda else (8,)  # heights of the feature maps that get attention
-dropout = 0.1 if cuda else 0.0  # dropout probability in each residual block; for long runs
-time_emb_dim = 512 if cuda else 256  # width of the time embedding
-num_heads = 1  # heads in each attention layer
-adaptive_norm = (
-    not cuda
-)  # the time embedding scales and shifts features after a norm instead of being added
-patch_size = (
-    1 if cuda else 2
-)  # 2 folds 2x2 pixels into channels: half the resolution inside, a quarter of the work
+# train on labels too, so you can ask for a digit; it also learns faster
+use_conditional_generation: bool = quick
+# without labels: train on so many clusters of similar images instead; 0 is off
+num_clusters: int = 256 if quick and not use_conditional_generation else 0
+base_channels: int = 32 if quick else 128  # width of the first level; a multiple of 32
+# width of each level, as multiples of base_channels
+channel_mult: tuple = (1, 2, 4) if quick else (1, 2, 4, 8)
+num_res_blocks: int = 1 if quick else 2  # residual blocks per level
+# heights of the feature maps that get attention
+attention_resolutions: tuple = (8,) if quick else (8, 16)
+dropout: float = 0.0 if quick else 0.1  # dropout probability in each block; for long runs
+time_emb_dim: int = 256 if quick else 512  # width of the time embedding
+num_heads: int = 1  # heads in each attention layer
+# the time embedding scales and shifts features after a norm instead of being added
+adaptive_norm: bool = quick
+# 2 folds 2x2 pixels into channels: half the resolution inside, a quarter of the work
+patch_size: int = 2 if quick else 1
 
 # diffusion
-num_timesteps = 1000  # steps from image to noise
-beta_schedule = "linear"  # how the noise grows: linear or cosine
-prediction = (
-    "eps" if cuda else "x0"
-)  # what the network predicts: eps, v or x0; x0 learns clean digits soonest
-loss = "mse"  # mse or l1 between prediction and truth, or vlb, the variational bound
-target_references = (
-    0 if cuda or loss != "mse" else 4096
-)  # extra images that each target is averaged over; 0 is off
-variance = "fixed_small"  # variance of a reverse step: fixed_small, fixed_large, or learned (adds 0.001 of the bound)
-zero_terminal_snr = False  # end the schedule in pure noise; only for prediction v and x0
-min_snr_gamma = 0.0  # cap on the SNR that weights the mse loss; 5 is usual, 0 turns the weights off
+num_timesteps: int = 1000  # steps from image to noise
+beta_schedule: BETA_SCHEDULES = "linear"  # how the noise grows
+# what the network predicts: the noise eps, the velocity v or x0, which learns digits soonest
+prediction: PREDICTIONS = "x0" if quick else "eps"
+loss: LOSSES = "mse"  # mse or l1 between prediction and truth, or vlb, the variational bound
+# extra training images that estimate the training target; 0 turns this off
+target_references: int = 4096 if quick and loss == "mse" else 0
+variance: VARIANCES = "fixed_small"  # of a reverse step; learned adds 0.001 of the bound
+zero_terminal_snr: bool = False  # end the schedule in pure noise; only for prediction v and x0
+# cap on the SNR that weights the mse loss; 5 is usual, 0 turns the weights off
+min_snr_gamma: float = 0.0
+label_dropout: float = 0.1  # share of the labels that training leaves out; guidance needs it
 
 # training
-epochs = 50 if cuda else 2  # passes over the training images; more give better digits
-batch_size = 16  # images per step, of all processes together
-learning_rate = 1e-4 if cuda else 1e-3  # peak learning rate of AdamW
-warmup_steps = (
-    0 if cuda else 100
-)  # steps in which the learning rate rises to its peak; at most a tenth of the run
-grad_accumulation = (
-    1  # parts that a batch is computed in, one after the other; more take less memory
-)
-timestep_sampling = (
-    "uniform" if cuda or loss == "vlb" or variance == "learned" else "logit-normal"
-)  # how t is drawn
-timestep_std = (
-    1.0 if use_conditional_generation else 0.8 if num_clusters else 0.6
-)  # how widely logit-normal spreads
-weight_decay = 1e-4  # AdamW's weight decay
-adam_beta2 = (
-    0.999 if cuda else 0.95
-)  # decay of AdamW's average of squared gradients; lower ones suit short runs
-use_scheduler = True  # lower the learning rate to zero over the run, along a cosine
-grad_clip = 1.0  # largest norm of the gradient; 0 turns clipping off
-ema_decay = 0.999 if cuda else 0.997  # decay of the averaged weights; samples are drawn with them
-ema_start = 5000 if cuda else 0  # steps before averaging begins
-ema_update_rate = 1  # steps between updates of the averaged weights
+epochs: int = 2 if quick else 50  # passes over the training images; more give better digits
+batch_size: int = 16  # images per step, of all processes together
+learning_rate: float = 1e-3 if quick else 1e-4  # peak learning rate of AdamW
+warmup_steps: int = 100 if quick else 0  # steps to rise to the peak; at most a tenth of the run
+grad_accumulation: int = 1  # parts that a batch is computed in, one by one, for less memory
+bound = loss == "vlb" or variance == "learned"
+# which timesteps training sees; logit-normal sees more of the middle
+timestep_sampling: TIMESTEP_SAMPLINGS = "logit-normal" if quick and not bound else "uniform"
+# how widely logit-normal spreads
+timestep_std: float = 1.0 if use_conditional_generation else 0.8 if num_clusters else 0.6
+weight_decay: float = 1e-4  # AdamW's weight decay
+# decay of AdamW's average of squared gradients; lower ones suit short runs
+adam_beta2: float = 0.95 if quick else 0.999
+use_scheduler: bool = True  # lower the learning rate to zero over the run, along a cosine
+grad_clip: float = 1.0  # largest norm of the gradient; 0 turns clipping off
+ema_decay: float = 0.997 if quick else 0.999  # of the averaged weights, which draw the samples
+ema_start: int = 0 if quick else 5000  # steps before averaging begins
+ema_update_rate: int = 1  # steps between updates of the averaged weights
 
 # sampling
-sampler = "ddpm" if cuda else "sde-dpm++"  # ddpm, ddim, dpm++ or sde-dpm++
-sample_steps = (
-    1000 if cuda else 6 if use_conditional_generation or num_clusters else 25
-)  # sampling steps
-timestep_spacing = (
-    "trailing"  # which timesteps a short sampler visits: trailing, or linspace down to t = 0
-)
-guidance_scale = (
-    1.0 if cuda else 1.2 if use_conditional_generation else 1.1 if num_clusters else 1.0
-)  # 1 is off
-num_samples = 100  # images in a grid
-preview_steps = 20 if cuda else 5  # sampling steps of the grids during training
+labelled = use_conditional_generation or num_clusters > 0
+sampler: SAMPLERS = "sde-dpm++" if quick else "ddpm"  # of final grids; others use sde-dpm++
+sample_steps: int = (6 if labelled else 25) if quick else 1000  # sampling steps
+timestep_spacing: SPACINGS = "trailing"  # timesteps of a short sampler; linspace goes down to 0
+# 1 is no guidance; larger values give clearer, less varied digits
+guidance_scale: float = (1.2 if use_conditional_generation else 1.1) if quick and labelled else 1.0
+num_samples: int = 100  # images in a grid
+preview_steps: int = 5 if quick else 20  # sampling steps of the grids during training
 
 # evaluation
-eval_samples = 10_000 if cuda else 2000  # number of images that --evaluate draws and measures
-bound_images = 1000  # number of test images whose bits per dimension --evaluate measures
-bound_terms = 50  # terms of the variational bound computed for each of them, at most num_timesteps
+eval_samples: int = 2000 if quick else 10_000  # images that --evaluate draws and measures
+bound_images: int = 1000  # test images whose bits per dimension --evaluate measures
+bound_terms: int = 50  # terms of the bound that it computes for each, at most num_timesteps
 
 # rhythm
-log_every = 100 if cuda else 50  # steps between TensorBoard entries
-sample_every = (
-    2500 if cuda else 750
-)  # steps between looks: a grid, its Fréchet distance, losses; the first at 200
-save_every = 5000 if cuda else 500  # steps between saves of last.pt; Ctrl-C and the end save it too
+log_every: int = 50 if quick else 100  # steps between TensorBoard entries
+sample_every: int = 750 if quick else 2500  # steps between looks: a grid, losses; first at 200
+save_every: int = 500 if quick else 5000  # steps between saves; Ctrl-C and the end save too
 
 # hardware
-bf16 = has_bf16(device)  # compute in bfloat16, where that pays: GPUs since Ampere, CPUs with AMX
-use_compile = (
-    cuda  # torch.compile the network: minutes at the start, then faster steps; rarely pays on a CPU
-)
+bf16: bool = has_bf16(device)  # compute in bfloat16, where that pays: GPUs since Ampere, AMX
+# torch.compile the network: minutes at the start, then faster steps; rarely pays on a CPU
+use_compile: bool = device.startswith("cuda") and not quick
 # end of constants
 
-FIRST_LOOK, FEW_IMAGES = (
-    200,
-    128,
-)  # step of the first look; number of images whose loss is measured then
-CHOICES = {
-    "dataset": DATASETS,
-    "beta_schedule": BETA_SCHEDULES,
-    "prediction": PREDICTIONS,
-    "variance": VARIANCES,
-    "loss": LOSSES,
-    "timestep_sampling": TIMESTEP_SAMPLINGS,
-    "sampler": SAMPLERS,
-    "timestep_spacing": SPACINGS,
+FIRST_LOOK, FEW_IMAGES = 200, 128  # step of the first look; images whose loss it measures
+# Smallest and largest value of the constants that no constructor sees.
+LIMITS = {
+    "test_size": (2, math.inf),  # some of them choose the weights, the others measure these
+    "num_clusters": (0, math.inf),
+    "target_references": (0, math.inf),
+    "epochs": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "learning_rate": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+    "grad_accumulation": (1, math.inf),
+    "weight_decay": (0, math.inf),
+    "adam_beta2": (0, 0.99999),
+    "grad_clip": (0, math.inf),
+    "num_samples": (1, 1000),
+    "preview_steps": (1, math.inf),
+    "eval_samples": (1, math.inf),
+    "bound_images": (2, math.inf),
+    "bound_terms": (2, math.inf),
+    "log_every": (1, 100_000),
+    "sample_every": (1, math.inf),
+    "save_every": (1, math.inf),
 }
+OF_THE_MACHINE = {"machine", "command", "hardware"}  # groups that a saved run does not keep
+# Groups and names that may differ from the saved run.
+FREE_TO_RESUME = {"evaluation", "rhythm", "epochs", "learning_rate", "grad_accumulation"}
+FREE_TO_RESUME |= {"grad_clip", "num_samples", "preview_steps"}
+FREE_TO_EVALUATE = {"evaluation", "sampling", "seed", "train_size", "test_size"}
+USED_FOR_A_FOLDER = {"machine", "command", "dataset", "train_size", "test_size", "image_size"}
 
 
 def main(argv=None):
-    """Train, continue a run, or measure samples. Returns the exit status: 0, or 130 after Ctrl-C, 143 after SIGTERM."""
-    started = time.perf_counter()
+    """Train, continue a run, or measure samples.
+
+    Returns the exit status: 0, or 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    began = time.perf_counter()
     machine.prepare_process()
-    interrupt, finished = machine.Interrupt(), False
+    interrupt, finished = Interrupt(processes.largest, processes.launched()), False
     try:
         with interrupt, machine.errors_in_one_line():
-            config, given = configure(argv)
-            with machine.processes(config), patient_threads():
-                if isinstance(config.evaluate, str):
-                    finished = evaluate_folder(config, given)
-                elif config.evaluate:
-                    finished = evaluate_model(config, given)
+            with input_errors():
+                chosen = configurator.configure(__file__, globals(), LIMITS, argv)
+                processes.check_device(chosen.config.device)
+            with processes.joined(chosen.config), patient_threads():
+                if isinstance(chosen.config.evaluate, str):
+                    finished = evaluate_folder(chosen)
+                elif chosen.config.evaluate:
+                    finished = evaluate_model(chosen)
                 else:
-                    finished = (resume_training if config.resume else start_training)(
-                        config, given, interrupt
-                    )
+                    finished = run_training(chosen, interrupt)
                 if finished:
-                    print(
-                        f"{(time.perf_counter() - started) / 60:.1f} minutes, everything included"
-                    )
+                    minutes = (time.perf_counter() - began) / 60
+                    print(f"{minutes:.1f} minutes, everything included")
     except KeyboardInterrupt:
         print("\nstopped at once; what was saved before is whole", file=sys.stderr)
     return 0 if finished else interrupt.status
 
 
-def configure(argv):
-    """Command line -> (config, given): the constants as attributes, and the names of those that flags replaced."""
-    return configurator.configure(__file__, globals(), CHOICES, argv)
-
-
-def start_training(config, given, interrupt):
-    """A new run. Returns whether it came to its end."""
-    run = prepare(config)
-    with configurator.input_errors():
-        folder = RunFolder(config.save_dir, new=True)
-    with folder, console.shown_at_both_ends(run.warning):
+def run_training(chosen, interrupt):
+    """A new run, or that of save_dir from its last.pt on. Returns whether it came to its end."""
+    config, script, saved = chosen.config, chosen.script, None
+    with input_errors():
+        folder = on_main(RunFolder)(config.save_dir, new=not config.resume)
+    with folder or nullcontext():
+        processes.barrier()
+        with input_errors():
+            if config.resume:
+                saved = load_last(config.save_dir)
+                config, script = adopt(chosen, saved, FREE_TO_RESUME), saved["script"]
+            run = prepare(config, script, saved)
         return train(run, interrupt) and draw_final(run)
 
 
-def resume_training(config, given, interrupt):
-    """Continue the run in save_dir from its last.pt. Returns whether it came to its end."""
-    with configurator.input_errors():
-        folder = RunFolder(config.save_dir, new=False)
-    with folder:
-        with configurator.input_errors():
-            saved = load_last(config.save_dir)
-            config = configurator.adopt(
-                config, given, saved["config"], configurator.FREE_TO_RESUME, CHOICES
-            )
-        run = prepare(config, saved)
-        with console.shown_at_both_ends(run.warning):
-            return train(run, interrupt) and draw_final(run)
+def adopt(chosen, saved, free):
+    """The constants of a saved run, with what this command and the edited script change."""
+    return configurator.adopt(chosen, saved["config"], saved["script"], free, OF_THE_MACHINE)
 
 
-def prepare(config, saved=None):
-    """Everything that training needs, from the constants, as one namespace; `saved` is the last.pt to continue."""
-    with configurator.input_errors():
-        configurator.check_together(config)
-        train_images, test_images = load_images(config)
-        torch.manual_seed(config.seed)
-        ddpm = build(
-            config, train_images.use_clusters(config.num_clusters) if config.num_clusters else None
-        )
-        ema = EMA(ddpm.network, config.ema_decay, config.ema_start, config.ema_update_rate)
+def prepare(config, script, saved=None):
+    """Everything that training needs, from the constants, as one namespace.
+
+    `script` are the constants as the script had them when the run began, without flags; `saved` is
+    the last.pt to continue.
+    """
+    configurator.check_together(config)
+    train_images, test_images = load_images(config)
+    torch.manual_seed(config.seed)
+    clusters = config.num_clusters
+    ddpm = build(config, train_images.use_clusters(clusters) if clusters else None)
     optimizer = torch.optim.AdamW(
         ddpm.parameters(),
-        lr=config.learning_rate,
         betas=(0.9, config.adam_beta2),
         weight_decay=config.weight_decay,
         fused=True,
     )
-    steps_per_epoch = math.ceil(len(train_images) / config.batch_size)
-    total_steps = steps_per_epoch * config.epochs
-    warmup = max(1, min(config.warmup_steps, total_steps // 10))
-    state = {
+    parts = {  # what has a state
         "network": ddpm.network,
-        "ema": ema,
+        "ema": EMA(ddpm.network, config.ema_decay, config.ema_start, config.ema_update_rate),
         "optimizer": optimizer,
-        "stats": monitor.RunningStats(config),
         "timesteps": make_timesteps(
             config.timestep_sampling, config.num_timesteps, config.timestep_std, config.device
         ),
-        "warmup": torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup),
+        "stats": monitor.RunningStats(config),
     }
-    if config.use_scheduler:  # the two multiply
-        state["scheduler"] = torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, T_max=total_steps
-        )
-    progress = {
-        "step": 0,
-        "best_loss": math.inf,
-        "train_curve": [],
-        "test_curve": [],
-        "fixed_curve": [],
-        "frechet_curve": [],
-        "warning": train_images.warning,
-        "log": time.strftime("%Y-%m-%d_%H-%M-%S"),
-    }
+    curves = ("train_curve", "test_curve", "fixed_curve", "frechet_curve")
+    progress = {"step": 0, "best_loss": math.inf, "log": time.strftime("%Y-%m-%d_%H-%M-%S")}
+    progress |= {name: [] for name in curves}
     if saved is not None:
-        with configurator.input_errors():
-            restore(config, state, progress, saved, total_steps)
+        restore(config, parts, progress, saved)
         saved.clear()  # gigabytes, for the reference
+    choosing, measuring = test_images.split(few(test_images))
+    steps_per_epoch = math.ceil(len(train_images) / config.batch_size)
     return SimpleNamespace(
         config=config,
+        script=script,
         ddpm=ddpm,
-        ema=ema,
-        state=state,
+        parts=parts,
         progress=progress,
         train_images=train_images,
+        few_train_images=train_images.split(FEW_IMAGES)[0],
+        choosing_images=choosing,  # test images that choose the weights
+        measuring_images=measuring,  # the others
         test_images=test_images,
         steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        warning=train_images.warning or progress["warning"],
+        total_steps=steps_per_epoch * config.epochs,
+        meter=None,
     )
+
+
+def few(images):
+    """How many images a look measures: 128, of few images half."""
+    return min(FEW_IMAGES, len(images) // 2)
 
 
 def build(config, class_shares=None):
-    """The model of the constants, on its device. UNet and DDPM take the constants that bear their arguments' names."""
+    """The model of the constants, on its device: DDPM takes those that bear its arguments' names.
+
+    `class_shares` are those of the clusters.
+    """
+    constants = vars(config) | {"class_shares": class_shares}
+    ddpm = DDPM(build_network(config), **{name: constants[name] for name in SETTINGS})
+    return machine.place(ddpm, config)
+
+
+def build_network(config):
+    """The network of the constants; put your own here."""
     constants = vars(config) | {
-        "num_classes": config.num_clusters
-        or (Images.num_classes if config.use_conditional_generation else None),
-        "class_shares": class_shares,
+        "num_classes": config.num_clusters or None,
         "out_channels": config.channels * (2 if config.variance == "learned" else 1),
     }
-    network = UNet(**{name: constants[name] for name in UNET_SETTINGS})
-    return machine.place(DDPM(network, **{name: constants[name] for name in SETTINGS}), config)
+    if config.use_conditional_generation:
+        constants["num_classes"] = Images.num_classes
+    return UNet(**{name: constants[name] for name in UNET_SETTINGS})
 
 
 def load_images(config):
-    """Load both splits. Also writes the name and the sizes of what was loaded into the config."""
+    """Load both splits. Also writes the sizes of what was loaded into the config."""
     names = ("data_dir", "image_size", "channels", "train_size", "test_size", "seed", "device")
-    with machine.main_first():
-        train_images, test_images = load_data(
-            config.dataset,
-            **{name: getattr(config, name) for name in names},
-            augment=config.use_augmentation,
-        )
-    config.dataset, config.train_size, config.test_size = (
-        train_images.name,
-        len(train_images),
-        len(test_images),
-    )
-    machine.check_same(vars(config) | {"torch": torch.__version__})
-    return train_images, test_images
+    settings = {name: getattr(config, name) for name in names}
+    with processes.main_first():
+        splits = load_data(config.dataset, **settings, augment=config.use_augmentation)
+    config.train_size, config.test_size = map(len, splits)
+    processes.check_same(vars(config) | {"torch": torch.__version__})
+    return splits
 
 
 # Train
 
 
 def train(run, interrupt):
-    """Train to the end of the run, or until Ctrl-C. Returns whether the end was reached; everything is saved."""
+    """Train to the end of the run, or until Ctrl-C. Returns whether the end was reached."""
     config, progress, stopped = run.config, run.progress, False
-    epoch, start = divmod(progress["step"], run.steps_per_epoch)
+    epoch, first = divmod(progress["step"], run.steps_per_epoch)
+    seen = epoch * len(run.train_images) + first * config.batch_size
     console.print_start(run)
     run.meter = make_meter(run)
-    machine.compile_network(config, run.ddpm)
-    model = machine.parallel(config, run.ddpm)
-    with (
-        interrupt.after_the_step(),
-        monitor.Monitor(
-            config,
-            progress,
-            run.state["stats"],
-            config.epochs * len(run.train_images),
-            epoch * len(run.train_images) + start * config.batch_size,
-        ) as watch,
-    ):
+    model = processes.parallel(run.ddpm).train()
+    machine.compile_network(config, run.ddpm, lambda n: warm_up(config, model, n))
+    images = config.epochs * len(run.train_images)
+    watch = monitor.Monitor(config, progress, run.parts["stats"], images, seen, is_main())
+    with interrupt.after_the_step(), watch:
         if not progress["step"]:
             watch.log_config(run.ddpm, run.test_images.batch(slice(config.num_samples))[0])
-        for x0, y in run.train_images.epochs(config.batch_size, config.epochs, epoch, start):
-            watch.add(
-                *train_step(
-                    config, model, run.state, x0, y, draw_references(config, run.train_images)
-                )
-            )
+        for x0, y in run.train_images.epochs(config.batch_size, config.epochs, epoch, first):
+            rate = learning_rate_at(config, progress["step"], run.total_steps)
+            watch.add(*train_step(run, model, x0, y, rate))
             progress["step"] = step = progress["step"] + 1
-            rate, asked, last = (
-                run.state["optimizer"].param_groups[0]["lr"],
-                interrupt.asked(),
-                step == run.total_steps,
-            )
+            asked, last = interrupt.asked(), step == run.total_steps
             looking = last or step == FIRST_LOOK or step % config.sample_every == 0
             saving = last or step % config.save_every == 0
             if looking or saving or step % config.log_every == 0:
@@ -351,290 +333,303 @@ def train(run, interrupt):
                 look(run, watch)
             if saving or asked:
                 with watch.doing("saving"):
-                    save_last(config, run.state, progress)
-                console.print_saved(progress, asked)
-            if (
-                stopped := asked == "stop" or last and interrupt.asked() == "stop"
-            ):  # in the last look or save
+                    save(run)
+                if asked == "save":
+                    on_main(console.print_saved)(progress)
+            # the second question: during the last look or save
+            if stopped := asked == "stop" or last and interrupt.asked() == "stop":
                 break
             if looking or saving:
                 watch.stats.start()  # so that images per second leave these out
     if not Path(config.save_dir, "best_model.pt").exists():  # stopped before the first look
-        with run.ema.applied():
+        with run.parts["ema"].applied():
             save_best(run, math.nan)
-    pictures.write_training(config, progress)
+    on_main(pictures.write_training)(config, progress)
     if stopped:
         console.print_stopped(config, progress)
     return not stopped
 
 
-def draw_references(config, train_images):
-    """Grey images, (M, 1, H, W), and their labels, drawn anew for each step to average the target over; or None."""
+def learning_rate_at(config, step, total_steps):
+    """The learning rate of a step, from 0: a linear rise, times a cosine that ends at zero."""
+    warmup = max(1, min(config.warmup_steps, total_steps // 10))
+    rise = 1 / warmup + (1 - 1 / warmup) * min(step / warmup, 1)
+    fall = (1 + math.cos(math.pi * step / total_steps)) / 2 if config.use_scheduler else 1
+    return config.learning_rate * (rise * fall)
+
+
+def train_step(run, model, x0, y, rate):
+    """One step of AdamW on a batch, with what is random about it drawn here for all processes.
+
+    Returns what happened, left on the device: losses, their weights and timesteps, (N,), and the
+    gradient's norm, ().
+    """
+    config, ddpm, parts = run.config, run.ddpm, run.parts
+    y = None if ddpm.num_classes is None else y
+    candidates = draw_candidates(config, run.train_images, x0, y)
+    t, weights = parts["timesteps"].sample(len(x0))
+    eps = torch.randn_like(x0)
+    losses = backward(config, model, x0, ddpm.drop_labels(y), t, eps, weights, candidates)
+    norm = torch.nn.utils.clip_grad_norm_(ddpm.parameters(), config.grad_clip or math.inf)
+    for group in parts["optimizer"].param_groups:
+        group["lr"] = rate
+    parts["optimizer"].step()
+    parts["optimizer"].zero_grad()
+    parts["ema"].update()
+    parts["timesteps"].update(t, losses)
+    return losses, weights, t, norm
+
+
+def draw_candidates(config, train_images, x0, y):
+    """The images that may be behind a noisy one, and their labels: the batch and others, or None.
+
+    Grey, (N, 1, H, W) and (M, 1, H, W), since all channels are equal; drawn anew for each step.
+    """
     if not config.target_references:
         return None
-    device = train_images.images.device
-    x0, y = train_images.batch(
-        torch.randint(len(train_images), (config.target_references,), device=device)
-    )
-    return x0[:, :1], y  # all channels are equal
+    size = (config.target_references,)
+    index = torch.randint(len(train_images), size, device=train_images.device)
+    others, labels = train_images.batch(index)
+    return (x0[:, :1], others[:, :1]), None if y is None else torch.cat([y, labels])
 
 
-def train_step(config, model, state, x0, y, references=None):
-    """One step of AdamW; `model` is the DDPM, or DistributedDataParallel around it.
-
-    Returns what happened, left on the device: losses, their weights and timesteps, (N,), and the gradient's norm, ().
-    """
-    model.train()
-    n, y = len(x0), y if config.use_conditional_generation or config.num_clusters else None
-    t, weights = state["timesteps"].sample(n)
-    eps = torch.randn_like(x0)
-    drop, losses = None if y is None else draw_dropped(n, x0.device), []
-    for rows, scale in machine.micro_batches(model, n, config.grad_accumulation):
+def backward(config, model, x0, y, t, eps, weights, candidates=None):
+    """Add the gradient of the mean of weights times losses. Returns the losses, (N,)."""
+    losses = []
+    for part, scale in processes.micro_batches(model, len(x0), config.grad_accumulation):
+        labels = None if y is None else y[part]
         with autocast(config):
-            part = model(
-                x0, y, t=t, eps=eps, drop=drop, references=references, rows=rows, reduction="none"
-            )
-        (scale * (weights[rows] * part).sum()).backward()
-        losses.append(part.detach())
-    losses = gather(torch.cat(losses), n)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    state["optimizer"].step()
-    state["optimizer"].zero_grad()
-    for name in ("warmup", "scheduler"):
-        if name in state:
-            state[name].step()
-    state["ema"].update()
-    state["timesteps"].update(t, losses)
-    return losses, weights, t, norm
+            found = model(x0[part], labels, t[part], eps[part], candidates)
+        (scale * (weights[part] * found).sum()).backward()
+        losses.append(found.detach())
+    return processes.gather(torch.cat(losses), len(x0))
+
+
+def warm_up(config, model, n):
+    """What `train_step` compiles, for a batch of n images; leaves gradients."""
+    zeros = torch.zeros(n, config.channels, config.image_size, config.image_size)
+    zeros, t = zeros.to(config.device), torch.zeros(n, dtype=torch.long, device=config.device)
+    labelled = config.use_conditional_generation or config.num_clusters
+    backward(config, model, zeros, t if labelled else None, t, zeros, torch.ones_like(t))
 
 
 @on_main
 def make_meter(run):
-    """What measures the grids during training, or None. Other data sets than MNIST train its classifier once."""
-    if (
-        min(run.config.num_samples, len(run.train_images), len(run.test_images))
-        <= metrics.NUM_FEATURES
-    ):
-        console.print_unmeasured(metrics.NUM_FEATURES)
-        return None
-    with warning_if_it_fails("measuring samples"):
-        return metrics.FrechetMeter(
-            load_classifier(run.config, run.train_images),
-            run.test_images.few(2000),
-            run.train_images.few(run.config.num_samples),
-        )
+    """What measures the grids during training, or None."""
+    fewest = min(run.config.num_samples, len(run.train_images), len(run.test_images))
+    if fewest <= metrics.NUM_FEATURES:
+        return console.print_unmeasured(metrics.NUM_FEATURES)
+    with console.warning_if_it_fails("measuring samples"):
+        classifier = load_classifier(run.config, run.train_images)
+        test, _ = run.test_images.split(2000)
+        train, _ = run.train_images.split(run.config.num_samples)
+        return metrics.FrechetMeter(classifier, test.images, train.images)
 
 
 def look(run, watch):
-    """Look at the EMA weights: losses of a few fixed images, a grid of samples and its Fréchet distance.
+    """Look at the EMA weights: losses of a few fixed images, a grid and its Fréchet distance.
 
-    The lowest test loss so far makes them best_model.pt. A measurement that fails is only a warning.
+    The lowest test loss so far makes them best_model.pt. A measurement that fails is a warning.
     """
     config, ddpm, progress, value = run.config, run.ddpm, run.progress, math.nan
-    with watch.doing("evaluating"), run.ema.applied():
-        with warning_if_it_fails("the test loss"):
-            value = test_loss(config, ddpm, run.test_images.few(FEW_IMAGES))
-            watch.log_losses(test_loss(config, ddpm, run.train_images.few(FEW_IMAGES)), value)
-        if (
-            value < progress["best_loss"] or progress["best_loss"] == math.inf
-        ):  # no test loss so far
+    errors = processes.tolerable_errors()
+    with watch.doing("evaluating"), run.parts["ema"].applied():
+        with console.warning_if_it_fails("the test loss", errors):
+            value = test_loss(config, ddpm, run.choosing_images)
+            watch.log_losses(test_loss(config, ddpm, run.few_train_images), value)
+        if value < progress["best_loss"] or progress["best_loss"] == math.inf:  # none so far
             save_best(run, value)
             progress["best_loss"] = min(progress["best_loss"], value)  # a NaN leaves it as it is
-        with warning_if_it_fails("a grid of samples"):
-            images, _ = draw(
-                config,
-                ddpm,
-                config.num_samples,
-                sampler="sde-dpm++",
-                steps=config.preview_steps,
-                guidance_scale=1.0,
-            )
+        with console.warning_if_it_fails("a grid of samples", errors):
+            how = dict(sampler="sde-dpm++", steps=config.preview_steps, guidance_scale=1.0)
+            images, _ = draw(config, ddpm, config.num_samples, **how)
             watch.log_samples(images)
             if run.meter:
                 watch.log_frechet(run.meter(metrics.as_bytes(images)), run.meter.real)
 
 
-# Evaluate
+@on_main
+def save(run):
+    """Save what `--resume` needs."""
+    values = {"config": vars(run.config), "script": run.script, **run.progress}
+    save_last(run.config, run.parts, values)
 
 
 @on_main
 def save_best(run, value):
-    """Save the weights now in the network, with their test loss. Call this only inside `ema.applied()`."""
-    config, progress = run.config, run.progress
-    run.ddpm.save(
-        Path(config.save_dir) / "best_model.pt",
-        config=vars(config),
-        step=progress["step"],
-        test_loss=value,
-        warning=progress["warning"],
-        log=progress["log"],
-    )
+    """Save the weights now in the network, with their test loss, in `ema.applied()` only."""
+    progress = {name: run.progress[name] for name in ("step", "log")}
+    values = {"config": vars(run.config), "script": run.script, "test_loss": value, **progress}
+    run.ddpm.save(Path(run.config.save_dir) / "best_model.pt", **values)
+
+
+# Evaluate
 
 
 @torch.no_grad()
 def test_loss(config, ddpm, images):
-    """Mean loss with plain targets, without clusters, and with the same noise and timesteps each time."""
-    ddpm.eval()
-    generator = torch.Generator().manual_seed(0)
-    n = len(images)
-    timesteps = (torch.arange(n) * config.num_timesteps // n)[
-        torch.randperm(n, generator=generator)
-    ]
-    total = 0.0
-    for index in torch.arange(n).split(64):  # on a CPU faster than 256
-        x0, y = images.batch(index)
-        eps = torch.randn(x0.shape, generator=generator).to(x0.device)
-        with autocast(config):
-            losses = ddpm(
-                x0,
-                y if config.use_conditional_generation else None,
-                t=timesteps[index].to(x0.device),
-                eps=eps,
-                rows=share(len(index)),
-                reduction="none",
-            )
-        total += gather(losses, len(index)).double().sum().item()
-    return total / n
+    """Mean loss with plain targets, without clusters, with the same noise and t each time."""
+    n, order = len(images), torch.Generator().manual_seed(0)
+    t = (torch.arange(n) * config.num_timesteps // n)[torch.randperm(n, generator=order)]
+
+    def losses(part, seed):
+        x0, y = images.batch(part)
+        eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0.device)
+        labels = y if config.use_conditional_generation else None
+        with autocast(config), machine.evaluating(ddpm):
+            return ddpm.losses(x0, labels, t[part].to(x0.device), eps)
+
+    return in_chunks(n, 0, losses, size=64).double().mean().item()  # faster on a CPU than 256
 
 
-def draw(config, ddpm, n, **options):
-    """n images from the same noise each time, and their labels: the digits in turn, None for an unconditional model."""
+def draw(config, ddpm, n, progress=False, **how):
+    """n images by `DDPM.sample`, from the same noise each time, and their labels.
+
+    The digits in turn; the labels are None where none can be asked for.
+    """
     y = torch.arange(n) % ddpm.num_classes if config.use_conditional_generation else None
-    with autocast(config):
-        images = ddpm.sample(n, y, seed=config.seed, rows=share(n), **options).transpose(
-            0, -4
-        )  # a sequence: by image
-    return gather(images, n).transpose(0, -4), y
+
+    def images(part, seed):
+        labels = None if y is None else y[part]
+        with autocast(config):
+            return ddpm.sample(part.stop - part.start, labels, seed=seed, **how)
+
+    return in_chunks(n, config.seed, images, progress=progress), y
+
+
+def load_best(config):
+    """The model of best_model.pt, in the network of the constants."""
+    path = Path(config.save_dir) / "best_model.pt"
+    ddpm = machine.place(DDPM.load(path, config.device, build_network(config)), config)
+    ddpm.timestep_spacing = config.timestep_spacing
+    machine.compile_network(config, ddpm)
+    return ddpm
 
 
 def draw_final(run):
-    """After training: the whole test loss of best_model.pt, and a grid by its own sampler. Returns True."""
-    machine.barrier()  # until it is written
-    ddpm = machine.place(
-        DDPM.load(Path(run.config.save_dir) / "best_model.pt", run.config.device), run.config
-    )
-    machine.compile_network(run.config, ddpm, training=False)
-    loss = test_loss(run.config, ddpm, run.test_images)
-    console.print_end(run, loss, ddpm.info, *draw_grid(run.config, ddpm, loss))
+    """After training: the test loss of best_model.pt, and a grid by its own sampler."""
+    processes.barrier()  # until it is written
+    ddpm = load_best(run.config)
+    _, images, y = measure_and_draw(run.config, ddpm, run.measuring_images)
+    read = None
+    if run.meter and y is not None:
+        right = run.meter.classifier.accuracy(metrics.as_bytes(images), y)
+        read = round(right * len(y)), len(y)
+    console.print_end(run, read)
     return True
 
 
-def evaluate_model(config, given):
+def measure_and_draw(config, ddpm, images):
+    """Print the test loss; a grid by the config's sampler and its film are new files.
+
+    Returns the loss, and the grid's images and labels.
+    """
+    loss = test_loss(config, ddpm, images)
+    console.print_test_loss(config, loss, len(images), ddpm.info)
+    return loss, *(on_main(draw_grid)(config, ddpm, loss) or (None, None))
+
+
+def draw_grid(config, ddpm, loss):
+    """A grid by the config's sampler, with its labels; its film; TensorBoard gets the loss."""
+    n, generator = config.num_samples, torch.Generator(config.device).manual_seed(config.seed)
+    y = ddpm.draw_labels(n, generator)
+    if config.use_conditional_generation:
+        y = torch.arange(n, device=config.device) % ddpm.num_classes
+    noise = torch.randn(n, *ddpm.image_shape, generator=generator, device=config.device)
+    timesteps = ddpm.timesteps(config.sample_steps)
+    how = config.sampler, None, config.guidance_scale, generator
+    with autocast(config):
+        walk = ddpm.walk(noise, timesteps, y, *how)
+        images, frames = pictures.watch(walk, timesteps, console.at_a_terminal())
+    monitor.write_final(config, ddpm, images, frames, loss)
+    return images, y
+
+
+def evaluate_model(chosen):
     """Measure best_model.pt of save_dir: test loss, bits per dimension, samples. Returns True."""
-    with configurator.input_errors():
-        ddpm = DDPM.load(path := Path(config.save_dir) / "best_model.pt", "cpu")
-        if not {"config", "step", "log", "warning"} <= (info := ddpm.info).keys():
+    path = Path(chosen.config.save_dir) / "best_model.pt"
+    with input_errors():
+        info = load_checkpoint(path, ("info",))["info"]
+        if not {"config", "script", "step", "log"} <= info.keys():
             raise ValueError(f"{path}: not written by train_eval.py; load it with DDPM.load")
-        config = configurator.adopt(
-            config, given, info["config"], configurator.FREE_TO_EVALUATE, CHOICES
-        )
+        config = adopt(chosen, info, FREE_TO_EVALUATE)
         configurator.check_together(config)
         train_images, test_images = load_images(config)
-    ddpm = machine.place(ddpm, config)
-    ddpm.timestep_spacing = config.timestep_spacing
-    machine.compile_network(config, ddpm, training=False)
-    with console.shown_at_both_ends(train_images.warning or info["warning"]):
-        console.print_test_loss(config, loss := test_loss(config, ddpm, test_images), info)
-        draw_grid(config, ddpm, loss)
-        bits = bits_per_dim(config, ddpm, test_images)
-        n = min(config.eval_samples, len(train_images), len(test_images))
-        samples, y = draw(config, ddpm, n, progress=console.at_a_terminal(), **sampling(config))
-        monitor.report(
-            config,
-            measure(config, samples, y, train_images, test_images),
-            info,
-            **sampling(config),
-            test_loss=loss,
-            bits_per_dim=bits.total,
-            bits_per_dim_error=bits.standard_error,
-        )
+        ddpm = load_best(config)
+    loss, _, _ = measure_and_draw(config, ddpm, test_images.split(few(test_images))[1])
+    bits = bits_per_dim(config, ddpm, test_images)
+    n = min(config.eval_samples, len(train_images), len(test_images))
+    how = {"sampler": config.sampler, "steps": config.sample_steps}
+    how["guidance_scale"] = config.guidance_scale
+    samples, y = draw(config, ddpm, n, progress=is_main() and console.at_a_terminal(), **how)
+    known = {"seed": config.seed, "step": info["step"], "test_loss": loss, **how}
+    known |= {"bits_per_dim": bits.total, "bits_per_dim_error": bits.standard_error}
+    decisive = chosen.names(FREE_TO_EVALUATE) - {"num_samples", "preview_steps"}
+    own = all(vars(config)[name] == info["config"].get(name) for name in decisive)
+    samples = metrics.as_bytes(samples)
+    measure(config, samples, y, train_images, test_images, known, info, own)
     return True
 
 
-def evaluate_folder(config, given):
+def evaluate_folder(chosen):
     """Measure the PNGs of a folder, one an image. Returns True."""
-    with configurator.input_errors():
-        configurator.refuse_unused(given, "--evaluate FOLDER", configurator.USED_FOR_A_FOLDER)
-        configurator.check_together(config)
+    config = chosen.config
+    with input_errors():
+        configurator.refuse_unused(chosen, "--evaluate FOLDER", USED_FOR_A_FOLDER)
         samples, left_out = read_folder(config.evaluate)
         train_images, test_images = load_images(config)
         if len(samples) > (most := min(len(train_images), len(test_images))):
             raise ValueError(
-                f"{config.evaluate}: {len(samples)} PNGs; expected at most {most}, like the real images"
+                f"{config.evaluate}: {len(samples)} PNGs; expected at most {most}, like the real "
+                "images"
             )
     console.print_left_out(left_out)
-    with console.shown_at_both_ends(train_images.warning):
-        monitor.report(
-            config,
-            measure(config, samples, None, train_images, test_images),
-            samples_from=str(Path(config.evaluate).resolve()),
-        )
+    known = {"samples_from": str(Path(config.evaluate).resolve())}
+    measure(config, samples, None, train_images, test_images, known)
     return True
 
 
-def sampling(config):
-    """The sampler of the config, as `DDPM.sample` takes it."""
-    return dict(
-        sampler=config.sampler, steps=config.sample_steps, guidance_scale=config.guidance_scale
-    )
-
-
-def draw_grid(config, ddpm, loss):
-    """A grid by the config's sampler, returned with its labels, and its film: new files. TensorBoard gets the loss."""
-    sequence, y = draw(
-        config,
-        ddpm,
-        config.num_samples,
-        progress=console.at_a_terminal(),
-        **sampling(config),
-        **pictures.sequence_options(config.sample_steps),
-    )
-    monitor.write_final(config, ddpm, sequence, loss)
-    return sequence[-1], y
-
-
 def bits_per_dim(config, ddpm, test_images):
-    """The variational bound of the first `bound_images` test images, with the same noise each time."""
+    """The variational bound of the first `bound_images` test images, with the same noise."""
     x0, y = test_images.batch(slice(config.bound_images))
     terms = min(config.bound_terms, config.num_timesteps)
-    with autocast(config):
-        bits = ddpm.bits_per_dim(
-            x0,
-            y if config.use_conditional_generation else None,
-            seed=config.seed,
-            terms=terms,
-            rows=share(len(x0)),
-            gather=lambda part: gather(part, len(x0)),
-            progress=console.at_a_terminal(),
-        )
+
+    def bound(part, seed):
+        labels = y[part] if config.use_conditional_generation else None
+        generator = torch.Generator(config.device).manual_seed(seed)
+        with autocast(config), machine.evaluating(ddpm):
+            found = likelihood.bound_terms(ddpm, x0[part], labels, terms, generator)
+        return torch.cat(found).T
+
+    progress = is_main() and console.at_a_terminal()
+    found = in_chunks(len(x0), config.seed, bound, progress=progress).T
+    bits = likelihood.summarise(found[: 1 + terms], found[1 + terms :])
     console.print_bits(config, bits, len(x0), terms)
     return bits
 
 
 @on_main
-def measure(config, samples, y, train_images, test_images):
-    """`metrics.measure` of samples in [-1, 1] or uint8, (N, C, H, W); name and test accuracy of the classifier too."""
+def measure(config, samples, y, train_images, test_images, known, info=None, own=True):
+    """Measure samples, uint8, (N, C, H, W), and report; for the rest see `monitor.report`."""
     classifier = load_classifier(config, train_images)
-    result, pairs = metrics.measure(
-        classifier, metrics.as_bytes(samples), train_images.images, test_images.images, y
-    )
-    return (
-        result | {"classifier": classifier.name},
-        pairs,
-        classifier.accuracy(test_images.images, test_images.labels),
-    )
+    real = train_images.images, test_images.images
+    result, pairs = metrics.measure(classifier, samples, *real, y)
+    accuracy = classifier.accuracy(test_images.images, test_images.labels)
+    result["classifier"] = classifier.name
+    monitor.report(config, (result, pairs, accuracy), known, info, own)
 
 
 def load_classifier(config, train_images):
     """The classifier whose features measure samples of this data set."""
-    with configurator.input_errors():  # assets/ may be damaged
+    progress, images = console.at_a_terminal(), train_images
+    with input_errors():  # assets/ may be damaged
         return metrics.load_classifier(
             config.dataset,
-            train_images.images,
-            train_images.labels,
+            images.images,
+            images.labels,
             config.data_dir,
             device=config.device,
-            progress=console.at_a_terminal(),
+            progress=progress,
         )
 
 

@@ -17,6 +17,7 @@ from support.checks import one_line
 from support.files import flush, whole_file
 from support.machine import unwrapped
 
+LAST = ("config", "script", "step", "rng", "network", "ema", "optimizer", "timesteps", "stats")
 PLAIN = (torch.Tensor, nn.Parameter, str, int, float, bool, type(None))  # what a checkpoint holds
 
 
@@ -149,7 +150,7 @@ def save_last(config, parts, values):
     save_checkpoint(path, {**values, "rng": rng, **state}, path.with_name("last.previous.pt"))
 
 
-def load_last(save_dir, keys):
+def load_last(save_dir):
     """What `save_last` wrote; if that is damaged, what it wrote before, and a line says so.
 
     Raises:
@@ -157,18 +158,18 @@ def load_last(save_dir, keys):
     """
     path, previous = Path(save_dir, "last.pt"), Path(save_dir, "last.previous.pt")
     try:
-        return load_checkpoint(path, keys)
+        return load_checkpoint(path, LAST)
     except ValueError as error:
         if not previous.exists():
             raise
         print(error, file=sys.stderr)
-        saved = load_checkpoint(previous, keys)
+        saved = load_checkpoint(previous, LAST)
         print(f"going on from {previous}, saved at step {saved['step']:,}", file=sys.stderr)
         return saved
 
 
-def restore(config, parts, saved):
-    """Put the states of the parts, and of the random numbers, back in place.
+def restore(config, parts, progress, saved):
+    """Put the states of the parts, the progress and the random numbers back in place.
 
     Raises:
         ValueError: they are those of another version of the code.
@@ -177,6 +178,7 @@ def restore(config, parts, saved):
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         match_layouts(parts["optimizer"])
+        progress.update({name: saved[name] for name in progress})
         torch.set_rng_state(saved["rng"]["cpu"])
         if "cuda" in saved["rng"] and torch.device(config.device).type == "cuda":
             torch.cuda.set_rng_state(saved["rng"]["cuda"], config.device)

@@ -1,4 +1,11 @@
-"""A script's constants become checked flags: read from its source, shown by --help, replaced by the command line."""
+"""A script's constants become checked flags: read from its source, shown by --help, replaced.
+
+A constant is an annotated assignment, `epochs: int = 2  # passes over the images`, between the
+comments '# machine' and '# end of constants'. The annotation is its kind: int, float, bool, str,
+tuple (of whole numbers), `bool | str` (a switch that may name a folder), or the dictionary or tuple
+of the names that can be chosen. A comment stands behind it, or in the line above. A comment after
+an empty line names a group.
+"""
 
 import argparse
 import ast
@@ -8,166 +15,99 @@ import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-from support.machine import check_device
-
-INF = math.inf
-MOST = 2**31 - 1  # what torch takes as a size everywhere
-# Kind and range of each constant; the modules check further. One that is not named here has the kind of its value.
-WHOLE = {  # smallest and largest
-    "seed": (0, 2**32 - 1),
-    "train_size": (1, MOST),
-    "test_size": (1, MOST),
-    "image_size": (1, MOST),
-    "channels": (1, 3),
-    "base_channels": (1, MOST),
-    "num_res_blocks": (1, MOST),
-    "time_emb_dim": (1, MOST),
-    "num_heads": (1, MOST),
-    "patch_size": (1, MOST),
-    "num_timesteps": (1, MOST),
-    "target_references": (0, MOST),
-    "batch_size": (1, MOST),
-    "grad_accumulation": (1, MOST),
-    "epochs": (1, MOST),
-    "warmup_steps": (0, MOST),
-    "ema_start": (0, MOST),
-    "num_clusters": (0, MOST),
-    "ema_update_rate": (1, MOST),
-    "sample_steps": (1, MOST),
-    "num_samples": (1, 1000),
-    "preview_steps": (1, MOST),
-    "eval_samples": (1, MOST),
-    "bound_images": (2, MOST),
-    "bound_terms": (2, MOST),
-    "log_every": (1, 100_000),
-    "sample_every": (1, MOST),
-    "save_every": (1, MOST),
-}
-NUMBERS = {
-    "dropout": (0, 1),
-    "min_snr_gamma": (0, INF),
-    "timestep_std": (0, INF),
-    "learning_rate": (0, INF),
-    "weight_decay": (0, INF),
-    "adam_beta2": (0, 0.99999),
-    "grad_clip": (0, INF),
-    "ema_decay": (0, 1),
-    "guidance_scale": (0, INF),
-}
-TUPLES = {"channel_mult", "attention_resolutions"}
-SWITCHES = {
-    "bf16",
-    "use_compile",
-    "resume",
-    "use_augmentation",
-    "use_conditional_generation",
-    "adaptive_norm",
-    "zero_terminal_snr",
-    "use_scheduler",
-}
-TEXTS = {"device", "save_dir", "data_dir"}
-CHANGED_FIRST = (
-    "run",
-    "training",
-    "sampling",
-)  # groups that --help shows first; the others in the script's order
-# NOT_SAVED: never read back from a saved run. FREE_TO_*: flags that may differ from the saved run.
-NOT_SAVED = {"save_dir", "resume", "evaluate"}
-FREE_TO_RESUME = NOT_SAVED | {
-    "device",
-    "bf16",
-    "use_compile",
-    "data_dir",
-    "epochs",
-    "grad_accumulation",
-    "learning_rate",
-    "grad_clip",
-    "num_samples",
-    "preview_steps",
-    "eval_samples",
-    "bound_images",
-    "bound_terms",
-    "log_every",
-    "sample_every",
-    "save_every",
-}
-FREE_TO_EVALUATE = NOT_SAVED | {
-    "device",
-    "data_dir",
-    "bf16",
-    "use_compile",
-    "seed",
-    "train_size",
-    "test_size",
-    "num_samples",
-    "sampler",
-    "sample_steps",
-    "timestep_spacing",
-    "guidance_scale",
-    "eval_samples",
-    "bound_images",
-    "bound_terms",
-}
-USED_FOR_A_FOLDER = {
-    "evaluate",
-    "save_dir",
-    "device",
-    "dataset",
-    "data_dir",
-    "train_size",
-    "test_size",
-    "image_size",
+EXPECTED = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "True or False",
+    str: "text that is not empty, in quotes in the script",
+    tuple: "a tuple of whole numbers, for example (8,)",
+    bool | str: "True, False or the name of a folder",
 }
 
 
-def configure(script, scope, choices, argv):
-    """Command line -> (config, given): every constant as an attribute, and the names that flags set.
+class Constant(NamedTuple):
+    """A constant of a script."""
+
+    group: str
+    kind: object
+    value: object
+    comment: str
+
+
+class Chosen(NamedTuple):
+    """What a person has chosen: by the lines of the script, and by flags."""
+
+    config: argparse.Namespace  # every constant as an attribute
+    given: set  # names that flags replaced
+    script: dict  # values as the script has them, without flags
+    read: object  # flags, a dict -> {name: Constant}
+
+    def names(self, groups):
+        """The names of these groups of constants; names stand for themselves."""
+        constants = self.read({})
+        return {name for name in constants if {name, constants[name].group} & groups}
+
+
+def configure(script, scope, limits, argv):
+    """Command line -> `Chosen`.
 
     Args:
-        script: path of the script whose constants stand between '# run' and '# end of constants'.
+        script: path of the script.
         scope: the names that the lines of the constants may use.
-        choices: the possible values of some constants, {name: values}.
+        limits: smallest and largest value of some constants, {name: (low, high)}.
         argv: the flags; None means those of the process.
+
+    Raises:
+        ValueError: a constant is of the wrong kind, or out of its limits.
     """
-    with input_errors():
-        given = vars(make_parser(read_constants(script, scope, {}), choices).parse_args(argv))
-        values = {
-            name: value for name, (_, value, _) in read_constants(script, scope, given).items()
-        }
-        check_kinds(values, choices)
-        if values["resume"] and values["evaluate"]:
-            raise ValueError(
-                "resume and evaluate: expected one of them; --evaluate alone does not train"
-            )
-        config = argparse.Namespace(**values)
-        config.save_dir = os.path.expanduser(config.save_dir)
-        return config, set(given)
+
+    def read(flags):
+        return read_constants(script, scope, flags)
+
+    # Twice, so that --help shows what the other flags bring.
+    first, _ = make_parser(read({}), add_help=False).parse_known_args(argv)
+    constants = read(vars(first))
+    given = vars(make_parser(constants).parse_args(argv))
+    for name, constant in read(given).items():
+        check_kind(name, constant.value, constant.kind, *limits.get(name, (-math.inf, math.inf)))
+    config = argparse.Namespace(**values_of(constants))
+    if config.resume and config.evaluate:
+        raise ValueError("resume and evaluate: expected one of them; --evaluate does not train")
+    config.save_dir = os.path.expanduser(config.save_dir)
+    return Chosen(config, set(given), values_of(read({})), read)
+
+
+def values_of(constants):
+    """{name: value}."""
+    return {name: constant.value for name, constant in constants.items()}
 
 
 def read_constants(script, scope, flags):
-    """The constants of a script as {name: (group, value, comment)}.
+    """The constants of a script, {name: Constant}.
 
-    A flag's value replaces the constant's line, so that the lines below see it: `--device cpu` brings the CPU's values.
+    A flag's value replaces the constant's line, so that the lines below see it: `--recipe quick`
+    brings the values of that recipe.
     """
     source = Path(script).read_text(encoding="utf-8")
     lines = source[: source.index("# end of constants")].splitlines()
-    scope, described = {**scope, **flags}, {}
+    scope, constants, start = {**scope, **flags}, {}, lines.index("# machine")
     for node in ast.parse("\n".join(lines)).body:
-        if node.lineno <= lines.index("# run"):
+        if node.lineno <= start:
             continue  # imports
         exec(compile(ast.Module([node], []), script, "exec"), scope)
         scope.update(flags)
-        group = next(
-            lines[i]
-            for i in reversed(range(node.lineno - 1))
-            if lines[i].startswith("# ") and (i == 0 or not lines[i - 1].strip())
-        )  # a comment under a blank line
+        if not isinstance(node, ast.AnnAssign):
+            continue  # a shorthand of the script's own
+        headings = [i for i in range(node.lineno) if lines[i].startswith("# ")]
+        group = next(lines[i] for i in reversed(headings) if not i or not lines[i - 1].strip())
+        kind = eval(compile(ast.Expression(node.annotation), script, "eval"), scope)
         comment = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
-        for part in ast.walk(node):
-            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store) and part.id != "cuda":
-                described.setdefault(part.id, (group.lstrip("# "), comment.lstrip("# ")))
-    return {name: (group, scope[name], comment) for name, (group, comment) in described.items()}
+        comment = comment or lines[node.lineno - 2]  # behind the constant, or above it
+        name = node.target.id
+        constants[name] = Constant(group.lstrip("# "), kind, scope[name], comment.lstrip("# "))
+    return constants
 
 
 class Parser(argparse.ArgumentParser):
@@ -181,56 +121,42 @@ class Parser(argparse.ArgumentParser):
         """As argparse's; an unknown flag is answered with the nearest one."""
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            flag = unknown[0].partition("=")[0]
-            known = {
-                name.replace("-", "_"): name
-                for name in self._option_string_actions
-                if name.startswith("--")
-            }
-            near = difflib.get_close_matches(flag.replace("-", "_"), known, n=1)
-            self.error(
-                f"{unknown[0]}: unknown; "
-                + (f"did you mean {known[near[0]]}?" if near else "--help lists the flags")
-            )
+            flag = unknown[0].partition("=")[0].replace("-", "_")
+            names = [name for name in self._option_string_actions if name.startswith("--")]
+            known = {name.replace("-", "_"): name for name in names}
+            near = difflib.get_close_matches(flag, known, n=1)
+            advice = f"did you mean {known[near[0]]}?" if near else "--help lists the flags"
+            self.error(f"{unknown[0]}: unknown; {advice}")
         return args
 
 
-def make_parser(constants, choices):
-    """A flag for each constant, with its comment as help. Flags that were not given are left out of the result."""
+def make_parser(constants, add_help=True):
+    """A flag for each constant, with its comment as help. Flags not given are left out."""
     parser = Parser(
         prog="train_eval.py",
         usage="train_eval.py [--CONSTANT VALUE ...]",
-        description="Train a DDPM on MNIST, watch it, draw digits. Each flag replaces the line of that "
-        "constant at the top of train_eval.py.",
+        description="Train a DDPM on MNIST, watch it, draw digits. Each flag replaces the line of "
+        "that constant at the top of train_eval.py.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        add_help=add_help,
     )
-    groups = {
-        group: parser.add_argument_group(group)
-        for group in dict.fromkeys([*CHANGED_FIRST, *(group for group, _, _ in constants.values())])
-    }
-    for name, (group, value, comment) in constants.items():
+    groups = {}
+    for name, (group, kind, value, comment) in constants.items():
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
         text = ",".join(map(str, value)) if isinstance(value, tuple) else value
         options = {"help": f"{comment} (default: {text})".replace("%", "%%")}
-        if name == "evaluate":
-            options |= {"nargs": "?", "const": True, "metavar": "FOLDER"}
-        elif name in SWITCHES or isinstance(value, bool):
+        if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif name in TUPLES or isinstance(value, tuple):
+        elif kind is tuple:
             options |= {"type": integers, "metavar": "INT,INT"}
-        elif name in choices:
-            options["choices"] = choices[name]
-        else:
-            kind = (
-                int
-                if name in WHOLE
-                else float
-                if name in NUMBERS
-                else str
-                if name in TEXTS
-                else type(value)
-            )
+        elif kind == bool | str:
+            options |= {"nargs": "?", "const": True, "metavar": "FOLDER"}
+        elif isinstance(kind, type):
             options |= {"type": kind, "metavar": kind.__name__.upper()}
+        else:
+            options["choices"] = list(kind)
         groups[group].add_argument(f"--{name}", **options)
     return parser
 
@@ -240,46 +166,37 @@ def integers(text):
     return () if text in ("", "none") else tuple(int(part) for part in text.split(","))
 
 
-def check_kinds(values, choices):
-    """ValueError for a constant that is of the wrong kind or out of its range."""
-    for name, value in values.items():
-        low, high = WHOLE.get(name) or NUMBERS.get(name) or (-INF, INF)
-        expected = None
-        if name in WHOLE and type(value) is not int:
-            expected = "a whole number"
-        elif name in NUMBERS and type(value) not in (int, float):
-            expected = "a number"
-        elif name in WHOLE | NUMBERS and not (low <= value <= high and value != INF):
-            expected = f"at least {low}" + (
-                " and finite" if high == INF else f" and at most {high}"
-            )
-        elif name in TUPLES and not (
-            type(value) is tuple and all(type(part) is int for part in value)
-        ):
-            expected = "a tuple of whole numbers, for example (8,)"
-        elif name in SWITCHES and type(value) is not bool:
-            expected = "True or False"
-        elif name in TEXTS and not (type(value) is str and value and "\0" not in value):
-            expected = "text that is not empty, in quotes in the script"
-        elif name in choices and value not in [*choices[name]]:  # a dict would hash it
-            expected = f"one of {', '.join(choices[name])}"
-        elif name == "evaluate" and not (type(value) is bool or type(value) is str and value):
-            expected = "True, False or the name of a folder"
-        elif type(value) not in (int, float, str, bool, tuple):
-            expected = "a number, text, True, False or a tuple"
-        if expected:
-            raise ValueError(f"{name} {value!r}: expected {expected}")
+def check_kind(name, value, kind, low=-math.inf, high=math.inf):
+    """ValueError if a constant is not of its kind or out of its limits."""
+    if kind is float:
+        fits = type(value) in (int, float) and -math.inf < value < math.inf
+    elif kind is tuple:
+        fits = type(value) is tuple and all(type(part) is int for part in value)
+    elif kind is str:
+        fits = type(value) is str and value and "\0" not in value
+    elif kind == bool | str:
+        fits = type(value) is bool or type(value) is str and value
+    elif isinstance(kind, type):
+        fits = type(value) is kind
+    else:
+        fits = type(value) is str and value in kind
+    if not fits:
+        expected = EXPECTED.get(kind) if kind in EXPECTED else f"one of {', '.join(kind)}"
+        raise ValueError(f"{name} {value!r}: expected {expected}")
+    if kind in (int, float) and not low <= value <= high:
+        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name} {value!r}: expected {limits}")
 
 
 def check_together(config):
-    """ValueError for constants that do not fit together, or a device that cannot be used here."""
-    for name in ("sample_steps", "preview_steps"):
-        if getattr(config, name) > config.num_timesteps:
-            raise ValueError(
-                f"{name} {getattr(config, name)}: expected at most num_timesteps {config.num_timesteps}"
-            )
-    if config.channels == 2:
-        raise ValueError("channels 2: expected 1 (grey) or 3 (RGB)")
+    """ValueError for constants that do not fit together, where no constructor would see it."""
+    if config.preview_steps > config.num_timesteps:
+        raise ValueError(
+            f"preview_steps {config.preview_steps}: expected at most num_timesteps "
+            f"{config.num_timesteps}"
+        )
+    if config.channels not in (1, 3):
+        raise ValueError(f"channels {config.channels}: expected 1 (grey) or 3 (RGB)")
     if config.grad_accumulation > config.batch_size:
         raise ValueError(
             f"grad_accumulation {config.grad_accumulation}: expected at most batch_size "
@@ -290,81 +207,82 @@ def check_together(config):
             f"num_clusters {config.num_clusters}: clusters stand in for labels; expected 0, or "
             "--no-use_conditional_generation"
         )
-    if (
-        config.guidance_scale != 1
-        and not config.use_conditional_generation
-        and not config.num_clusters
-    ):
+    if config.target_references and config.loss != "mse":
         raise ValueError(
-            f"guidance_scale {config.guidance_scale}: guidance needs labels; expected 1, or "
-            "--use_conditional_generation, or --num_clusters 256"
+            f"target_references {config.target_references} with loss {config.loss!r}: their mean "
+            "is the target of 'mse' alone; expected 0"
         )
-    if not config.evaluate:
-        if config.target_references and config.loss != "mse":
-            raise ValueError(
-                f"target_references {config.target_references} with loss {config.loss!r}: their mean is "
-                "the target of 'mse' alone; expected 0"
-            )
-        if config.timestep_sampling == "logit-normal":
-            if config.loss == "vlb" or config.variance == "learned":
-                raise ValueError(
-                    f"timestep_sampling 'logit-normal' with loss {config.loss!r} and variance "
-                    f"{config.variance!r}: it would change the weights of the bound's terms; expected "
-                    "uniform or importance"
-                )
-            if not config.timestep_std:
-                raise ValueError(
-                    "timestep_std 0.0: one timestep alone would be trained; expected a number above 0"
-                )
-    check_device(config.device)
+    bound = config.loss == "vlb" or config.variance == "learned"
+    if config.timestep_sampling == "logit-normal" and bound:
+        raise ValueError(
+            f"timestep_sampling 'logit-normal' with loss {config.loss!r} and variance "
+            f"{config.variance!r}: it would change the weights of the bound's terms; expected "
+            "uniform or importance"
+        )
 
 
-def refuse_unused(given, flag, used):
-    """ValueError if a flag was given that has no meaning beside another one."""
-    if given - used:
-        raise ValueError(f"{', '.join(sorted(given - used))}: not used with {flag}; leave it out")
+def adopt(chosen, saved, script, free, machine):
+    """The config of a saved run, with what the person has changed: by a flag, or in the script.
 
+    A constant was edited if its line differs from the one that the run began with, on the machine
+    that the run began on. What is changed must be free to change.
 
-def adopt(config, given, saved, free, choices=None):
-    """The config of a saved run, a dict, with the flags of this command that are free to differ from it.
+    Args:
+        chosen: the `Chosen` of this command.
+        saved: the constants of the saved run, a dict.
+        script: the constants of its script as they stood, without flags.
+        free: names of constants, and of groups, that may differ from the saved run.
+        machine: groups that belong to the machine, or to this command alone: never saved ones.
 
     Raises:
-        ValueError: a flag differs and is not free, or the saved run has a constant that cannot be.
+        ValueError: a constant was changed and is not free, or the saved run has one that cannot be.
     """
-    if not isinstance(saved, dict):
-        raise ValueError(
-            f"the run saved in {config.save_dir}: its config is no dictionary; expected its constants"
-        )
-    same = {"dataset"} if config.dataset == "auto" else set()  # the saved run says what auto found
-    for name in sorted(given - free - same):
-        if getattr(config, name) != saved.get(name):
+    folder = chosen.config.save_dir
+    if not isinstance(saved, dict) or not isinstance(script, dict):
+        raise ValueError(f"the run in {folder}: its constants are no dictionaries")
+    own, free = chosen.names(machine), chosen.names(free)
+    then = chosen.read({name: script[name] for name in own if name in script})
+    flags = {name: vars(chosen.config)[name] for name in chosen.given}
+    edits = {
+        name: constant.value
+        for name, constant in then.items()
+        if name not in own and name in script and constant.value != script[name]
+    }
+    changed = {name: value for name, value in (edits | flags).items() if name not in own}
+    for name, value in changed.items():
+        if value != saved.get(name) and name not in free:
             raise ValueError(
-                f"{name} {getattr(config, name)}: the run in {config.save_dir} has {saved.get(name)}; "
-                "leave the flag out, or start another run in another --save_dir"
+                f"{name} {value}: the run in {folder} has {saved.get(name)}; take the flag or the "
+                "edit back, or start another run in another --save_dir"
             )
-    if "device" in given and config.device != saved.get("device"):
-        given = given | {"bf16", "use_compile"}  # the device decides these
-    ours = {name: getattr(config, name) for name in NOT_SAVED | given & free}
-    adopted = {**vars(config), **saved, **ours}
-    try:
-        check_kinds({name: adopted[name] for name in vars(config)}, choices or {})
-    except ValueError as error:
-        raise ValueError(f"the run saved in {config.save_dir}: {error}") from None
-    ignored = [
-        f"{name} {value}"
-        for name, value in vars(config).items()
-        if name not in NOT_SAVED | given | same and value != saved.get(name, value)
+    kept = {name: saved[name] for name in then if name in saved and name not in own}
+    constants = chosen.read(kept | changed | {name: flags[name] for name in own & flags.keys()})
+    for name, constant in constants.items():
+        try:
+            check_kind(name, constant.value, constant.kind)
+        except ValueError as error:
+            raise ValueError(f"the run in {folder}: {error}") from None
+    news = [
+        f"{name} {saved[name]} -> {value}"
+        for name, value in changed.items()
+        if saved.get(name, value) != value
     ]
-    if ignored:
-        print(
-            f"the saved run keeps its own constants; not used from train_eval.py: {', '.join(ignored)}"
-        )
-    return argparse.Namespace(**adopted)
+    if news:
+        print(f"changed since this run began: {', '.join(news)}")
+    config = argparse.Namespace(**values_of(constants))
+    config.save_dir = chosen.config.save_dir
+    return config
+
+
+def refuse_unused(chosen, flag, used):
+    """ValueError if a flag was given that has no meaning beside another one."""
+    if unused := sorted(chosen.given - chosen.names(used)):
+        raise ValueError(f"{', '.join(unused)}: not used with {flag}; leave it out")
 
 
 @contextmanager
 def input_errors():
-    """A ValueError inside is a mistake in what the person gave: one line on stderr and exit status 2."""
+    """A ValueError inside is a person's mistake: one line on stderr and exit status 2."""
     try:
         yield
     except ValueError as error:
@@ -373,5 +291,5 @@ def input_errors():
 
 
 def _on_one_line(message):
-    """A message with its line breaks, for example those in the name of a file, written as \\n."""
+    """A message with its line breaks, such as those in the name of a file, written as \\n."""
     return "\\n".join(str(message).splitlines())

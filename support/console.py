@@ -1,5 +1,6 @@
-"""What a terminal shows: the first and the last screen of a run, its progress bar, commands to paste."""
+"""What a terminal shows: first and last screen of a run, its bar, its measures, commands."""
 
+import math
 import os
 import shlex
 import sys
@@ -7,30 +8,44 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from support.machine import describe_precision, is_main, on_main, warning_if_it_fails
+from support.checks import one_line
+from support.machine import describe_precision
+
+MEASURES = {  # of metrics.measure: the words of the table
+    "frechet": "Fréchet distance to the test set",
+    "precision": "precision",
+    "recall": "recall",
+    "accuracy": "read as the digit asked for",
+    "confidence": "confidence of the classifier",
+    "rarest_digit": "share of the rarest digit",
+    "commonest_digit": "share of the commonest digit",
+    "colour": "deviation from grey, in grey levels",
+    "nearest": "to the nearest training image, in grey levels",
+    "nearest_1st": "the same, first percentile",
+    "copies": "share nearer than 99 % of test digits",
+}
+WARNED = set()  # what `warning_if_it_fails` has printed
 
 
 def at_a_terminal():
-    """Whether a person sees a bar move: this is the main process, and its errors go to a terminal."""
-    return is_main() and sys.stderr is not None and sys.stderr.isatty()
+    """Whether a person sees a bar move."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def progress_bar(**options):
     """tqdm's bar at a terminal. Elsewhere, in a file or under CI, a line every half minute."""
-    from tqdm import tqdm
-
     if at_a_terminal():
         return tqdm(**options, smoothing=0.05, mininterval=0.5, dynamic_ncols=True)
+    line = "{desc}: {n_fmt} of {total_fmt} images, {elapsed} gone, {remaining} left, {rate_fmt}"
     return tqdm(
         **options,
         smoothing=0.05,
         mininterval=30,
         maxinterval=30,
         file=_Lines(),
-        bar_format=(
-            "{desc}: {n_fmt} of {total_fmt} images, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"
-        ),
+        bar_format=line + "{postfix}",
     )
 
 
@@ -47,24 +62,36 @@ class _Lines:
         """Lines are written at once."""
 
 
+@contextmanager
+def warning_if_it_fails(what, errors=Exception):
+    """An error inside becomes a warning, the first time, and the run goes on after the block."""
+    try:
+        yield
+    except errors as error:
+        warning = f"{what} failed ({one_line(error)}); the run goes on without it"
+        if warning not in WARNED:
+            with suppress(OSError):  # the log may lie on the disk that is full
+                print(f"\n{warning}", file=sys.stderr, flush=True)
+        WARNED.add(warning)
+
+
 def print_start(run):
     """One screen: the data, the model, the machine, where things go and how to watch."""
     config, folder = run.config, Path(run.config.save_dir)
-    kind = (
-        "with labels"
-        if config.use_conditional_generation
-        else f"with {config.num_clusters} clusters in place of labels"
-        if config.num_clusters
-        else "without labels"
-    )
+    kind = "without labels"
+    if config.use_conditional_generation:
+        kind = "with labels"
+    elif config.num_clusters:
+        kind = f"with {config.num_clusters} clusters in place of labels"
     threads = f", {torch.get_num_threads()} threads" if config.device == "cpu" else ""
+    params = sum(p.numel() for p in run.ddpm.parameters())
     print(
-        f"data:   {config.dataset}, {len(run.train_images):,} images to train, {len(run.test_images):,} to test\n"
-        f"model:  {sum(p.numel() for p in run.ddpm.parameters()):,} parameters, {kind}, predicts "
-        f"{config.prediction}\n"
+        f"data:   {config.dataset}, {len(run.train_images):,} images to train, "
+        f"{len(run.test_images):,} to test\n"
+        f"model:  {params:,} parameters, {kind}, predicts {config.prediction}\n"
         f"device: {config.device}{threads}; {describe_precision(config)}\n"
-        f"run:    {run.total_steps:,} steps of {config.batch_size} images, {run.progress['step']:,} done; PID "
-        f"{os.getpid()}; Ctrl-C saves and stops\n"
+        f"run:    recipe {config.recipe}, {run.total_steps:,} steps of {config.batch_size} images, "
+        f"{run.progress['step']:,} done; PID {os.getpid()}; Ctrl-C saves and stops\n"
         f"files:  {folder / 'best_model.pt'}, {folder / 'last.pt'}, {folder / 'samples'}\n"
         f"watch:  {tensorboard_command(config.save_dir)}"
     )
@@ -73,40 +100,37 @@ def print_start(run):
 def print_unmeasured(least):
     """Print that the grids of a run cannot be measured."""
     print(
-        f"grids are not measured during training: the Fréchet distance needs more than {least} samples "
-        "(num_samples), training images and test images"
+        "grids are not measured during training: the Fréchet distance needs more than "
+        f"{least} samples (num_samples), training images and test images"
     )
 
 
-def print_end(run, loss, info, grid, y):
-    """What a run has reached, and what to do next; `grid` is the final one, and `y` its labels or None."""
-    config, progress = run.config, run.progress
-    print_test_loss(config, loss, info)
-    if run.meter and y is not None:
-        with warning_if_it_fails("measuring samples"):
-            print(
-                f"final grid: {run.meter.count_read(grid, y)} of {len(y)} read as the digit asked for"
-            )
-    if progress["frechet_curve"]:
+def print_end(run, read):
+    """What a run has reached, and what to do next; `read` is (how many, of how many) or None."""
+    config, curve = run.config, run.progress["frechet_curve"]
+    if read:
+        print(f"final grid: {read[0]} of {read[1]} read as the digit asked for")
+    if curve:
         print(
-            f"last grid during training: Fréchet distance {progress['frechet_curve'][-1][1]:.3f} "
-            f"({config.num_samples} samples in {config.preview_steps} steps; compares only with such grids)"
+            f"last grid during training: Fréchet distance {curve[-1][1]:.3f} "
+            f"({config.num_samples} samples in {config.preview_steps} steps; compares only with "
+            "such grids)"
         )
-    again = "--resume", "--epochs", str(2 * config.epochs)
+    longer = shell_command("--resume", "--epochs", str(2 * config.epochs), save_dir=config.save_dir)
     print(
-        f"next:   {shell_command('--evaluate', save_dir=config.save_dir)}   (Fréchet distance, precision and recall "
-        f"of {config.eval_samples:,} samples in {config.sample_steps} steps)\n"
-        f"        {shell_command(*again, save_dir=config.save_dir)}   (train on, as long again)\n"
+        f"next:   {shell_command('--evaluate', save_dir=config.save_dir)}   (Fréchet distance, "
+        f"precision and recall of {config.eval_samples:,} samples in {config.sample_steps} steps)\n"
+        f"        {longer}   (train on, as long again)\n"
         f"        {tensorboard_command(config.save_dir)}\n"
         "        explore.ipynb, in Jupyter or VS Code, takes the model apart in pictures\n"
-        f"training steps took {run.state['stats'].seconds / 60:.2f} minutes since this start"
+        f"training steps took {run.parts['stats'].seconds / 60:.2f} minutes since this start"
     )
 
 
-def print_test_loss(config, loss, info):
-    """Print the test loss. Some of these images have chosen the weights, so it is slightly too low."""
+def print_test_loss(config, loss, images, info):
+    """Print the test loss of so many images, which have not chosen the weights."""
     print(
-        f"test loss {loss:.5f} ({config.test_size:,} images of {config.dataset}; EMA weights of step "
+        f"test loss {loss:.5f} ({images:,} images of {config.dataset}; EMA weights of step "
         f"{info['step']:,})"
     )
 
@@ -115,25 +139,45 @@ def print_bits(config, bits, images, terms):
     """Print a `likelihood.BitsPerDim` of so many images and terms."""
     given = " given the label" if config.use_conditional_generation else ""
     print(
-        f"bits per dimension{given} {bits.total:.4f} +- {bits.standard_error:.4f}: prior {bits.prior:.4f}, KL terms "
-        f"{bits.kl:.4f}, decoder {bits.decoder:.4f} ({images:,} images, {terms} of {config.num_timesteps} terms)"
+        f"bits per dimension{given} {bits.total:.4f} +- {bits.standard_error:.4f}: prior "
+        f"{bits.prior:.4f}, KL terms {bits.kl:.4f}, decoder {bits.decoder:.4f} ({images:,} images, "
+        f"{terms} of {config.num_timesteps} terms)"
     )
+
+
+def print_measures(result, accuracy):
+    """Print what `metrics.measure` gave: each figure beside that of real images."""
+    result = dict(result)
+    for suffix in ("", "_real"):
+        shares = result.get(f"digits{suffix}", [math.nan])
+        result[f"rarest_digit{suffix}"] = min(shares)
+        result[f"commonest_digit{suffix}"] = max(shares)
+    head = f"{result['samples']:,} samples, as many real digits:"
+    print(f"{head:50}{'samples':>10}{'real':>10}")
+    for name, text in MEASURES.items():
+        if name in result:
+            real = result.get(f"{name}_real")
+            print(f"  {text:48}{result[name]:10.4f}" + ("" if real is None else f"{real:10.4f}"))
+    print(
+        "real: as many training images, which the classifier learned from; nearest: test images\n"
+        f"classifier: {result['classifier']}, {accuracy:.2%} test accuracy; compare only figures "
+        "by the same"
+    )
+    missing = [MEASURES[name] for name in ("frechet", "precision", "recall") if name not in result]
+    if missing:
+        print(f"left out, since there are too few images: {', '.join(missing)}")
 
 
 def print_left_out(names):
     """Print which files of a folder were not read."""
     if names:
-        print(
-            f"left out, since they are not PNGs: {', '.join(names[:10])}"
-            + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        )
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        print(f"left out, since they are not PNGs: {', '.join(names[:10])}{more}")
 
 
-@on_main
-def print_saved(progress, asked):
-    """Print that a run was saved, if it was asked to and goes on."""
-    if asked == "save":
-        print(f"\nsaved at step {progress['step']:,}", file=sys.stderr)
+def print_saved(progress):
+    """Print that a run was saved, as it was asked to."""
+    print(f"\nsaved at step {progress['step']:,}", file=sys.stderr)
 
 
 def print_stopped(config, progress):
@@ -151,19 +195,6 @@ def shell_command(*flags, save_dir):
 
 
 def tensorboard_command(save_dir):
-    """The command that shows a run, ready to paste. Without the last flag TensorBoard shows only ten grids."""
+    """The command that shows a run, ready to paste; without its last flag, only ten grids."""
     folder = Path(save_dir) / "tensorboard_logs"
     return shlex.join(["tensorboard", f"--logdir={folder}", "--samples_per_plugin", "images=1000"])
-
-
-@contextmanager
-def shown_at_both_ends(warning):
-    """Print a warning before the block and, in case it scrolled away, after it; None prints nothing."""
-    warning = warning if is_main() else None
-    if warning:
-        print(warning, file=sys.stderr)
-    try:
-        yield
-    finally:
-        if warning:
-            print(warning, file=sys.stderr)

@@ -52,20 +52,20 @@ def autocast(config):
     return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16)
 
 
-def compile_network(config, ddpm, training_step, sizes):
+def compile_network(config, ddpm, warm_up=None):
     """`torch.compile` the network and try it. If that fails, a line says so and the run goes on.
 
-    It tries inference with the number of images of a grid, and `training_step(n)`, which leaves
-    gradients, for each of the sizes of a training batch: with a second size, torch makes one graph
-    for all sizes.
+    It tries inference with the number of images of a grid, and `warm_up(n)`, which trains on n
+    images, for both sizes of a batch: with a second size, torch makes one graph for all.
     """
     if not config.use_compile:
         return
     ddpm.network.compile()
+    sizes = (config.batch_size, config.train_size % config.batch_size)
     try:
         with torch.random.fork_rng([ddpm.device] if ddpm.device.type == "cuda" else []):
-            for n in sizes:
-                training_step(n)
+            for n in filter(None, sizes if warm_up else ()):
+                warm_up(n)
             with autocast(config):
                 ddpm.sample(config.num_samples, None if ddpm.num_classes is None else 0, steps=1)
     except Exception as error:  # compilers fail in too many ways to list

@@ -1,4 +1,4 @@
-"""What a run records: TensorBoard, statistics of its steps and the table of measures."""
+"""What a run records: TensorBoard, statistics of its steps and the files of its measures."""
 
 import json
 import math
@@ -10,66 +10,18 @@ from pathlib import Path
 
 import torch
 
-from support.configurator import FREE_TO_EVALUATE, NOT_SAVED
-from support.console import at_a_terminal, progress_bar
+from support.console import (
+    MEASURES,
+    at_a_terminal,
+    print_measures,
+    progress_bar,
+    warning_if_it_fails,
+)
 from support.files import make_folder, unused, write_text
-from support.machine import is_main, on_main, warning_if_it_fails
 from support.pictures import write_denoising, write_grid
 
-FIELDS = (  # of the reference's log, in its order
-    "device",
-    "batch_size",
-    "epochs",
-    "save_dir",
-    "optimizer_type",
-    "learning_rate",
-    "weight_decay",
-    "use_scheduler",
-    "scheduler_type",
-    "total_params",
-    "image_size",
-    "channels",
-    "num_timesteps",
-    "base_channels",
-    "num_res_blocks",
-    "channel_mult",
-    "dropout",
-    "time_emb_dim",
-    "use_conditional_generation",
-    "num_classes",
-    "ema_decay",
-    "ema_start",
-    "ema_update_rate",
-    "train_size",
-    "test_size",
-    "use_augmentation",
-    "normalization",
-    "convert_to_rgb",
-)
-MEASURES = {  # of metrics.measure: the words of the table
-    "frechet": "Fréchet distance to the test set",
-    "precision": "precision",
-    "recall": "recall",
-    "accuracy": "read as the digit asked for",
-    "confidence": "confidence of the classifier",
-    "rarest_digit": "share of the rarest digit",
-    "commonest_digit": "share of the commonest digit",
-    "colour": "deviation from grey, in grey levels",
-    "nearest": "to the nearest training image, in grey levels",
-    "nearest_1st": "the same, first percentile",
-    "copies": "share nearer than 99 % of test digits",
-}
-FINAL = (
-    "test_loss",
-    "frechet",
-    "precision",
-    "recall",
-    "accuracy",
-    "bits_per_dim",
-)  # measures that compare runs
-DECIDES_FIGURES = (
-    FREE_TO_EVALUATE - NOT_SAVED - {"device", "data_dir", "bf16", "use_compile", "num_samples"}
-)
+# measures that compare runs, on TensorBoard's HParams page
+FINAL = ("test_loss", "frechet", "precision", "recall", "accuracy", "bits_per_dim")
 
 
 class Monitor:
@@ -81,18 +33,16 @@ class Monitor:
         stats: its `RunningStats`.
         images: number of training images of the run, all epochs together.
         seen: how many of them were seen before.
+        writes: False shows and writes nothing.
     """
 
-    def __init__(self, config, progress, stats, images, seen):
-        self.config, self.progress = config, progress
+    def __init__(self, config, progress, stats, images, seen, writes=True):
+        self.config, self.progress, self.writes = config, progress, writes
         self.samples_dir = make_folder(Path(config.save_dir) / "samples")
-        self.events = EventLog(
-            config.save_dir,
-            progress["log"],
-            purge_step=progress["step"] + 1 if progress["step"] else None,
-        )
+        step = progress["step"]
+        self.events = EventLog(config.save_dir, progress["log"], step + 1 if step else None, writes)
         self.bar = progress_bar(
-            total=images, initial=seen, unit="img", desc="training", disable=not is_main()
+            total=images, initial=seen, unit="img", desc="training", disable=not writes
         )
         self.stats, self.shown, self.announced = stats, {}, False
         stats.clock = time.perf_counter()
@@ -110,9 +60,9 @@ class Monitor:
         self.bar.update(len(losses))
 
     def log(self, rate):
-        """The statistics since the last call, and the learning rate: to TensorBoard, the bar and the loss curve."""
+        """The statistics since the last call: to TensorBoard, the bar and the loss curve."""
         step, scalars = self.progress["step"], self.stats.read(self.progress["step"], rate)
-        for tag, value in (scalars | {"train/learning_rate": rate}).items():
+        for tag, value in scalars.items():
             self.events.add("scalar", tag, value, step)
         self.show(loss=scalars["train/batch_loss"])
         self.progress["train_curve"].append([step, scalars["train/batch_loss"]])
@@ -130,23 +80,27 @@ class Monitor:
         self.bar.set_description_str("training", refresh=False)
 
     def log_config(self, ddpm, real):
-        """The config as a table, the reference's fields first, and for the HParams page; a grid of real images."""
-        known = vars(self.config) | {
+        """The constants as a table and for the HParams page; a grid of real images."""
+        params = sum(p.numel() for p in ddpm.parameters())
+        known = {
+            "parameters": params,
+            "total_params": 2 * params,  # as the reference counts: with the averaged weights
             "optimizer_type": "AdamW",
-            "scheduler_type": "CosineAnnealingLR" if self.config.use_scheduler else None,
-            "total_params": 2 * sum(p.numel() for p in ddpm.parameters()),  # network and shadow
-            "num_classes": ddpm.num_classes,
+            "scheduler_type": "cosine" if self.config.use_scheduler else "constant",
             "normalization": "[-1, 1]",
-            "convert_to_rgb": self.config.channels == 3,
+            "num_classes": ddpm.num_classes,
+            **vars(self.config),
         }
-        names = [*FIELDS, *(name for name in known if name not in FIELDS)]
-        rows = [f"| {name} | {known[name]} |" for name in names]
-        text = "\n".join(["| constant | value |", "| --- | --- |", *rows])
-        self.events.add(
-            "text", "config", text.encode(errors="replace").decode()
-        )  # a path may hold any bytes
-        self.events.add_hparams({name: known[name] for name in names})
-        write_grid(real, self.samples_dir / "real.png", self.events, "real", 0)
+        rows = [f"| {name} | {value} |" for name, value in known.items()]
+        self.events.add("text", "config", printable("\n".join(["| | |", "| --- | --- |", *rows])))
+        self.events.add_hparams(known)
+        self.write_grid(real, "real.png", "real")
+
+    def write_grid(self, images, name, tag):
+        """A grid of images in [-1, 1] into the folder of samples and TensorBoard."""
+        if self.writes:
+            path = self.samples_dir / name
+            write_grid(images, path, self.events, tag, self.progress["step"])
 
     def log_losses(self, train, test):
         """Losses of some fixed training and test images, measured in the same way: one chart."""
@@ -156,15 +110,14 @@ class Monitor:
             self.progress[curve].append([step, loss])
 
     def log_samples(self, images):
-        """A grid of samples of this step. The first one is announced, with the time that the run will take."""
-        step = self.progress["step"]
-        path = self.samples_dir / f"step_{step:07d}.png"
-        write_grid(images, path, self.events, "samples", step)
-        if is_main() and not self.announced and self.bar.n < self.bar.total:
+        """A grid of samples of this step. The first one is announced, with the time to go."""
+        name = f"step_{self.progress['step']:07d}.png"
+        self.write_grid(images, name, "samples")
+        if self.writes and not self.announced and self.bar.n < self.bar.total:
             minutes = (self.bar.total - self.bar.n) / self.stats.rate / 60
             self.bar.write(
-                f"{self.stats.rate:.0f} images a second: about {minutes:.0f} minutes to go; digits so far: "
-                f"{path}",
+                f"{self.stats.rate:.0f} images a second: about {minutes:.0f} minutes to go; digits "
+                f"so far: {self.samples_dir / name}",
                 file=sys.stderr,
             )
             self.announced = True
@@ -178,19 +131,23 @@ class Monitor:
         self.show(frechet=samples)
 
 
-class EventLog:
-    """TensorBoard's log of a run, as a context manager; only the main process writes it.
+def printable(value):
+    """A text that TensorBoard takes: a path may hold any bytes."""
+    return str(value).encode(errors="replace").decode()
 
-    What belongs into one chart has the same tag and another `part`, a subfolder, which TensorBoard shows as a run of
-    its own: losses of training and test images, real and generated samples. If the log cannot be written, a warning
-    says so once, and the run goes on without it.
+
+class EventLog:
+    """TensorBoard's log of a run, as a context manager.
+
+    What belongs into one chart has the same tag and another `part`, a subfolder, which TensorBoard
+    shows as a run of its own: losses of training and test images, real and generated samples. If
+    the log cannot be written, a warning says so once, and the run goes on without it.
     """
 
-    def __init__(self, save_dir, name, purge_step=None):
-        self.folder, self.purge_step = Path(save_dir) / "tensorboard_logs" / name, purge_step
-        self.writers, self.works = {}, is_main()
-        if is_main():
-            self.hook, threading.excepthook = threading.excepthook, self._quiet
+    def __init__(self, save_dir, name, purge_step=None, writes=True):
+        self.folder = Path(save_dir) / "tensorboard_logs" / name
+        self.purge_step, self.writers, self.works = purge_step, {}, writes
+        self.hook, threading.excepthook = threading.excepthook, self._quiet
 
     def __enter__(self):
         return self
@@ -199,35 +156,29 @@ class EventLog:
         self.close()
 
     def add(self, kind, *what, part="."):
-        """SummaryWriter's `add_scalar`, `add_image` or `add_text`, or a "summary" that is ready to write."""
+        """SummaryWriter's `add_scalar`, `add_image` or `add_text`, or a ready "summary"."""
         if self.works:
             self.works = False
             with warning_if_it_fails("TensorBoard's log"):
                 writer = self._writer(part)
-                (
-                    writer.file_writer.add_summary
-                    if kind == "summary"
-                    else getattr(writer, f"add_{kind}")
-                )(*what)
+                ready = kind == "summary"
+                write = writer.file_writer.add_summary if ready else getattr(writer, f"add_{kind}")
+                write(*what)
                 self.works = True
 
     def add_hparams(self, values, part="."):
-        """The constants of the run, or of a part, and which measures compare it, for TensorBoard's HParams page."""
+        """The constants of the run, or of a part, and which measures compare it: HParams."""
         if not self.works:
             return
         with warning_if_it_fails("TensorBoard's log"):
             from torch.utils.tensorboard.summary import hparams
 
             plain = {
-                name: value
-                if type(value) in (int, float)
-                else str(value).encode(errors="replace").decode()
+                name: value if type(value) in (int, float) else printable(value)
                 for name, value in values.items()
             }
-            for summary in hparams(plain, {f"final/{name}": 0 for name in FINAL})[
-                :2
-            ]:  # not "finished"
-                self.add("summary", summary, part=part)
+            for summary in hparams(plain, {f"final/{name}": 0 for name in FINAL})[:2]:
+                self.add("summary", summary, part=part)  # the third would say "finished"
 
     def close(self):
         """Write what is left, and close the files."""
@@ -235,8 +186,7 @@ class EventLog:
             with warning_if_it_fails("TensorBoard's log"):
                 for writer in self.writers.values():
                     writer.close()
-        if is_main():
-            threading.excepthook = self.hook
+        threading.excepthook = self.hook
 
     def _writer(self, part):
         from torch.utils.tensorboard import SummaryWriter
@@ -248,22 +198,20 @@ class EventLog:
         return self.writers[part]
 
     def _quiet(self, failure):
-        """TensorBoard's thread ends with the error that the next `add` gets; it need not be shown twice."""
+        """TensorBoard's thread ends with the error that the next `add` gets: once is enough."""
         if not isinstance(failure.exc_value, OSError):
             self.hook(failure)
 
 
 class RunningStats:
-    """What the steps since the last entry did. It stays on the device, so that no step waits for it."""
+    """What the steps since the last entry did. It stays on the device: no step waits for it."""
 
     def __init__(self, config):
         self.num_timesteps = config.num_timesteps
-        self.steps = torch.zeros(
-            2, config.log_every, device=config.device
-        )  # loss and gradient norm of each
-        self.quartiles = torch.zeros(
-            2, 4, dtype=torch.float64, device=config.device
-        )  # by t: sums of losses, weights
+        # loss and gradient norm of each step
+        self.steps = torch.zeros(2, config.log_every, device=config.device)
+        # by quartile of t: sums of losses and of weights
+        self.quartiles = torch.zeros(2, 4, dtype=torch.float64, device=config.device)
         self.seconds = self.rate = 0.0  # that steps took in all; images a second, last
         self.start()
 
@@ -296,6 +244,7 @@ class RunningStats:
         scalars = {
             "train/batch_loss": sum(losses) / self.count,
             "train/grad_norm": sum(norms) / self.count,
+            "train/learning_rate": rate,
             "train/images_per_second": self.rate,
         }
         for quartile, (total, weight) in enumerate(self.quartiles.T.tolist(), start=1):
@@ -305,7 +254,7 @@ class RunningStats:
         return scalars
 
     def check(self, step, rate):
-        """Losses and gradient norms of these steps, of which `step` is the last; `rate` is the learning rate now.
+        """Losses and gradient norms of these steps, of which `step` is the last.
 
         Raises:
             SystemExit: one of them is not finite; the exit status is 3.
@@ -313,23 +262,19 @@ class RunningStats:
         losses, norms = self.steps[:, : self.count].tolist()
         for i, (loss, norm) in enumerate(zip(losses, norms)):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                if is_main():
-                    before = (
-                        ", ".join(f"{value:.4g}" for value in losses[max(0, i - 5) : i])
-                        or "in the last entry"
-                    )
-                    print(
-                        f"\nstep {step - self.count + i + 1}: loss {loss}, gradient norm {norm}, learning rate "
-                        f"{rate:.3g}, losses before: {before}. Training has diverged and stops. If there is a "
-                        "last.pt, it is from before: continue with --resume and a lower --learning_rate or "
-                        "--grad_clip",
-                        file=sys.stderr,
-                    )
+                before = ", ".join(f"{value:.4g}" for value in losses[max(0, i - 5) : i])
+                print(
+                    f"\nstep {step - self.count + i + 1}: loss {loss}, gradient norm {norm}, "
+                    f"learning rate {rate:.3g}, losses before: {before or 'in the last entry'}. "
+                    "Training has diverged and stops. If there is a last.pt, it is from before: "
+                    "continue with --resume and a lower --learning_rate or --grad_clip",
+                    file=sys.stderr,
+                )
                 raise SystemExit(3)
         return losses, norms
 
     def state_dict(self):
-        """The steps since the last entry, so that a run that is stopped between two goes on to the same curve."""
+        """The steps since the last entry, so that a resumed run goes on to the same curve."""
         return {
             "steps": self.steps[:, : self.count].clone(),
             "quartiles": self.quartiles.clone(),
@@ -339,86 +284,55 @@ class RunningStats:
     def load_state_dict(self, state):
         """Go on from a `state_dict`; if the entries have another distance now, begin anew."""
         self.start()
-        if state.get("every") == self.steps.shape[1]:
-            self.count = count = state["steps"].shape[1]
-            self.steps[:, :count] = state["steps"]
+        if state["every"] == self.steps.shape[1]:
+            self.count = state["steps"].shape[1]
+            self.steps[:, : self.count] = state["steps"]
             self.quartiles.copy_(state["quartiles"])
 
 
-def table(result, accuracy):
-    """The result of `metrics.measure` as text: each figure of the samples beside that of real images."""
-    result = result | {
-        f"{name}_digit{suffix}": pick(result[f"digits{suffix}"])
-        for name, pick in (("rarest", min), ("commonest", max))
-        for suffix in ("", "_real")
-    }
-    head = f"{result['samples']:,} samples, as many real digits:"
-    lines = [f"{head:50}{'samples':>10}{'real':>10}"]
-    for name, text in MEASURES.items():
-        if name in result:
-            real = result.get(f"{name}_real")
-            lines.append(
-                f"  {text:48}{result[name]:10.4f}" + (f"{real:10.4f}" if real is not None else "")
-            )
-    lines.append(
-        "real: as many training images, which the classifier learned from; nearest: test images\n"
-        f"classifier: {result['classifier']}, {accuracy:.2%} test accuracy; compare only figures by the same"
-    )
-    missing = [MEASURES[name] for name in ("frechet", "precision", "recall") if name not in result]
-    if missing:
-        lines.append(f"left out, since there are too few images: {', '.join(missing)}")
-    return "\n".join(lines)
+def write_final(config, ddpm, images, frames, test_loss):
+    """A grid of a model as final.png, and its film; grid and test loss in TensorBoard.
 
-
-@on_main
-def write_final(config, ddpm, sequence, test_loss):
-    """The final grid of a model, the last of a sequence, as final.png, and its film; grid and test loss in TensorBoard.
-
-    Both are new files.
+    `frames` are the noisy images on the way, see `pictures.write_denoising`. All files are new.
     """
     path = unused(make_folder(Path(config.save_dir) / "samples") / "final.png")
     with EventLog(config.save_dir, ddpm.info["log"]) as events:
-        write_grid(sequence[-1], path, events, "final", ddpm.info["step"])
+        write_grid(images, path, events, "final", ddpm.info["step"])
         events.add("scalar", "final/test_loss", test_loss, ddpm.info["step"])
-    write_denoising(ddpm, sequence, config.sample_steps, unused(path.with_name("denoising.gif")))
+    write_denoising(ddpm, frames, unused(path.with_name("denoising.gif")))
     print(f"model: {Path(config.save_dir) / 'best_model.pt'}   samples: {path}")
 
 
-@on_main
-def report(config, measured, info=None, **known):
-    """What train_eval.measure gave as a table, as JSON and as a picture of the nearest pairs, all in new files.
+def report(config, measured, known, info=None, own=True):
+    """Measures of samples as a table, as JSON and as a picture of the nearest pairs: new files.
 
-    `info` is that of the model that drew the samples; the measures then go to TensorBoard too, and if the run's own
-    constants did not draw them, as a part of their own. `known` goes into the JSON.
+    Args:
+        config: the constants of the evaluation.
+        measured: what `metrics.measure` gave, and the test accuracy of its classifier.
+        known: what else goes into the JSON.
+        info: that of the model that drew the samples; the measures then go to TensorBoard too.
+        own: whether the run's own constants drew them; else they are a part of their own there.
     """
     result, pairs, accuracy = measured
-    print(table(result, accuracy))  # first, in case that a file cannot be written
+    print_measures(result, accuracy)  # first, in case that a file cannot be written
     pairs = pairs.float() / 127.5 - 1
-    save_dir, name = (
-        Path(config.save_dir),
-        "" if info else f"_{Path(config.evaluate).resolve().name[:100]}",
-    )
+    save_dir, name = Path(config.save_dir), ""
+    if not info:
+        name = f"_{Path(config.evaluate).resolve().name[:100]}"
     path = unused(save_dir / f"evaluation{name}.json")
     picture = unused(make_folder(save_dir / "samples") / f"nearest{name}.png")
-    known |= {"dataset": config.dataset, "classifier_accuracy": accuracy}
+    everything = {"dataset": config.dataset, "classifier_accuracy": accuracy, **known, **result}
     if info:
-        known |= {"seed": config.seed, "step": info["step"]}
         with EventLog(save_dir, info["log"]) as events:
-            part = "."
-            if any(getattr(config, name) != info["config"].get(name) for name in DECIDES_FIGURES):
-                events.add_hparams(
-                    vars(config), part := path.stem
-                )  # a row of its own, not figures beside other flags
+            part = "." if own else path.stem
+            if not own:
+                events.add_hparams(vars(config), part)
             for tag in dict.fromkeys((*FINAL, *MEASURES)):
-                if tag in result or tag in known:
-                    events.add(
-                        "scalar", f"final/{tag}", (result | known)[tag], info["step"], part=part
-                    )
+                if tag in everything:
+                    events.add("scalar", f"final/{tag}", everything[tag], info["step"], part=part)
             write_grid(pairs, picture, events, "nearest", info["step"])
     else:
         write_grid(pairs, picture)
-    plain = {
-        name: None if value != value else value for name, value in (known | result).items()
-    }  # JSON has no NaN
-    write_text(path, json.dumps(plain, indent=2) + "\n")
+    plain = {name: None if value != value else value for name, value in everything.items()}
+    write_text(path, json.dumps(plain, indent=2) + "\n")  # JSON has no NaN
     print(f"measures: {path}   nearest pairs: {picture}")

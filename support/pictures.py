@@ -1,6 +1,7 @@
-"""Pictures that a run leaves: grids, the loss curve and two films: noise becomes digits, and a network learns to write.
+"""Pictures that a run leaves: grids, the loss curve, films of denoising and of training.
 
-`python -m support.pictures [FOLDER]` makes the README's images/denoising.gif and process.png from a run's folder.
+`python -m support.pictures [FOLDER]` makes the README's images/denoising.gif and process.png from a
+run's folder.
 """
 
 import argparse
@@ -12,70 +13,52 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
 
 from support.checks import one_line
+from support.console import warning_if_it_fails
 from support.files import make_folder, whole_file
-from support.machine import on_main, warning_if_it_fails
 
-COLUMNS, ROWS, README_ROWS, MOST_PIXELS = (
-    10,
-    10,
-    6,
-    400,
-)  # of a film: images in a row; rows; width and height
-FRAMES, LAST_TIME = (
-    32,
-    2000,
-)  # of a film: frames, at most; how long the last is held, in milliseconds
+COLUMNS, ROWS, README_ROWS = 10, 10, 6  # of a film: images in a row; rows
+MOST_PIXELS, FRAMES, LAST_TIME = 400, 32, 2000  # width and height; frames; ms of the last frame
 SEED = 987_654_321  # of the noise between two steps; another than that of a run
 LIMIT, README_LIMIT = 1_000_000, 600_000  # largest size of a film, in bytes
-LEVELS, LAST_LEVELS = (
-    (16, 8, 7, 6, 5, 4, 3, 2),
-    64,
-)  # of grey, tried in turn until a film fits; of the last frame
-STRIP_ROWS, STRIP_COLUMNS, STRIP_STEPS = (
-    3,
-    9,
-    100,
-)  # of each half of the strip; sampling steps of the lower one
+# levels of grey, tried in turn until a film fits; those of the last frame
+LEVELS, LAST_LEVELS = (16, 8, 7, 6, 5, 4, 3, 2), 64
+# of the strip: rows of each half, columns; sampling steps of the lower half
+STRIP_ROWS, STRIP_COLUMNS, STRIP_STEPS = 3, 9, 100
 
 
-@on_main
 def write_grid(images, path, events=None, tag=None, step=None):
-    """Images in [-1, 1], (N, C, H, W), as a PNG with ten columns and, given an `EventLog`, in TensorBoard."""
-    from torchvision.utils import make_grid, save_image
-
-    grid = make_grid((images.float().cpu() + 1) / 2, nrow=10)
+    """Images in [-1, 1], (N, C, H, W), as a PNG with ten columns, and in an `EventLog`."""
+    grid = make_grid((images.float().cpu() + 1) / 2, nrow=COLUMNS)
     with warning_if_it_fails("writing a picture"), whole_file(path) as partial:
         save_image(grid, partial, format="png")
     if events is not None:
         events.add("image", tag, grid.clamp(0, 1), step)
 
 
-@on_main
 def write_training(config, progress):
-    """What training did: loss_curve.png, and samples/training.gif of the grids. A failure is only a warning."""
+    """What training did: loss_curve.png, and samples/training.gif of the grids."""
     with warning_if_it_fails("writing a picture"):
         plot_losses(config, progress, Path(config.save_dir) / "loss_curve.png")
     write_training_film(Path(config.save_dir) / "samples")
 
 
 def plot_losses(config, progress, path):
-    """Three charts over the steps: what training minimises, the loss of fixed images, the Fréchet distance."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Three charts over the steps: what training minimises, losses of fixed images, distance."""
     averaged = " (averaged targets)" if config.target_references else ""
+    fixed = {"train": progress["fixed_curve"], "test": progress["test_curve"]}
     charts = {
         f"loss of batches{averaged}": {"train": progress["train_curve"]},
-        "loss of fixed images": {"train": progress["fixed_curve"], "test": progress["test_curve"]},
+        "loss of fixed images": fixed,
         "Fréchet distance of the grids": {"samples": progress["frechet_curve"]},
     }
-    figure, row = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-    for axes, (title, curves) in zip(row, charts.items()):
+    figure = Figure(figsize=(12, 4), layout="constrained")  # without pyplot: no backend is set
+    for axes, (title, curves) in zip(figure.subplots(1, 3), charts.items()):
         for label, curve in curves.items():
             if curve:
                 axes.plot(*zip(*curve), label=label, marker="" if len(curve) > 50 else ".")
@@ -83,51 +66,46 @@ def plot_losses(config, progress, path):
         axes.grid(True, which="both", alpha=0.3)
         if len(axes.lines) > 1:
             axes.legend()
-    with warning_if_it_fails("writing a picture"), whole_file(path) as partial:
+    with whole_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
-    plt.close(figure)
 
 
-def sequence_options(steps):
-    """Options of `DDPM.sample` that make it return what `write_denoising` needs: x_t after at most FRAMES steps."""
-    return {"return_sequence": "xt", "return_every": math.ceil(steps / FRAMES)}
+def watch(walk, timesteps, progress=False):
+    """Run a `DDPM.walk` through timesteps to its end, with a progress bar if asked to.
 
-
-@on_main
-def write_denoising(ddpm, sequence, steps, path):
-    """A GIF of noise that becomes images, of at most LIMIT bytes. A failure is only a warning.
-
-    Args:
-        ddpm: the `GaussianProcess` that the images were sampled in.
-        sequence: what `ddpm.sample(N, steps=steps, **sequence_options(steps))` gave, (K, N, C, H, W).
-        steps: its sampling steps.
-        path: file to write.
+    Returns:
+        The images, (N, C, H, W), and at most FRAMES pairs (t, x_t) on the way, for
+        `write_denoising`, of the first images: grey, (at most 100, 1, H, W).
     """
+    steps, frames = len(timesteps), []
+    walk = tqdm(walk, total=steps, disable=not progress, leave=False)
+    for left, t, (_, xt) in zip(reversed(range(steps)), [*timesteps[1:], -1], walk):
+        if left % math.ceil(steps / FRAMES) == 0:
+            frames.append((t, xt[: COLUMNS * ROWS].mean(dim=1, keepdim=True).cpu()))
+    return xt, frames
+
+
+def write_denoising(ddpm, frames, path):
+    """A GIF of noise that becomes images, of at most LIMIT bytes; `frames` are those of `watch`."""
     with warning_if_it_fails("writing a picture"):
-        _write_film(_denoising(ddpm, sequence[:, : COLUMNS * ROWS], steps), path, LIMIT)
+        _write_film(_denoising(ddpm, frames), path, LIMIT)
 
 
 def write_training_film(folder):
-    """training.gif from the grids step_*.png of a folder, at most FRAMES of them, of at most LIMIT bytes.
+    """training.gif from at most FRAMES of the grids step_*.png of a folder, of at most LIMIT bytes.
 
-    Grids of another size than the last are left out; without a grid there is no film. A failure is only a warning.
+    Grids of another size than the last are left out; without a grid there is no film.
     """
     with warning_if_it_fails("writing a picture"):
-        paths = sorted(
-            Path(folder).glob("step_*.png"), key=lambda path: (len(path.name), path.name)
-        )
+        paths = [*Path(folder).glob("step_*.png")]
+        paths.sort(key=lambda path: (len(path.name), path.name))
         sizes = [_size(path) for path in paths]
         paths = [path for path, size in zip(paths, sizes) if size == sizes[-1]]
         if paths:
-            picked = (
-                torch.linspace(0, len(paths) - 1, min(FRAMES, len(paths))).round().long().tolist()
-            )
+            picked = torch.linspace(0, len(paths) - 1, min(FRAMES, len(paths))).round().long()
             grids = [torch.from_numpy(np.array(Image.open(paths[i]).convert("L"))) for i in picked]
-            _write_film(
-                [grid[: grid.shape[1]] / 255 for grid in grids],
-                Path(folder) / "training.gif",
-                LIMIT,
-            )
+            frames = [grid[: grid.shape[1]] / 255 for grid in grids]
+            _write_film(frames, Path(folder) / "training.gif", LIMIT)
 
 
 def _size(path):
@@ -137,146 +115,116 @@ def _size(path):
 
 
 def film_strip(ddpm, x0, y, path):
-    """A PNG: how noise is added to real images x0, (N, C, H, W), in [-1, 1], and how a `DDPM` removes it.
+    """A PNG: how noise is added to real images, and how a `DDPM` removes it.
 
-    `y` are the labels of its N samples, (N,), or None. Raises OSError if the PNG cannot be written.
+    `x0` are real images in [-1, 1], (N, C, H, W), and `y` the labels of its N samples, or None.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from torchvision.utils import make_grid
-
     steps = min(STRIP_STEPS, ddpm.num_timesteps)
     sequence = ddpm.sample(len(x0), y, steps=steps, seed=0, return_sequence="xt")
     times = torch.tensor([*ddpm.timesteps(steps)[1:], -1], device=ddpm.device)
     angles = ddpm.alpha_bar(times).flatten().sqrt().acos()
-    picked = [
-        (angles - angle).abs().argmin().item()
-        for angle in torch.linspace(angles[0], 0, STRIP_COLUMNS)
-    ]
+    even = torch.linspace(angles[0], 0, STRIP_COLUMNS)
+    picked = [(angles - angle).abs().argmin().item() for angle in even]
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(ddpm.device)
-    forward = torch.stack(
-        [ddpm.q_sample(x0.to(ddpm.device), times[i].expand(len(x0)), eps) for i in picked]
-    )
-    figure, axes = plt.subplots(2, figsize=(7.2, 5.2), layout="constrained")
-    for axis, title, images, at in (
-        (axes[0], "Forward: noise is added to real digits", forward.flip(0), picked[::-1]),
-        (axes[1], "Reverse: the network removes noise", sequence[picked], picked),
-    ):
-        images = (
-            images.transpose(0, 1).mean(dim=2).flatten(0, 1)[:, None].clamp(-1, 1).cpu()
-        )  # a row for each image
-        picture = make_grid(images, nrow=len(at), pad_value=1)[0]
+    x0 = x0.to(ddpm.device)
+    forward = [ddpm.q_sample(x0, times[i].expand(len(x0)), eps) for i in reversed(picked)]
+    halves = {
+        "Forward: noise is added to real digits": (torch.stack(forward), picked[::-1]),
+        "Reverse: the network removes noise": (sequence[picked], picked),
+    }
+    figure = Figure(figsize=(7.2, 5.2), layout="constrained")
+    for axis, (title, (images, at)) in zip(figure.subplots(2), halves.items()):
+        images = images.transpose(0, 1).mean(dim=2).flatten(0, 1)[:, None]  # a row for each image
+        picture = make_grid(images.clamp(-1, 1).cpu(), nrow=len(at), pad_value=1)[0]
         axis.imshow(picture, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-        axis.set_xticks(
-            [picture.shape[1] / len(at) * (i + 0.5) for i in range(len(at))],
-            ["image" if (t := times[i].item()) < 0 else f"t = {t}" for i in at],
-        )
+        names = ["image" if (t := times[i].item()) < 0 else f"t = {t}" for i in at]
+        width = picture.shape[1] / len(at)
+        axis.set_xticks([width * (i + 0.5) for i in range(len(at))], names)
         axis.set(yticks=[], title=title, frame_on=False)
         axis.tick_params(length=0)
     figure.savefig(buffer := io.BytesIO(), dpi=160, format="png")
-    plt.close(figure)
     with whole_file(path) as partial:
-        Image.open(buffer).convert("L").quantize(16).save(partial, format="png", optimize=True)
+        picture = Image.open(buffer).convert("L").quantize(16)
+        picture.save(partial, format="png", optimize=True)
 
 
 def main(argv=None):
-    """The command that makes the README's pictures. Returns the exit status: 2, after one line, if it cannot."""
+    """The command that makes the README's pictures. Returns the exit status."""
     from dataprocess import load_data
     from diffusion import DDPM
 
-    parser = argparse.ArgumentParser(
-        prog="python -m support.pictures", description="Make the pictures of the README."
-    )
+    parser = argparse.ArgumentParser(prog="python -m support.pictures")
+    parser.description = "Make the pictures of the README."
     parser.add_argument(
-        "folder", nargs="?", default="checkpoints", help="folder of a run, with its best_model.pt"
+        "folder", nargs="?", default="checkpoints", help="a run's, of best_model.pt"
     )
-    parser.add_argument("--data_dir", help="folder of the data (default: that of the run)")
+    parser.add_argument("--data_dir", default="data", help="folder of the data")
     args = parser.parse_args(argv)
     try:
         ddpm = DDPM.load(Path(args.folder) / "best_model.pt")
-        config, steps, n = ddpm.info.get("config") or {}, ddpm.sample_steps, COLUMNS * README_ROWS
-        data_dir = args.data_dir or config.get("data_dir", "data")
-        real = load_data(
-            config.get("dataset", "auto"),
-            data_dir,
-            image_size=ddpm.image_size,
-            channels=ddpm.channels,
-            augment=False,
-        )[1]
-        (x0, y), digits = real.batch(slice(STRIP_ROWS)), config.get("use_conditional_generation")
-        sequence = ddpm.sample(
-            n,
-            torch.arange(n) % 10 if digits else None,
-            steps=steps,
-            seed=0,
-            progress=True,
-            **sequence_options(steps),
-        )
-        _write_film(
-            _denoising(ddpm, sequence, steps), make_folder("images") / "denoising.gif", README_LIMIT
-        )
+        config, n = ddpm.info["config"], COLUMNS * README_ROWS
+        sizes = {"image_size": ddpm.image_size, "channels": ddpm.channels}
+        real = load_data(config["dataset"], args.data_dir, **sizes)[1]
+        (x0, y), digits = real.batch(slice(STRIP_ROWS)), config["use_conditional_generation"]
+        generator = torch.Generator(ddpm.device).manual_seed(0)
+        noise = torch.randn(n, *ddpm.image_shape, generator=generator, device=ddpm.device)
+        timesteps = ddpm.timesteps(ddpm.sample_steps)
+        asked = torch.arange(n, device=ddpm.device) % 10 if digits else None
+        how = ddpm.sampler, None, ddpm.guidance_scale if digits else 0
+        _, frames = watch(ddpm.walk(noise, timesteps, asked, *how, generator), timesteps)
+        film = make_folder("images") / "denoising.gif"
+        _write_film(_denoising(ddpm, frames), film, README_LIMIT)
         film_strip(ddpm, x0, y if digits else None, Path("images") / "process.png")
-    except (ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError) as error:
         print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
 
-def _denoising(ddpm, sequence, steps):
-    """The frames of noise that becomes images, as grey grids. The first is noise, the last the images themselves.
+def _denoising(ddpm, frames):
+    """Noise that becomes images, as grey grids. The first is noise, the last the images.
 
-    They are evenly spaced in the angle arccos(sqrt(alpha_bar)), so that most show how the images emerge. Between two
-    steps they are drawn from q(x_u | x_s, x_t), which makes a film of few steps smooth; the noise, from q(x_T | x_s).
+    They are evenly spaced in the angle arccos(sqrt(alpha_bar)), so that most show how the images
+    emerge. Between two steps they are drawn from q(x_u | x_s, x_t), which makes a film of few steps
+    smooth; the noise, from q(x_T | x_s).
     """
-    from torchvision.utils import make_grid
-
-    times = [-1, *ddpm.timesteps(steps)[:0:-1]][:: sequence_options(steps)["return_every"]][::-1]
-    alpha_bar = ddpm.alpha_bar(torch.tensor(times, device=ddpm.device)).flatten().tolist()
-    sequence = sequence.mean(dim=2, keepdim=True).cpu()
-    angles = [math.acos(math.sqrt(value)) for value in (ddpm.alphas_cumprod[-1].item(), *alpha_bar)]
-    generator, frames, after, before, x = torch.Generator().manual_seed(SEED), [], 0, 0.0, 0.0
+    times = torch.tensor([t for t, _ in frames], device=ddpm.device)
+    alpha_bar = ddpm.alpha_bar(times).flatten().tolist()
+    noisiest = ddpm.alphas_cumprod[-1].item()
+    angles = [math.acos(math.sqrt(value)) for value in (noisiest, *alpha_bar)]
+    generator, grids = torch.Generator().manual_seed(SEED), []
+    after, before, x = 0, 0.0, 0.0
     for angle in torch.linspace(angles[0], 0, FRAMES, dtype=torch.float64).tolist():
         while angles[after + 1] > angle:
-            x, before, after = sequence[after], alpha_bar[after], after + 1
-        now = math.cos(angle) ** 2
-        a, b = (
-            now / alpha_bar[after],
-            before / now,
-        )  # alpha_bar of u seen from s, and of t seen from u
-        noise = torch.randn(sequence[0].shape, generator=generator)
-        x = (
-            math.sqrt(a) * (1 - b) / (1 - a * b) * sequence[after]
+            x, before, after = frames[after][1], alpha_bar[after], after + 1
+        now, clean = math.cos(angle) ** 2, frames[after][1]
+        a, b = now / alpha_bar[after], before / now  # alpha_bar of u seen from s, of t seen from u
+        variance = max(0.0, (1 - a) * (1 - b) / (1 - a * b))
+        noise = torch.randn(clean.shape, generator=generator)
+        x = (  # DDPM eq. 7, with x_s in place of x_0
+            math.sqrt(a) * (1 - b) / (1 - a * b) * clean
             + math.sqrt(b) * (1 - a) / (1 - a * b) * x
-            + math.sqrt(max(0.0, (1 - a) * (1 - b) / (1 - a * b))) * noise
-        )  # DDPM eq. 7, with x_s in place of x_0
-        frames.append(make_grid((x + 1) / 2, nrow=COLUMNS)[0].clamp(0, 1))
+            + math.sqrt(variance) * noise
+        )
+        grids.append(make_grid((x + 1) / 2, nrow=COLUMNS)[0].clamp(0, 1))
         before = now
-    return frames
+    return grids
 
 
 def _write_film(frames, path, limit):
-    """Frames, from 0 to 1, (height, width), as a GIF of at most `limit` bytes, if it can be, in many grey levels."""
+    """Frames, from 0 to 1, (height, width), as a GIF of at most `limit` bytes, if it can be."""
     shrink = math.ceil(max(frames[0].shape) / MOST_PIXELS)
     times = [min(500, 4000 // len(frames))] * (len(frames) - 1) + [LAST_TIME]
     for size, levels in itertools.product((shrink, 2 * shrink, 4 * shrink), LEVELS):
         pictures = []
         for frame, most in zip(frames, [levels - 1] * (len(frames) - 1) + [LAST_LEVELS - 1]):
             frame = torch.nn.functional.avg_pool2d(frame[None], size)[0]
-            pictures.append(Image.fromarray((frame * most).round().byte().numpy(), "P"))
-            pictures[-1].putpalette(
-                [round(255 * level / most) for level in range(most + 1) for _ in range(3)]
-            )
-        first, *others = pictures
-        first.save(
-            buffer := io.BytesIO(),
-            "GIF",
-            save_all=True,
-            append_images=others,
-            duration=times,
-            loop=0,
-        )
+            picture = Image.fromarray((frame * most).round().byte().numpy(), "P")
+            grey = [round(255 * level / most) for level in range(most + 1)]
+            picture.putpalette([level for level in grey for _ in range(3)])
+            pictures.append(picture)
+        options = dict(save_all=True, append_images=pictures[1:], duration=times, loop=0)
+        pictures[0].save(buffer := io.BytesIO(), "GIF", **options)
         if buffer.tell() <= limit:
             break
     with whole_file(path) as partial:

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from support import checks
+
 
 def world():
     """(rank, number of processes) of this run: (0, 1) unless torchrun started several."""
@@ -41,25 +43,39 @@ def on_main(function):
     return guarded
 
 
+def launched():
+    """Whether torchrun started this process and others."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and "MASTER_ADDR" in os.environ
+
+
+def check_device(device):
+    """ValueError for a device that cannot be used, or that the processes cannot share."""
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if launched() and device != "cpu" and (device != "cuda" or local_rank >= gpus):
+        raise ValueError(
+            f"device {device!r} for process {local_rank + 1} of this machine, which has {gpus} "
+            "GPUs: expected cuda, and at most one process a GPU, or cpu"
+        )
+    checks.device(device)
+
+
+def tolerable_errors():
+    """Errors in a measurement after which a run goes on.
+
+    Under several processes only those of the system: after any other they no longer do the same.
+    """
+    return Exception if world()[1] == 1 else OSError
+
+
 @contextmanager
 def joined(config):
-    """Inside, the processes that torchrun started are one run: gloo joins CPUs, nccl GPUs.
-
-    Raises:
-        ValueError: a device that the processes cannot share.
-    """
-    if os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ:
+    """Inside, the processes that torchrun started are one run: gloo joins CPUs, nccl GPUs."""
+    if not launched():
         yield
         return
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     cuda = config.device == "cuda"
-    if config.device != "cpu" and (not cuda or local_rank >= gpus):
-        raise ValueError(
-            f"device {config.device!r} for process {local_rank + 1} of this machine, which has "
-            f"{gpus} GPUs: expected cuda, and at most one process a GPU, or cpu"
-        )
     if cuda:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
     stdout = sys.stdout
@@ -107,7 +123,9 @@ def check_same(values):
     everywhere = [None] * world()[1]
     dist.all_gather_object(everywhere, here)
     different = [
-        f"{name} (here {here[name]})" for name in here if len({x[name] for x in everywhere}) > 1
+        f"{name} (here {value})"
+        for name, value in here.items()
+        if any(other[name] != value for other in everywhere)
     ]
     if different:
         raise ValueError(

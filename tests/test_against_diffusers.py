@@ -1,8 +1,9 @@
 """The same network, noise and timesteps through diffusers' schedulers give the same images.
 
-All is float64, theirs too (see `double`), so that 1e-9 tells rounding from another formula. Where conventions differ
-they are set alike: all schedulers clip x0 (DPM-Solver++ cannot, so its network keeps x0 inside), visit the timesteps
-that ours visit, and end at the image itself (`set_alpha_to_one`, `final_sigmas_type`).
+All is float64, theirs too (see `double`), so that 1e-9 tells rounding from another formula. Where
+conventions differ they are set alike: all schedulers clip x0 (DPM-Solver++ cannot, so its network
+keeps x0 inside), visit the timesteps that ours visit, and end at the image itself
+(`set_alpha_to_one`, `final_sigmas_type`).
 """
 
 import sys
@@ -11,9 +12,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from diffusion import DDPM, SAMPLERS, walk
+from diffusion import DDPM
 
-CASES = [("eps", "linear"), ("eps", "cosine"), ("v", "linear"), ("v", "cosine"), ("x0", "cosine")]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own
 NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
@@ -32,65 +32,71 @@ class Torch64:
 
 @pytest.fixture(scope="module", autouse=True)
 def double():
-    """float64 and one thread, here and in the schedulers, which ask for float32 by name."""
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    torch.set_num_threads(1)
+    """float64 here and in the schedulers, which ask for float32 by name."""
+    dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         for kind in (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler):
             patch.setattr(sys.modules[kind.__module__], "torch", Torch64())
         yield
     torch.set_default_dtype(dtype)
-    torch.set_num_threads(threads)
 
 
 class Network(torch.nn.Module):
-    """A fixed smooth function of image and time. Its x0 is in the range of images, unless `wild`."""
+    """A fixed smooth function of image and time. Its x0 lies in [-1, 1], unless `wild`."""
 
-    def __init__(self, prediction, wild=False):
+    def __init__(self, prediction, outputs, wild):
         super().__init__()
-        self.prediction, self.wild = prediction, wild
-        self.kernel = 0.2 * torch.randn(
-            2, 1, 3, 3, generator=torch.Generator().manual_seed(0)
-        )  # small: not chaotic
-        self.alphas_cumprod = None
+        self.prediction, self.outputs, self.wild = prediction, outputs, wild
+        generator = torch.Generator().manual_seed(0)
+        self.kernel = 0.2 * torch.randn(2, 1, 3, 3, generator=generator)  # small: not chaotic
 
     def forward(self, xt, t, y=None):
         a = self.alphas_cumprod[t][:, None, None, None]
-        x0, fraction = (
-            torch.conv2d(xt.double(), self.kernel, padding=1).add(3 * a).sin().chunk(2, dim=1)
-        )
-        x0 = 1.5 * x0 if self.wild else 0.9 * x0
+        x0, fraction = torch.conv2d(xt, self.kernel, padding=1).add(3 * a).sin().chunk(2, dim=1)
+        x0 = (1.5 if self.wild else 0.9) * x0
         eps = (xt - a.sqrt() * x0) / (1 - a).sqrt()
         said = {"x0": x0, "eps": eps, "v": a.sqrt() * eps - (1 - a).sqrt() * x0}[self.prediction]
-        return torch.cat([said, fraction], dim=1)
+        return torch.cat([said, fraction], dim=1)[:, : self.outputs]
 
 
-def ours(prediction="eps", wild=False, variance="fixed_small", **settings):
-    network = Network(prediction, wild)
-    settings = dict(image_size=8, channels=1, prediction=prediction, variance=variance) | settings
-    ddpm = DDPM(network, **settings)
+def ours(prediction="eps", schedule="linear", wild=False, variance="fixed_small", **settings):
+    network = Network(prediction, 2 if variance == "learned" else 1, wild)
+    settings |= dict(prediction=prediction, beta_schedule=schedule, variance=variance)
+    ddpm = DDPM(network, image_size=8, channels=1, **settings)
     network.alphas_cumprod = ddpm.alphas_cumprod
-    if variance != "learned":
-        network.register_forward_hook(lambda module, args, output: output[:, :1])
     return ddpm
 
 
 def theirs(kind, ddpm, **options):
     """Their scheduler with our settings."""
-    options = (
-        dict(
-            num_train_timesteps=ddpm.num_timesteps,
-            beta_start=1e-4,
-            beta_end=0.02,
-            beta_schedule=SCHEDULES[ddpm.beta_schedule],
-            prediction_type=NAMES[ddpm.prediction],
-            timestep_spacing=ddpm.timestep_spacing,
-            rescale_betas_zero_snr=ddpm.zero_terminal_snr,
-        )
-        | options
+    return kind(
+        num_train_timesteps=ddpm.num_timesteps,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule=SCHEDULES[ddpm.beta_schedule],
+        prediction_type=NAMES[ddpm.prediction],
+        timestep_spacing=ddpm.timestep_spacing,
+        rescale_betas_zero_snr=ddpm.zero_terminal_snr,
+        **options,
     )
-    return kind(**options)
+
+
+def draw(number, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(SHAPE, generator=generator) for _ in range(number)]
+
+
+def start():
+    return draw(1, seed=9)[0]
+
+
+def our_images(ddpm, steps, sampler, eta=None):
+    """What `DDPM.sample` does, in float64. Its noises are `draw(steps, seed=5)`."""
+    generator = torch.Generator().manual_seed(5)
+    timesteps = ddpm.timesteps(steps)
+    *_, (_, images) = ddpm.walk(start(), timesteps, None, sampler, eta, generator=generator)
+    return images
 
 
 def their_images(scheduler, ddpm, steps, noises=None, **options):
@@ -111,38 +117,10 @@ def their_images(scheduler, ddpm, steps, noises=None, **options):
     return xt
 
 
-def our_images(ddpm, steps, sampler, eta=None):
-    """What `DDPM.sample` does, in float64."""
-    default, order = SAMPLERS[sampler]
-    generator = torch.Generator().manual_seed(5)
-    *_, (_, images) = walk(
-        ddpm,
-        start(),
-        [*ddpm.timesteps(steps), -1],
-        None,
-        1.0,
-        default if eta is None else eta,
-        order,
-        generator,
-    )
-    return images
-
-
-def draws(steps):
-    """The noise of each step of `our_images`."""
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randn(SHAPE, generator=generator) for _ in range(steps)]
-
-
-def start():
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(9))
-
-
-def close(
-    a, b, tolerance=1e-9
-):  # 1e-11 would do but for their least variance, 1e-20, on the way to the image
+def close(a, b):
+    """1e-11 would do but for their least variance, 1e-20, on the way to the image."""
     assert a.dtype == b.dtype == torch.float64
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 # Schedules and single steps
@@ -150,120 +128,91 @@ def close(
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_schedules_are_the_same(schedule, zero_terminal_snr):
-    ddpm = ours("v", beta_schedule=schedule, zero_terminal_snr=zero_terminal_snr)
-    scheduler = theirs(DDIMScheduler, ddpm)
+def test_schedules_noisy_images_and_velocities_are_the_same(schedule, zero_terminal_snr):
+    ddpm = ours("v", schedule, zero_terminal_snr=zero_terminal_snr)
+    scheduler = theirs(DDPMScheduler, ddpm)
     close(ddpm.betas, scheduler.betas)
     close(ddpm.alphas_cumprod, scheduler.alphas_cumprod)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_noisy_images_and_velocities_are_the_same(schedule):
-    ddpm = ours("v", beta_schedule=schedule)
-    scheduler = theirs(DDPMScheduler, ddpm)
-    t, x0, eps = torch.tensor([3, 700]), start(), draws(1)[0]
+    t, x0, eps = torch.tensor([3, 700]), start(), draw(1, seed=5)[0]
     close(ddpm.q_sample(x0, t, eps), scheduler.add_noise(x0, eps, t))
     close(ddpm.target(x0, eps, t), scheduler.get_velocity(x0, eps, t))
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
-@pytest.mark.parametrize("prediction", NAMES)
-@pytest.mark.parametrize("t", [1, 2, 500, 999])
-def test_a_step_of_the_chain_has_the_same_mean_and_variance(variance, prediction, t, monkeypatch):
-    ddpm = ours(prediction, variance=variance, wild=True)
-    name = "learned_range" if variance == "learned" else variance
-    scheduler = theirs(DDPMScheduler, ddpm, variance_type=name, clip_sample=True)
+@pytest.mark.parametrize(
+    "kind, prediction", [("fixed_small", "eps"), ("fixed_large", "v"), ("learned_range", "x0")]
+)
+@pytest.mark.parametrize("t", [1, 500, 999])
+def test_a_step_of_the_chain_has_the_same_mean_and_variance(kind, prediction, t, monkeypatch):
+    ddpm = ours(prediction, variance=kind.removesuffix("_range"), wild=True)
+    scheduler = theirs(DDPMScheduler, ddpm, variance_type=kind)
     xt, at = start(), torch.full((2,), t)
-    mean, deviation, x0 = ddpm.p_mean_variance(xt, at)
+    mean, variance, x0 = ddpm.p_mean_variance(xt, at)
     output = ddpm.network(xt, at)
-    results = []
-    for noise in (torch.zeros(SHAPE), torch.ones(SHAPE)):
-        monkeypatch.setattr(DDPM_NOISE, lambda *args, noise=noise, **options: noise)
-        results.append(scheduler.step(output, t, xt))
-    close(x0, results[0].pred_original_sample)
-    close(mean, results[0].prev_sample)
-    close(deviation.sqrt().expand(SHAPE), results[1].prev_sample - results[0].prev_sample)
+    assert ddpm.x0_from_output(output[:, :1], xt, at).abs().max() > 1  # so x0 must be clipped
+    noises = iter((torch.zeros(SHAPE), torch.ones(SHAPE)))
+    monkeypatch.setattr(DDPM_NOISE, lambda *args, **options: next(noises))
+    quiet, noisy = (scheduler.step(output, t, xt) for _ in range(2))
+    close(x0, quiet.pred_original_sample)
+    close(mean, quiet.prev_sample)
+    close(variance.sqrt().expand(SHAPE), noisy.prev_sample - quiet.prev_sample)
 
 
 # Trajectories
 
 
-@pytest.mark.parametrize("prediction, schedule", CASES)
 @pytest.mark.parametrize(
-    "steps, spacing, variance",
+    "prediction, schedule, steps, spacing, variance",
     [
-        (1, "trailing", "fixed_small"),
-        (7, "trailing", "fixed_small"),
-        (7, "linspace", "fixed_small"),
-        (7, "linspace", "fixed_large"),
-        (200, "linspace", "fixed_large"),
+        ("eps", "cosine", 1, "trailing", "fixed_small"),
+        ("x0", "cosine", 7, "trailing", "fixed_small"),
+        ("eps", "linear", 40, "linspace", "fixed_small"),
+        ("v", "linear", 7, "linspace", "fixed_large"),
+        ("v", "cosine", 200, "linspace", "fixed_large"),
     ],
 )
 def test_ddpm_is_the_same(prediction, schedule, steps, spacing, variance, monkeypatch):
-    """The large variance down to t = 0 only: from higher up theirs adds noise to the image itself."""
-    if steps == 200 and (prediction, schedule) != ("v", "cosine"):
-        steps = 40
-    ddpm = ours(
-        prediction, wild=True, variance=variance, beta_schedule=schedule, timestep_spacing=spacing
-    )
-    scheduler = theirs(DDPMScheduler, ddpm, variance_type=variance, clip_sample=True)
-    noises = iter(draws(steps))
+    """The large variance down to t = 0 only: from higher up theirs adds noise to the image."""
+    ddpm = ours(prediction, schedule, wild=True, variance=variance, timestep_spacing=spacing)
+    scheduler = theirs(DDPMScheduler, ddpm, variance_type=variance)
+    noises = iter(draw(steps, seed=5))
     monkeypatch.setattr(DDPM_NOISE, lambda *args, **options: next(noises))
     close(our_images(ddpm, steps, "ddpm"), their_images(scheduler, ddpm, steps))
 
 
-@pytest.mark.parametrize("prediction, schedule", CASES)
 @pytest.mark.parametrize(
-    "steps, eta", [(1, 0.0), (5, 0.0), (5, 0.6), (50, 0.0), (50, 1.0), (200, 0.6)]
+    "prediction, schedule, steps, eta, zero_terminal_snr",
+    [
+        ("eps", "linear", 1, 0.0, False),
+        ("eps", "cosine", 5, 0.6, False),
+        ("x0", "linear", 50, 0.0, False),
+        ("v", "cosine", 50, 1.0, False),
+        ("eps", "linear", 200, 0.6, False),
+        ("v", "linear", 20, 0.0, True),
+    ],
 )
-def test_ddim_is_the_same(prediction, schedule, steps, eta):
-    """On trailing timesteps: from other ones theirs goes back by 1000 / steps, not to the next that it visits."""
-    if steps == 200 and (prediction, schedule) != ("eps", "linear"):
-        steps = 40
-    ddpm = ours(prediction, wild=True, beta_schedule=schedule)
-    scheduler = theirs(DDIMScheduler, ddpm, clip_sample=True, set_alpha_to_one=True)
-    images = their_images(
-        scheduler, ddpm, steps, draws(steps), eta=eta, use_clipped_model_output=True
-    )
+def test_ddim_is_the_same(prediction, schedule, steps, eta, zero_terminal_snr):
+    """On trailing timesteps: from others theirs goes back by 1000 / steps, past the next one."""
+    ddpm = ours(prediction, schedule, wild=True, zero_terminal_snr=zero_terminal_snr)
+    scheduler = theirs(DDIMScheduler, ddpm, set_alpha_to_one=True)
+    options = dict(eta=eta, use_clipped_model_output=True)
+    images = their_images(scheduler, ddpm, steps, draw(steps, seed=5), **options)
     close(our_images(ddpm, steps, "ddim", eta), images)
 
 
-@pytest.mark.parametrize("prediction, schedule", CASES)
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])
-@pytest.mark.parametrize("sampler", ["dpm++", "sde-dpm++"])
+@pytest.mark.parametrize(
+    "prediction, schedule, steps, sampler",
+    [
+        ("x0", "cosine", 1, "dpm++"),
+        ("eps", "linear", 3, "dpm++"),
+        ("v", "cosine", 50, "dpm++"),
+        ("v", "linear", 2, "sde-dpm++"),
+        ("eps", "cosine", 10, "sde-dpm++"),
+    ],
+)
 def test_dpm_solver_is_the_same(prediction, schedule, steps, sampler):
-    """With trailing timesteps: theirs leaves t = 0 out of the evenly spaced ones."""
-    ddpm = ours(prediction, beta_schedule=schedule)
-    scheduler = theirs(
-        DPMSolverMultistepScheduler,
-        ddpm,
-        solver_order=2,
-        solver_type="midpoint",
-        algorithm_type=f"{sampler[:-2]}solver++",
-        final_sigmas_type="zero",
-        lower_order_final=True,
-    )
-    images = their_images(scheduler, ddpm, steps, draws(steps) if sampler == "sde-dpm++" else None)
-    close(our_images(ddpm, steps, sampler), images)
-
-
-@pytest.mark.parametrize("prediction", ["v", "x0"])
-def test_zero_terminal_snr_is_the_same(prediction):
-    """By DDIM: their DPM-Solver++ ends at 2**-24 instead of zero."""
-    ddpm = ours(prediction, zero_terminal_snr=True)
-    scheduler = theirs(DDIMScheduler, ddpm, clip_sample=True, set_alpha_to_one=True)
-    close(our_images(ddpm, 20, "ddim"), their_images(scheduler, ddpm, 20))
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_sample_takes_the_walk_of_these_tests(sampler):
-    ddpm = ours("v", wild=True)
-    images = ddpm.sample(2, sampler=sampler, steps=10, xT=start(), seed=5)  # that begins in float32
-    close(images.double(), our_images(ddpm, 10, sampler), 1e-4)
-
-
-@pytest.mark.parametrize("prediction", NAMES)
-@pytest.mark.parametrize("wild", [False, True])
-def test_x0_is_clipped_for_the_wild_network_alone(prediction, wild):
-    ddpm, t = ours(prediction, wild), torch.full((2,), 300)
-    assert (ddpm.x0_from_output(ddpm.network(start(), t), start(), t).abs().max() > 1) == wild
+    """On trailing timesteps: theirs leaves t = 0 out of the evenly spaced ones."""
+    ddpm = ours(prediction, schedule)
+    options = dict(algorithm_type=f"{sampler[:-2]}solver++", final_sigmas_type="zero")
+    scheduler = theirs(DPMSolverMultistepScheduler, ddpm, solver_order=2, **options)
+    noises = draw(steps, seed=5) if sampler == "sde-dpm++" else None
+    close(our_images(ddpm, steps, sampler), their_images(scheduler, ddpm, steps, noises))

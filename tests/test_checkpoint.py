@@ -1,384 +1,87 @@
-"""What survives: whole files of plain values, the folder of a run and its lock, other memory layouts."""
+"""What survives: whole files of plain values, the folder of a run and its lock, a resumed state."""
 
 import collections
-import contextlib
-import copy
+import io
+import itertools
 import os
-import re
-import signal
+import pickle
+import resource
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tiny import refused, same, snapshot
+from torch import nn
 
-import train_eval
 from ema import EMA
 from support import checkpoint, files
-from support.checkpoint import RunFolder, load_checkpoint, load_last, match_layouts, save_checkpoint
-from support.files import unused, write_text
-from timesteps import UniformSampler
-
-ROOT = Path(__file__).parent.parent
-PLAIN, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
-SMALL = (
-    "--device cpu --no-bf16 --base_channels 32 --channel_mult 1,2 --num_res_blocks 1 --time_emb_dim 32 "
-    "--patch_size 4 --attention_resolutions 4 --dataset glyphs"
-).split()
-
-# Files
+from support.checkpoint import load_checkpoint, load_last, save_checkpoint
+from support.files import RunFolder, unused, write_text
+from timesteps import make_timesteps
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        np.float64(0.1),
-        np.int64(3),
-        np.zeros(2),
-        np.bool_(True),
-        Path("x"),
-        {1, 2},
-        object(),
-        b"bytes",
-        1j,
-        slice(1),
-        torch.device("cpu"),
-        torch.float32,
-        torch.Size([1]),
-        collections.namedtuple("Point", "x")(1),
-        collections.defaultdict(int),
-        lambda: None,
-        int,
-        10**700,
-    ],
-)
-def test_what_cannot_be_loaded_is_not_saved_and_the_old_file_stays(tmp_path, value):
-    path = tmp_path / "last.pt"
-    save_checkpoint(path, {"step": 1})
-    for state in ({"config": value}, {"config": {"deep": [1, (2, {"score": value})]}}):
-        with pytest.raises(ValueError, match="expected tensors and plain Python values") as error:
-            save_checkpoint(path, state)
-        assert "\n" not in str(error.value) and "config" in str(error.value)
-    assert load_checkpoint(path, ["step"]) == {"step": 1} and os.listdir(tmp_path) == ["last.pt"]
+def test_what_could_not_be_loaded_is_not_saved_and_the_old_file_stays(tmp_path):
+    path, tensors = tmp_path / "last.pt", {"b": torch.arange(3), "p": nn.Parameter(torch.ones(2))}
+    plain = [1, 2.5, True, None, "é", (1, (2,)), float("inf"), 2**63 - 1]
+    state = {"a": plain, 3: tensors, "c": collections.OrderedDict(d=1)}
+    save_checkpoint(path, state)
+    values = [np.float64(0.1), np.int64(3), np.zeros((2, 2)), np.bool_(True), Path("x"), {1}, b"x"]
+    values += [object(), 1j, int, len, 10**700, torch.device("cpu"), torch.float32, torch.Size([1])]
+    values += [collections.namedtuple("Point", "x")(1), collections.defaultdict(int)]
+    for value in values:
+        bad = {"config": {"deep": [1, (2, {"score": value})]}}
+        refused(lambda bad=bad: save_checkpoint(path, bad), "score", type(value).__name__)
+    assert os.listdir(tmp_path) == ["last.pt"] and same(load_checkpoint(path, ["a", 3]), state)
 
 
-def test_a_tensor_that_carries_an_object_is_not_saved(tmp_path):
-    tensor = torch.ones(1)
-    tensor.origin = object()
-    with pytest.raises(ValueError, match="weights.w .*expected tensors and plain"):
-        save_checkpoint(tmp_path / "x.pt", {"weights": {"w": tensor}})
+def unsupported(*arguments):
+    raise OSError(95, "not supported")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda saved: saved["network"].popitem(),
-        lambda saved: saved["ema"].pop("step"),
-        lambda saved: saved["rng"].clear(),
-        lambda saved: saved["optimizer"].pop("state"),
-        lambda saved: saved["config"].pop("epochs"),
-        lambda saved: saved.update(ema=None),
-        lambda saved: saved.update(network={"x": torch.ones(1)}),
-    ],
-)
-def test_a_last_pt_that_does_not_fit_is_one_line(tmp_path, change):
-    config, ddpm, optimizer, state = trained(PLAIN, ["--save_dir", str(tmp_path)])
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, total_iters=1)
-    state = {**state, "network": ddpm.network, "warmup": warmup}
-    checkpoint.save_last(config, state, {"step": 2})
-    saved = load_checkpoint(tmp_path / "last.pt", ["config"])
-    change(saved)
-    with pytest.raises(
-        ValueError, match="last.pt: written by another version of this code"
-    ) as error:
-        checkpoint.restore(config, state, {"step": 0}, saved, 10)
-    assert "\n" not in str(error.value)
+def killed_at(number, function, links):
+    """Run a function in a process that is killed at one of its writes. Returns the status."""
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
+    def deadly(call, writes=itertools.count()):  # noqa: B008, one count for all
+        def called(*args):
+            if next(writes) == number:
+                if call is torch.save:  # in the middle of the file
+                    Path(getattr(args[1], "name", args[1])).write_bytes(b"PK half")
+                os._exit(9)
+            return call(*args)
 
-def test_what_can_fail_fails_before_an_earlier_run_is_moved(tmp_path):
-    a_run(tmp_path, "first")
-    (tmp_path / "tensorboard_logs").write_text("a file")
-    (tmp_path / "x.partial").mkdir()
-    with pytest.raises(
-        ValueError, match="tensorboard_logs'.*expected a folder that can be written"
-    ):
-        RunFolder(tmp_path, new=True)
-    assert (tmp_path / "last.pt").read_text() == "first" and not list(tmp_path.glob("run_*"))
-    assert not (tmp_path / ".lock").exists()  # a refusal holds nothing
+        return called
 
-
-def test_plain_values_of_every_kind_come_back(tmp_path):
-    state = {
-        "a": [1, 2.5, True, None, "é", (1, (2,))],
-        3: {"b": torch.arange(3)},
-        "c": collections.OrderedDict(d=1),
-        "p": torch.nn.Parameter(torch.ones(2)),
-        "inf": float("inf"),
-    }
-    save_checkpoint(tmp_path / "x.pt", state)
-    again = load_checkpoint(tmp_path / "x.pt", ["a"])
-    assert (
-        again["a"] == state["a"]
-        and torch.equal(again[3]["b"], torch.arange(3))
-        and again["inf"] == float("inf")
-    )
-
-
-def test_a_name_that_is_taken_gets_a_number(tmp_path):
-    names = []
-    for _ in range(3):
-        names.append(unused(tmp_path / "a.b.json"))
-        write_text(names[-1], "é")
-    assert [path.name for path in names] == ["a.b.json", "a.b-2.json", "a.b-3.json"]
-    assert sorted(os.listdir(tmp_path)) == sorted(path.name for path in names)
-
-
-# The folder of a run
-
-
-HOLD = """
-import sys, time
-from support.checkpoint import RunFolder
-folder = RunFolder(sys.argv[1], new=False)
-print("locked", flush=True)
-time.sleep(100)
-"""
-
-
-def test_a_second_run_in_a_folder_is_told_who_holds_it_until_that_process_is_gone(tmp_path):
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
-    )
+    os.link = os.link if links else unsupported
+    for place, name in ((torch, "save"), (os, "fsync"), (os, "link"), (os, "replace")):
+        setattr(place, name, deadly(getattr(place, name)))
     try:
-        assert other.stdout.readline() == b"locked\n"
-        for new in (True, False):
-            with pytest.raises(
-                ValueError, match=rf"in use by process {other.pid} on .* since .*another --save_dir"
-            ):
-                RunFolder(tmp_path, new)
-        assert not (tmp_path / "samples").exists()
+        function()
     finally:
-        other.send_signal(signal.SIGKILL)
-        other.wait()
-    with RunFolder(tmp_path, new=True):
-        with pytest.raises(ValueError, match=f"process {os.getpid()} "):  # in one process too
-            RunFolder(tmp_path, new=False)
-    with RunFolder(tmp_path, new=False):
-        pass
-    assert sorted(os.listdir(tmp_path)) == [
-        "samples",
-        "tensorboard_logs",
-    ]  # the lock leaves no file
+        os._exit(sys.exc_info()[0] is not None)
 
 
-def test_a_lock_file_that_another_run_removes_between_open_and_lock_is_not_taken_for_a_lock(
-    tmp_path, monkeypatch
-):
-    lock, removed = checkpoint._try_lock, []
-
-    def late(file):
-        if not removed:  # the run that held it ends just now
-            removed.append(os.remove(file.name))
-        return lock(file)
-
-    monkeypatch.setattr(checkpoint, "_try_lock", late)
-    with RunFolder(tmp_path, new=False):
-        assert removed and (tmp_path / ".lock").exists()
-        with pytest.raises(ValueError, match="in use by"):
-            RunFolder(tmp_path, new=False)
-
-
-def a_run(folder, mark):
-    """What a finished and measured run leaves, each file with its mark."""
-    for name in (
-        "last.pt",
-        "best_model.pt",
-        "loss_curve.png",
-        "samples/final.png",
-        "samples/step_0000200.png",
-        "evaluation.json",
-        "evaluation-2.json",
-        "evaluation_mine.json",
-    ):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(mark)
-
-
-def marks(folder):
-    """{mark: number of files with it}, of the files in a folder and below."""
-    return collections.Counter(path.read_text() for path in folder.rglob("*") if path.is_file())
-
-
-@pytest.mark.parametrize(
-    "only", [None, "last.pt", "best_model.pt", "samples/real.png", "evaluation_mine.json"]
-)
-def test_a_new_run_moves_all_of_the_earlier_one_aside_and_nothing_else(tmp_path, only, capsys):
-    others = [
-        "tensorboard_logs/events",
-        "classifier-1.pt",
-        "my notes.txt",
-        ".gitignore",
-        "run_2020-01-01/last.pt",
-    ]
-    for name in others:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("other")
-    a_run(tmp_path, "first")
-    if only:  # killed before its first save, or loaded from elsewhere
-        for path in [
-            path for path in tmp_path.rglob("*") if path.is_file() and path.read_text() == "first"
-        ]:
-            path.unlink()
-        (tmp_path / only).write_text("first")
-    count = marks(tmp_path)["first"]
-    with RunFolder(tmp_path, new=False):
-        assert marks(tmp_path)["first"] == count and not list(tmp_path.glob("run_*-*_*"))
-    with RunFolder(tmp_path, new=True):
-        (aside,) = tmp_path.glob("run_*_*")
-        assert str(aside) in capsys.readouterr().out
-    assert marks(aside) == {"first": count} and os.listdir(tmp_path / "samples") == []
-    assert all((tmp_path / name).read_text() == "other" for name in others)
-    with RunFolder(tmp_path, new=True):
-        assert list(tmp_path.glob("run_*_*")) == [aside]  # nothing to move: an empty folder samples
-
-
-def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
-    for mark in "abc":
-        a_run(tmp_path, mark)
-        for path in tmp_path.iterdir():
-            os.utime(path, (10**9, 10**9))
-        RunFolder(tmp_path, new=True).close()
-    assert sorted("".join(marks(path)) for path in tmp_path.glob("run_*")) == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize("renames", range(8))
-def test_a_kill_between_the_renames_leaves_the_run_in_one_folder_after_the_next_start(
-    tmp_path, monkeypatch, renames
-):
-    class Killed(BaseException):
-        pass
-
-    left, rename = [renames], Path.rename
-
-    def killed(self, target):
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        return rename(self, target)
-
-    a_run(tmp_path, "first")
-    files = marks(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", killed)
-        with pytest.raises(Killed):
-            RunFolder(tmp_path, new=True)
-    (tmp_path / "last.pt.partial").write_text("half")  # and a save that was killed
-    (tmp_path / "samples").mkdir(exist_ok=True)
-    (tmp_path / "samples" / "nearest_mine.png").write_text("first")  # and an evaluation meanwhile
-    files += {"first": 1}
-    checkpoint.RunFolder(tmp_path, new=renames % 2 == 0).close()
-    (aside,) = tmp_path.glob("run_*")
-    assert marks(aside) == marks(tmp_path) == files and not aside.name.endswith(".moving")
-
-
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "below", "x" * 300):
-        with pytest.raises(
-            ValueError, match="^save_dir .*: .*expected a folder that can be written"
-        ) as error:
-            RunFolder(folder, new=True)
-        assert "\n" not in str(error.value)
-
-
-# Another memory layout
-
-
-def trained(layout, flags=(), steps=2):
-    """A model in a memory layout, its optimiser and the state of `train_step` after some steps."""
-    config, _ = train_eval.configure([*SMALL, *flags])
-    torch.manual_seed(0)
-    ddpm = train_eval.build(config).to(memory_format=layout)
-    optimizer = torch.optim.AdamW(ddpm.parameters(), lr=0.01, fused=True)
-    state = {
-        "optimizer": optimizer,
-        "ema": EMA(ddpm.network, start=0),
-        "timesteps": UniformSampler(1000),
-    }
-    for i in range(steps):
-        torch.manual_seed(i)
-        train_eval.train_step(
-            config, ddpm, state, torch.rand(4, 3, 32, 32) * 2 - 1, torch.arange(4)
-        )
-    return config, ddpm, optimizer, state
-
-
-@pytest.mark.parametrize("before, after", [(PLAIN, CHANNELS_LAST), (CHANNELS_LAST, PLAIN)])
-def test_a_step_after_going_on_in_another_layout_is_the_step_with_all_laid_out_alike(before, after):
-    """A GPU has another layout than a CPU. Fused AdamW on a CPU goes through memory and does not look at strides."""
-    _, ddpm, optimizer, state = trained(before)
-    _, other, optimizer_after, state_after = trained(after, steps=0)
-    other.load_state_dict(ddpm.state_dict())
-    optimizer_after.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    match_layouts(optimizer_after)
-    state_after["ema"].load_state_dict(state["ema"].state_dict())
-    layouts = set()
-    for model, its in ((ddpm, optimizer), (other, optimizer_after)):
-        for i, p in enumerate(model.parameters()):
-            torch.manual_seed(i)
-            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape))
-            layouts.add(p.stride())
-            assert (
-                its.state[p]["exp_avg"].stride()
-                == its.state[p]["exp_avg_sq"].stride()
-                == p.stride()
-            )
-        its.step()
-    for a, b in zip(ddpm.parameters(), other.parameters()):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    assert any(
-        stride[1:2] == (1,) and len(stride) == 4 for stride in layouts
-    )  # one of them was channels-last
-    assert [s.stride() for s in state_after["ema"].shadow] == [
-        p.stride() for p in other.network.parameters()
-    ]
-
-
-def test_restore_matches_the_layouts(tmp_path):
-    config, ddpm, optimizer, state = trained(PLAIN, ["--save_dir", str(tmp_path)])
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, total_iters=1)
-    checkpoint.save_last(config, {**state, "network": ddpm.network, "warmup": warmup}, {"step": 2})
-    saved = load_checkpoint(tmp_path / "last.pt", ["config"])
-    config, other, optimizer, state = trained(CHANNELS_LAST, ["--save_dir", str(tmp_path)], steps=0)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, total_iters=1)
-    progress = {"step": 0}
-    checkpoint.restore(
-        config, {**state, "network": other.network, "warmup": warmup}, progress, saved, 10
-    )
-    assert progress == {
-        "step": 2,
-        "best_loss": float("inf"),
-    }  # one without looks measured all test images
-    for parameter, moments in optimizer.state.items():
-        assert moments["exp_avg"].stride() == parameter.stride()
-    assert all(torch.equal(a, b) for a, b in zip(ddpm.parameters(), other.parameters()))
-
-
-# Written whole or not at all
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """The system refuses to write more into a file, as on a full disk."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+@pytest.mark.parametrize("links", (True, False))
+def test_a_kill_at_any_write_of_a_save_leaves_whole_files(tmp_path, links):
+    path, previous = tmp_path / "last.pt", tmp_path / "last.previous.pt"
+    for step in (1, 2):
+        save_checkpoint(path, {"step": step}, previous)
+    found, status = [], 9
+    while status == 9:
+        status = killed_at(len(found), lambda: save_checkpoint(path, {"step": 3}, previous), links)
+        last = path if links or path.exists() else previous
+        found.append(load_checkpoint(last, ["step"])["step"])
+    assert status == 0 and len(found) > 5
+    assert found == sorted(found) and set(found) == {2, 3}, "the old one, then the new one"
+    save_checkpoint(path, {"step": 4}, previous)  # what the kills left is in nobody's way
+    assert [load_checkpoint(p, ["step"])["step"] for p in (path, previous)] == [4, 3]
+    assert sorted(os.listdir(tmp_path)) == ["last.previous.pt", "last.pt"]
 
 
 def test_a_file_gets_its_name_when_it_is_on_the_disk(tmp_path, monkeypatch):
@@ -393,99 +96,284 @@ def test_a_file_gets_its_name_when_it_is_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *names: calls.append("rename") or replace(*names))
     save_checkpoint(tmp_path / "a.pt", {"step": 1})
     assert calls[-3:] == ["file", "rename", "folder"] and calls.count("rename") == 1
+    write_text(unused(tmp_path / "a.pt"), "é")
+    assert (tmp_path / "a-2.pt").read_bytes() == "é".encode()
+    monkeypatch.setattr(os, "fsync", unsupported)
+    files.flush(tmp_path)  # not every system can flush a folder
+    with pytest.raises(OSError, match="not supported"):
+        write_text(tmp_path / "b.json", "x")
+    assert sorted(os.listdir(tmp_path)) == ["a-2.pt", "a.pt"]
 
 
-@pytest.mark.parametrize("links", (True, False))
-def test_the_save_before_is_kept(tmp_path, monkeypatch, links):
-    def refuse(*names):
-        raise OSError(95, "not supported")
-
-    if not links:
-        monkeypatch.setattr(os, "link", refuse)
-    for step in range(4):
-        save_checkpoint(tmp_path / "last.pt", {"step": step}, tmp_path / "before.pt")
-        assert load_checkpoint(tmp_path / "last.pt", ["step"]) == {"step": step}
-        if step:
-            assert load_checkpoint(tmp_path / "before.pt", ["step"]) == {"step": step - 1}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["before.pt", "last.pt"]
+def not_written(path):
+    """The line with which a save says that the system did not write."""
+    with pytest.raises(OSError) as caught:
+        save_checkpoint(path, {"weights": torch.ones(100_000)})
+    line = str(caught.value)
+    assert line.startswith(f"{path}: cannot be written (") and len(line.splitlines()) == 1, line
+    return line
 
 
-@pytest.mark.parametrize("times", (2, 1000))
-def test_a_rename_that_is_refused_is_tried_again_for_a_while(tmp_path, monkeypatch, times):
-    replace, refused = os.replace, []
+def test_a_rename_that_is_refused_is_tried_again_for_a_while(tmp_path, monkeypatch):
+    replace, refusals = os.replace, iter(range(2))
 
     def scanner(*names):
-        refused.append(names)
-        if len(refused) <= times:
+        if next(refusals, None) is not None:
             raise PermissionError(13, "held by another program")
         replace(*names)
 
     monkeypatch.setattr(os, "replace", scanner)
-    monkeypatch.setattr(files, "PATIENCE", 0.5)
-    if times == 2:
-        save_checkpoint(tmp_path / "a.pt", {"step": 1})
-        assert load_checkpoint(tmp_path / "a.pt", ["step"]) == {"step": 1}
-    else:
-        with pytest.raises(OSError, match="held by another program"):
-            save_checkpoint(tmp_path / "a.pt", {"step": 1})
-        assert not any(tmp_path.iterdir())
+    save_checkpoint(tmp_path / "a.pt", {"step": 1})
+    monkeypatch.setattr(files, "PATIENCE", 0.2)
+    refusals = itertools.count()
+    assert "held by another program" in not_written(tmp_path / "a.pt")
+    assert load_checkpoint(tmp_path / "a.pt", ["step"]) == {"step": 1}
 
 
-@pytest.mark.parametrize("size", (0, 1000, 300_000))
-def test_a_full_disk_names_the_missing_bytes_and_leaves_the_old_file(tmp_path, size):
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
     save_checkpoint(tmp_path / "a.pt", {"weights": torch.zeros(100_000)})
-    old = (tmp_path / "a.pt").read_bytes()
-    with files_of_at_most(size), pytest.raises(OSError) as caught:
-        save_checkpoint(tmp_path / "a.pt", {"weights": torch.ones(100_000)}, tmp_path / "before.pt")
-    missing, whole = (
-        int(number.replace(",", "")) for number in re.findall(r"[\d,]{3,}", str(caught.value))[-2:]
-    )
-    assert str(caught.value).startswith(
-        f"{tmp_path / 'a.pt'}: cannot be written ("
-    ) and "\n" not in str(caught.value)
-    assert whole == pytest.approx(len(old), abs=200) and missing == pytest.approx(
-        whole - size, abs=70_000
-    )
-    assert (tmp_path / "a.pt").read_bytes() == old and [
-        path.name for path in tmp_path.iterdir()
-    ] == ["a.pt"]
-    with files_of_at_most(0), pytest.raises(OSError):
-        write_text(tmp_path / "b.json", "a text")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+    before, limits = snapshot(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for size in (300_000, 1000, 0):  # the system refuses to write more into a file
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            not_written(tmp_path / "a.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for path in (tmp_path / "missing" / "a.pt", tmp_path):
+        assert "full" not in not_written(path)  # another reason
+    assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("damage", ("flipped", "cut", "empty", "gone", "folder"))
+def zipped(pickled):
+    with zipfile.ZipFile(archive := io.BytesIO(), "w") as file:
+        for name, data in {"data.pkl": pickled, "version": b"3", "byteorder": b"little"}.items():
+            file.writestr(f"archive/{name}", data)
+    return archive.getvalue()
+
+
+def torch_saved(state, **options):
+    torch.save(state, data := io.BytesIO(), **options)
+    return data.getvalue()
+
+
+FOREIGN = {  # what the file is, from the bytes of a whole one; words of the answer
+    "missing": (None, "no such checkpoint"),
+    "a folder": (None, "a folder; expected a file"),
+    "a wrong bit": (lambda d: d[:2000] + bytes([d[2000] ^ 1]) + d[2001:], "damaged or cut short"),
+    "cut": (lambda d: d[: len(d) // 2], "damaged or cut short"),
+    "empty": (lambda d: b"", "another kind of file"),
+    "no unicode": (lambda d: zipped(b"\x80\2X\1\0\0\0\xff."), "another kind of file"),
+    "an object": (lambda d: torch_saved({"step": Path("x")}), "could run code"),
+    "a list": (lambda d: torch_saved([1]), "of another kind; expected step"),
+    "other keys": (lambda d: torch_saved({"w": 1}), "of another kind; expected step"),
+}
+
+
+def put(path, kind):
+    """Put something else in the place of a checkpoint."""
+    data, change = path.read_bytes(), FOREIGN[kind][0]
+    path.unlink()
+    path.write_bytes(change(data)) if change else kind == "missing" or path.mkdir()
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_file_that_is_no_whole_checkpoint_is_refused_in_one_line(tmp_path, kind):
+    save_checkpoint(tmp_path / "a.pt", {"step": 1, "w": torch.ones(5000)})
+    put(tmp_path / "a.pt", kind)
+    before = snapshot(tmp_path)
+    refused(lambda: load_checkpoint(tmp_path / "a.pt", ["step"]), "a.pt: ", FOREIGN[kind][1])
+    assert snapshot(tmp_path) == before
+
+
+MALICIOUS = {  # the bytes of a file with an order in it
+    "raw": lambda harm: pickle.dumps({"step": harm}),
+    "raw, text": lambda harm: pickle.dumps({"step": harm}, 0),
+    "before an archive": lambda harm: pickle.dumps(harm) + torch_saved({"step": 1}),
+    "archive": lambda harm: torch_saved({"step": harm}),
+    "old format": lambda harm: torch_saved({"step": harm}, _use_new_zipfile_serialization=False),
+    "by hand": lambda harm: zipped(pickle.dumps(harm, 2)),
+}
+
+
+@pytest.mark.parametrize("form", MALICIOUS)
+def test_no_file_runs_code(tmp_path, form):
+    made, path = tmp_path / "made", tmp_path / "a.pt"
+    harm = type("Harm", (), {"__reduce__": lambda self: (os.system, (f"touch {made}",))})()
+    pickle.loads(pickle.dumps(harm))
+    assert made.exists(), "the pickle must be able to do harm"
+    made.unlink()
+    path.write_bytes(MALICIOUS[form](harm))
+    refused(lambda: load_checkpoint(path, ["step"]), "a.pt: ")
+    assert not made.exists()
+
+
+ROWS, PIXELS = torch.contiguous_format, torch.channels_last
+
+
+def a_run(folder, layout=ROWS):
+    """Config and parts of a run, as `save_last` and `restore` take them."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+    network.to(memory_format=layout)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.01, fused=True)
+    parts = dict(network=network, ema=EMA(network, start=1), optimizer=optimizer)
+    parts |= dict(timesteps=make_timesteps("importance", 5), stats=nn.BatchNorm1d(1))
+    return SimpleNamespace(device="cpu", save_dir=str(folder)), parts
+
+
+def train(parts, steps):
+    for _ in range(steps):
+        losses = parts["network"](torch.randn(4, 3, 8, 8)).square().flatten(1).mean(dim=1)
+        parts["timesteps"].update(parts["timesteps"].sample(4)[0], losses)
+        parts["stats"](losses[:, None])
+        losses.mean().backward()
+        parts["optimizer"].step()
+        parts["optimizer"].zero_grad()
+        parts["ema"].update()
+
+
+def save_and_load(config, parts, step=3):
+    checkpoint.save_last(config, parts, {"step": step, "config": {}, "script": ""})
+    return load_last(config.save_dir)
+
+
+@pytest.mark.parametrize("before, after", [(ROWS, ROWS), (ROWS, PIXELS), (PIXELS, ROWS)])
+def test_a_restored_run_goes_on_as_if_it_had_not_stopped(tmp_path, before, after):
+    """In another memory layout too. Fused AdamW on a CPU does not look at strides."""
+    config, parts = a_run(tmp_path, before)
+    train(parts, 20)
+    save_and_load(config, parts, 20)
+    ends = []
+    for run in (parts, a_run(tmp_path, after)[1]):
+        progress, saved = {"step": 0}, load_last(tmp_path)
+        checkpoint.restore(config, run, progress, saved)
+        assert progress == {"step": 20}
+        assert [name for name in run if not same(run[name].state_dict(), saved[name])] == []
+        for p, moments in run["optimizer"].state.items():
+            assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == p.stride()
+        train(run, 5)
+        ends.append({name: part.state_dict() for name, part in run.items()})
+    assert ends[1]["ema"]["step"] == 25 and same(*ends) == (before == after)
+    torch.testing.assert_close(ends[0]["network"], ends[1]["network"], rtol=1e-3, atol=1e-3)
+
+
+def test_a_last_pt_that_does_not_fit_is_one_line(tmp_path):
+    config, parts = a_run(tmp_path)
+    state, empty = save_and_load(config, parts), {"state": {}, "param_groups": []}
+    changes = [{"network": {"x": torch.ones(1)}}, {"network": None}, {"ema": {"step": 1}}]
+    changes += [{"ema": None}, {"optimizer": {"state": {}}}, {"optimizer": empty}, {"rng": {}}]
+    changes += [{"rng": "x"}, {"rng": {"cpu": torch.zeros(3)}}, {"timesteps": {}}]
+    for saved in [*(state | change for change in changes), {"network": state["network"]}]:
+        words = f"{tmp_path / 'last.pt'}: written by another version"
+        refused(lambda s=saved: checkpoint.restore(config, parts, {"step": 0}, s), words)
+
+
+@pytest.mark.parametrize("damage", ["a wrong bit", "cut", "missing", "a folder"])
 def test_a_damaged_last_pt_is_replaced_by_the_one_before(tmp_path, damage, capsys):
-    state = {
-        "config": {},
-        "step": 7,
-        "best_loss": 1.0,
-        "train_curve": [[7, 1.0]],
-        "test_curve": [],
-        "warning": None,
-        "log": "a",
-        "rng": {},
-        "network": {"w": torch.arange(1000.0)},
-        "ema": {},
-        "optimizer": {},
-        "warmup": {},
-    }
-    save_checkpoint(tmp_path / "last.previous.pt", state)
-    save_checkpoint(tmp_path / "last.pt", state | {"step": 8})
-    assert load_last(tmp_path)["step"] == 8 and capsys.readouterr().err == ""
-    content = bytearray((tmp_path / "last.pt").read_bytes())
-    content[content.index(torch.arange(1000.0).numpy().tobytes()) + 1001] ^= 1
-    (tmp_path / "last.pt").unlink()
-    if damage == "folder":
-        (tmp_path / "last.pt").mkdir()
-    elif damage != "gone":
-        (tmp_path / "last.pt").write_bytes(
-            {"flipped": content, "cut": content[:-100], "empty": b""}[damage]
-        )
-    assert load_last(tmp_path)["step"] == 7
-    said = capsys.readouterr().err
-    assert f"{tmp_path / 'last.pt'}: " in said
-    assert f"going on from {tmp_path / 'last.previous.pt'}, saved at step 7" in said
-    (tmp_path / "last.previous.pt").write_bytes(content[:-100])
-    with pytest.raises(ValueError, match="last.previous.pt: not a readable checkpoint"):
-        load_last(tmp_path)
+    path, previous = tmp_path / "last.pt", tmp_path / "last.previous.pt"
+    for step in (1006, 1007):
+        assert save_and_load(*a_run(tmp_path), step)["step"] == step
+    put(path, damage)
+    assert load_last(tmp_path)["step"] == 1006
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"{path}: ")
+    assert second == f"going on from {previous}, saved at step 1,006"
+    put(previous, "cut")
+    refused(lambda: load_last(tmp_path), f"{previous}: not a readable checkpoint")
+
+
+HOLD = """import sys; from support.files import RunFolder
+folder = RunFolder(sys.argv[1], new=False); print("locked", flush=True); sys.stdin.read()"""
+
+
+def test_a_second_run_in_a_folder_is_told_who_holds_it_until_that_process_is_gone(tmp_path):
+    command, root = [sys.executable, "-c", HOLD, str(tmp_path)], Path(__file__).parent.parent
+    with subprocess.Popen(command, -1, None, subprocess.PIPE, subprocess.PIPE, cwd=root) as other:
+        assert other.stdout.readline() == b"locked\n"
+        for new in (True, False):
+            words = f"save_dir {str(tmp_path)!r}: in use by process {other.pid} on "
+            refused(lambda new=new: RunFolder(tmp_path, new), words, "another --save_dir")
+        assert os.listdir(tmp_path) == [".lock"]
+        other.kill()
+    with RunFolder(tmp_path, new=True):
+        refused(lambda: RunFolder(tmp_path, new=False), f"process {os.getpid()} ")  # in one, too
+    RunFolder(tmp_path, new=False).close()
+    assert sorted(os.listdir(tmp_path)) == ["samples", "tensorboard_logs"]  # no lock is left
+
+
+def test_a_lock_that_its_holder_removes_between_open_and_lock_is_taken_anew(tmp_path, monkeypatch):
+    lock, removed = files._try_lock, []
+
+    def late(file):
+        if not removed:  # the run that held it ends just now
+            removed.append(os.remove(file.name))
+        return lock(file)
+
+    monkeypatch.setattr(files, "_try_lock", late)
+    with RunFolder(tmp_path, new=False):
+        assert removed and (tmp_path / ".lock").exists()
+        refused(lambda: RunFolder(tmp_path, new=False), "in use by")
+    monkeypatch.setattr(files.fcntl, "flock", unsupported)  # a file system without locks: go on
+    RunFolder(tmp_path, new=False).close()
+
+
+LEFT = ["last.pt", "last.previous.pt", "best_model.pt", "loss_curve.png", "samples/final.png"]
+LEFT += ["samples/step_0000200.png", "evaluation.json", "evaluation_mine.json"]
+
+
+def write_all(folder, names, mark):
+    for path in (folder / name for name in names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(mark)
+        for touched in (path, path.parent):
+            os.utime(touched, (10**9, 10**9))
+
+
+@pytest.mark.parametrize("left", [LEFT, LEFT[:1], ["samples/real.png"], LEFT[-1:]])
+def test_a_new_run_moves_all_of_the_earlier_one_aside_and_nothing_else(tmp_path, left, capsys):
+    others = ["tensorboard_logs/events", "my notes.txt", ".gitignore", "run_2020-01-01/last.pt"]
+    write_all(tmp_path, others, "other")
+    for mark in ("a", "b", "c"):  # of one second
+        write_all(tmp_path, left, mark)
+        before = snapshot(tmp_path)
+        with RunFolder(tmp_path, new=False):
+            assert before.items() <= snapshot(tmp_path).items()  # a resumed run moves nothing
+        RunFolder(tmp_path, new=True).close()
+        aside = sorted(tmp_path.glob("run_*_*"))[-1]
+        assert str(aside) in capsys.readouterr().out
+        assert snapshot(aside) == dict.fromkeys(left, mark.encode())
+        assert os.listdir(tmp_path / "samples") == []
+    RunFolder(tmp_path, new=True).close()
+    assert len([*tmp_path.glob("run_*_*")]) == 3  # an empty folder samples is not moved
+    assert all((tmp_path / name).read_text() == "other" for name in others)
+
+
+@pytest.mark.parametrize("renames", (0, 1, 3, 7))
+def test_a_kill_between_the_renames_leaves_the_run_in_one_folder(tmp_path, monkeypatch, renames):
+    left, rename = iter(range(renames)), Path.rename
+
+    def killed(self, target):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    write_all(tmp_path, LEFT, "first")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        RunFolder(tmp_path, new=True)
+    write_all(tmp_path, ["last.pt.partial", "samples/a.png.partial"], "half")  # killed saves
+    write_all(tmp_path, ["samples/nearest_mine.png"], "first")  # an evaluation meanwhile
+    RunFolder(tmp_path, new=renames == 3).close()
+    (aside,) = tmp_path.glob("run_*")
+    assert len(snapshot(aside)) == len(snapshot(tmp_path)) == len(LEFT) + 1
+    assert set(snapshot(aside).values()) == {b"first"} and not aside.name.endswith(".moving")
+
+
+def test_what_can_fail_fails_before_an_earlier_run_is_moved(tmp_path):
+    write_all(tmp_path, [*LEFT, "tensorboard_logs"], "first")
+    (tmp_path / "x.partial").mkdir()
+    before = snapshot(tmp_path)
+    refused(lambda: RunFolder(tmp_path, new=True), "tensorboard_logs'", "expected a folder that")
+    assert snapshot(tmp_path) == before  # and a refusal holds no lock
+    for folder in (tmp_path / "last.pt", tmp_path / "last.pt" / "below", "x" * 300):
+        refused(lambda folder=folder: RunFolder(folder, new=True), "save_dir", "expected a folder")
