@@ -25,8 +25,8 @@ SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2), "sde-dpm++": 
 BATCH = 256  # images that the network sees at once in sampling, which limits the memory
 
 
-class DDPM(GaussianProcess):
-    """A denoising diffusion probabilistic model: a network in a `GaussianProcess`.
+class Denoiser(GaussianProcess):
+    """A network in a `GaussianProcess`: its training loss, its predictions, guidance.
 
     Args:
         network: any module that is called as `network(xt, t, y)`; None builds `UNet()`. If its
@@ -38,13 +38,7 @@ class DDPM(GaussianProcess):
         min_snr_gamma: cap on the SNR that weights 'mse' (2303.09556); 0 turns the weights off.
         label_dropout: share of the labels that training leaves out, so that the network also learns
             'no label', which guidance needs.
-        sampler, sample_steps, guidance_scale: the defaults of `sample`; None means all timesteps.
-        class_shares: how often `sample` draws each class where it is given no labels; None: evenly.
-        settings: those of `GaussianProcess`: num_timesteps, beta_schedule, prediction, variance,
-            zero_terminal_snr, timestep_spacing.
-
-    Raises:
-        ValueError: an unknown name, a number out of range, or settings that do not fit together.
+        settings: those of `GaussianProcess`, by name.
     """
 
     def __init__(
@@ -56,35 +50,21 @@ class DDPM(GaussianProcess):
         loss="mse",
         min_snr_gamma=0.0,
         label_dropout=0.1,
-        sampler="ddpm",
-        sample_steps=None,
-        guidance_scale=1.0,
-        class_shares=None,
         **settings,
     ):
         super().__init__(**settings)
         self.image_size = image_size
         self.channels = channels
+        self.image_shape = channels, image_size, image_size
         self.loss = loss
         self.min_snr_gamma = min_snr_gamma
         self.label_dropout = label_dropout
-        self.sampler = sampler
-        self.sample_steps = self.num_timesteps if sample_steps is None else sample_steps
-        self.guidance_scale = guidance_scale
-        self.class_shares = class_shares
-        self.info = {}  # what `save` was given beside the model
         self.outputs = 2 * channels if self.variance == "learned" else channels
         if network is None:
             network = UNet(image_size=image_size, channels=channels, out_channels=self.outputs)
         self.network = network
         # number of labels that the network knows; None if it is unconditional
         self.num_classes = getattr(unwrapped(network), "num_classes", None)
-        checks.ddpm(self, LOSSES, SAMPLERS)
-
-    @property
-    def image_shape(self):
-        """(C, H, W)."""
-        return self.channels, self.image_size, self.image_size
 
     # Training
 
@@ -199,6 +179,41 @@ class DDPM(GaussianProcess):
         mean, _ = self.q_posterior(x0, xt, t)
         return mean, self.log_variance(t, t - 1, variance_fraction).exp().to(xt.dtype), x0
 
+
+class DDPM(Denoiser):
+    """A denoising diffusion probabilistic model: samples, bits per dimension, files.
+
+    Args:
+        network: see `Denoiser`.
+        sampler, sample_steps, guidance_scale: the defaults of `sample`; None means all timesteps.
+        class_shares: how often `sample` draws each class where it is given no labels; None: evenly.
+        settings: those of `Denoiser` and `GaussianProcess`.
+
+    Attributes:
+        info: what `save` was given beside the model.
+
+    Raises:
+        ValueError: an unknown name, a number out of range, or settings that do not fit together.
+    """
+
+    def __init__(
+        self,
+        network=None,
+        *,
+        sampler="ddpm",
+        sample_steps=None,
+        guidance_scale=1.0,
+        class_shares=None,
+        **settings,
+    ):
+        super().__init__(network, **settings)
+        self.sampler = sampler
+        self.sample_steps = self.num_timesteps if sample_steps is None else sample_steps
+        self.guidance_scale = guidance_scale
+        self.class_shares = class_shares
+        self.info = {}
+        checks.ddpm(self, LOSSES, SAMPLERS)
+
     # Sampling
 
     def sample(
@@ -222,17 +237,14 @@ class DDPM(GaussianProcess):
             n: number of images.
             y: n integers, or one for all; None draws those of a conditional model.
             sampler: 'ddpm', 'ddim', 'dpm++' or 'sde-dpm++', DPM-Solver++ with DDPM's noise.
-            steps: sampling steps, from 1 to `num_timesteps`. With guidance each takes two network
-                inputs an image.
+            steps: sampling steps, 1 to `num_timesteps`; with guidance each takes two inputs.
             eta: share of DDPM's noise in each step, 0 to 1; None means the sampler's own.
             guidance_scale: s in uncond + s (cond - uncond): 1 is no guidance, 0 ignores the labels.
-            seed: an integer that decides the images, on one kind of device, or a torch.Generator;
-                None is torch's own.
+            seed: an integer that decides the images, on one kind of device; or a torch.Generator.
             xT: what to start from, (n, C, H, W); None draws noise.
-            start: timestep that `xT` belongs to; None means the noisiest. From a lower one, `steps`
-                defaults to the same share of the model's steps.
-            return_sequence: True returns the predicted x0 of every step (DDPM sec. 4.3), 'xt' the
-                noisy images.
+            start: timestep of `xT`; None means the noisiest. From a lower one, `steps` defaults to
+                the same share of the model's steps.
+            return_sequence: True: the predicted x0 of every step (DDPM sec. 4.3), 'xt': the x_t.
             progress: show a progress bar.
 
         Returns:
@@ -305,8 +317,7 @@ class DDPM(GaussianProcess):
             weights: weights of `other`, each from 0 to 1. All weights share the noise.
             t: timestep to mix at. The higher it is, the less is left of the two images.
             y: labels of the results, N integers or one for all; None means no label.
-            options: those of `sample` except xT and start; `seed` decides the noise of the mixture
-                too.
+            options: those of `sample` but xT and start; `seed` decides the mixture's noise too.
 
         Raises:
             ValueError: an argument does not fit the model or the others.
@@ -335,8 +346,7 @@ class DDPM(GaussianProcess):
             x0: images of 256 levels in [-1, 1], (N, C, H, W).
             y: labels, N integers or one for all; None means no label.
             terms: number of its terms to compute for each image, an unbiased estimate; None: all.
-            seed: as for `sample`.
-            progress: show a progress bar.
+            seed, progress: as for `sample`.
 
         Returns:
             likelihood.BitsPerDim: bits per dimension, their standard error and parts.
@@ -359,7 +369,6 @@ class DDPM(GaussianProcess):
         """Write weights and settings to `path`, whole or not at all. `info` becomes `DDPM.info`.
 
         The weights are those of the network inside `torch.compile` and DistributedDataParallel.
-        `load` can rebuild only a `UNet`; give it any other network.
 
         Raises:
             ValueError: `info` holds something other than plain values; nothing is written.
@@ -381,7 +390,7 @@ class DDPM(GaussianProcess):
         Args:
             path: the file.
             device: where to put it; None means the GPU if there is one.
-            network: the network to load the weights into; None builds the saved `UNet`.
+            network: what to load the weights into; None builds the saved one, a `UNet`.
 
         Raises:
             ValueError: the file is missing, damaged or something else, or the network does not fit.
@@ -402,11 +411,10 @@ class DDPM(GaussianProcess):
         return ddpm.to(device).eval()
 
 
-# The names of all settings, from the signatures: what `save` keeps. train_eval.py has a constant
-# for each.
+# The names of all settings: what `save` keeps. train_eval.py has a constant for each.
 SETTINGS = tuple(
     name
-    for kind in (GaussianProcess, DDPM)
+    for kind in (GaussianProcess, Denoiser, DDPM)
     for name in inspect.signature(kind).parameters
     if name not in ("network", "settings")
 )

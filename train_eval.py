@@ -38,8 +38,7 @@ data_dir: str = "data"  # folder of the data; what is neither there nor in asset
 # command
 save_dir: str = "checkpoints"  # folder for everything that a run leaves
 resume: bool = False  # continue the run in save_dir from its last.pt
-# do not train. Alone: measure best_model.pt of save_dir. With FOLDER: measure its PNGs
-evaluate: bool | str = False
+evaluate: bool | str = False  # only measure best_model.pt of save_dir, or with FOLDER its PNGs
 
 # recipe
 # reference: the large network, for hours on a GPU; quick: a small one, good digits in minutes
@@ -56,36 +55,29 @@ channels: int = 3  # 3 repeats the grey image as RGB, 1 keeps it grey
 use_augmentation: bool = not quick  # small random shifts, rotations and scales; for long runs
 
 # network
-# train on labels too, so you can ask for a digit; it also learns faster
-use_conditional_generation: bool = quick
-# without labels: train on so many clusters of similar images instead; 0 is off
+use_conditional_generation: bool = quick  # train on labels too, so you can ask for a digit
+# without labels: train on so many clusters of similar images instead; 0 turns this off
 num_clusters: int = 256 if quick and not use_conditional_generation else 0
 base_channels: int = 32 if quick else 128  # width of the first level; a multiple of 32
-# width of each level, as multiples of base_channels
-channel_mult: tuple = (1, 2, 4) if quick else (1, 2, 4, 8)
+channel_mult: tuple = (1, 2, 4) if quick else (1, 2, 4, 8)  # widths of levels / base_channels
 num_res_blocks: int = 1 if quick else 2  # residual blocks per level
-# heights of the feature maps that get attention
-attention_resolutions: tuple = (8,) if quick else (8, 16)
+attention_resolutions: tuple = (8,) if quick else (8, 16)  # heights of maps with attention
 dropout: float = 0.0 if quick else 0.1  # dropout probability in each block; for long runs
 time_emb_dim: int = 256 if quick else 512  # width of the time embedding
 num_heads: int = 1  # heads in each attention layer
-# the time embedding scales and shifts features after a norm instead of being added
-adaptive_norm: bool = quick
-# 2 folds 2x2 pixels into channels: half the resolution inside, a quarter of the work
-patch_size: int = 2 if quick else 1
+adaptive_norm: bool = quick  # the time embedding scales and shifts features; else it is added
+patch_size: int = 2 if quick else 1  # 2 works on 2x2 patches, with a quarter of the operations
 
 # diffusion
 num_timesteps: int = 1000  # steps from image to noise
 beta_schedule: BETA_SCHEDULES = "linear"  # how the noise grows
-# what the network predicts: the noise eps, the velocity v or x0, which learns digits soonest
-prediction: PREDICTIONS = "x0" if quick else "eps"
+prediction: PREDICTIONS = "x0" if quick else "eps"  # the noise eps, the velocity v or x0
 loss: LOSSES = "mse"  # mse or l1 between prediction and truth, or vlb, the variational bound
-# extra training images that estimate the training target; 0 turns this off
+# extra training images that estimate the training target, E[x0 | x_t]; 0 turns this off
 target_references: int = 4096 if quick and loss == "mse" else 0
 variance: VARIANCES = "fixed_small"  # of a reverse step; learned adds 0.001 of the bound
 zero_terminal_snr: bool = False  # end the schedule in pure noise; only for prediction v and x0
-# cap on the SNR that weights the mse loss; 5 is usual, 0 turns the weights off
-min_snr_gamma: float = 0.0
+min_snr_gamma: float = 0.0  # cap on the SNR that weights the mse loss; 5 is usual, 0 is off
 label_dropout: float = 0.1  # share of the labels that training leaves out; guidance needs it
 
 # training
@@ -100,8 +92,7 @@ timestep_sampling: TIMESTEP_SAMPLINGS = "logit-normal" if quick and not bound el
 # how widely logit-normal spreads
 timestep_std: float = 1.0 if use_conditional_generation else 0.8 if num_clusters else 0.6
 weight_decay: float = 1e-4  # AdamW's weight decay
-# decay of AdamW's average of squared gradients; lower ones suit short runs
-adam_beta2: float = 0.95 if quick else 0.999
+adam_beta2: float = 0.95 if quick else 0.999  # decay of AdamW's average of squared gradients
 use_scheduler: bool = True  # lower the learning rate to zero over the run, along a cosine
 grad_clip: float = 1.0  # largest norm of the gradient; 0 turns clipping off
 ema_decay: float = 0.997 if quick else 0.999  # of the averaged weights, which draw the samples
@@ -130,33 +121,14 @@ save_every: int = 500 if quick else 5000  # steps between saves; Ctrl-C and the 
 
 # hardware
 bf16: bool = has_bf16(device)  # compute in bfloat16, where that pays: GPUs since Ampere, AMX
-# torch.compile the network: minutes at the start, then faster steps; rarely pays on a CPU
-use_compile: bool = device.startswith("cuda") and not quick
+use_compile: bool = device.startswith("cuda") and not quick  # slow start, then faster steps
 # end of constants
 
 FIRST_LOOK, FEW_IMAGES = 200, 128  # step of the first look; images whose loss it measures
-# Smallest and largest value of the constants that no constructor sees.
-LIMITS = {
-    "test_size": (2, math.inf),  # some of them choose the weights, the others measure these
-    "num_clusters": (0, math.inf),
-    "target_references": (0, math.inf),
-    "epochs": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "learning_rate": (0, math.inf),
-    "warmup_steps": (0, math.inf),
-    "grad_accumulation": (1, math.inf),
-    "weight_decay": (0, math.inf),
-    "adam_beta2": (0, 0.99999),
-    "grad_clip": (0, math.inf),
-    "num_samples": (1, 1000),
-    "preview_steps": (1, math.inf),
-    "eval_samples": (1, math.inf),
-    "bound_images": (2, math.inf),
-    "bound_terms": (2, math.inf),
-    "log_every": (1, 100_000),
-    "sample_every": (1, math.inf),
-    "save_every": (1, math.inf),
-}
+# Smallest values, where a whole number of 1 or another of 0 is not the smallest; largest ones.
+LEAST = dict.fromkeys(("seed", "num_clusters", "target_references", "warmup_steps", "ema_start"), 0)
+LEAST |= dict.fromkeys(("test_size", "bound_images", "bound_terms"), 2)
+MOST = {"adam_beta2": 0.99999, "num_samples": 1000, "log_every": 100_000}
 OF_THE_MACHINE = {"machine", "command", "hardware"}  # groups that a saved run does not keep
 # Groups and names that may differ from the saved run.
 FREE_TO_RESUME = {"evaluation", "rhythm", "epochs", "learning_rate", "grad_accumulation"}
@@ -166,17 +138,14 @@ USED_FOR_A_FOLDER = {"machine", "command", "dataset", "train_size", "test_size",
 
 
 def main(argv=None):
-    """Train, continue a run, or measure samples.
-
-    Returns the exit status: 0, or 130 after Ctrl-C, 143 after SIGTERM.
-    """
+    """Train, continue or measure. Returns 0, or 130 after Ctrl-C, 143 after SIGTERM."""
     began = time.perf_counter()
     machine.prepare_process()
     interrupt, finished = Interrupt(processes.largest, processes.launched()), False
     try:
         with interrupt, machine.errors_in_one_line():
             with input_errors():
-                chosen = configurator.configure(__file__, globals(), LIMITS, argv)
+                chosen = configurator.configure(__file__, globals(), LEAST, MOST, argv)
                 processes.check_device(chosen.config.device)
             with processes.joined(chosen.config), patient_threads():
                 if isinstance(chosen.config.evaluate, str):
@@ -203,14 +172,10 @@ def run_training(chosen, interrupt):
         with input_errors():
             if config.resume:
                 saved = load_last(config.save_dir)
-                config, script = adopt(chosen, saved, FREE_TO_RESUME), saved["script"]
+                config = configurator.adopt(chosen, saved, FREE_TO_RESUME, OF_THE_MACHINE)
+                script = saved["script"]
             run = prepare(config, script, saved)
         return train(run, interrupt) and draw_final(run)
-
-
-def adopt(chosen, saved, free):
-    """The constants of a saved run, with what this command and the edited script change."""
-    return configurator.adopt(chosen, saved["config"], saved["script"], free, OF_THE_MACHINE)
 
 
 def prepare(config, script, saved=None):
@@ -224,32 +189,26 @@ def prepare(config, script, saved=None):
     torch.manual_seed(config.seed)
     clusters = config.num_clusters
     ddpm = build(config, train_images.use_clusters(clusters) if clusters else None)
-    optimizer = torch.optim.AdamW(
-        ddpm.parameters(),
-        betas=(0.9, config.adam_beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    how = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(ddpm.parameters(), **how)
+    spread = config.num_timesteps, config.timestep_std, config.device
     parts = {  # what has a state
         "network": ddpm.network,
         "ema": EMA(ddpm.network, config.ema_decay, config.ema_start, config.ema_update_rate),
         "optimizer": optimizer,
-        "timesteps": make_timesteps(
-            config.timestep_sampling, config.num_timesteps, config.timestep_std, config.device
-        ),
+        "timesteps": make_timesteps(config.timestep_sampling, *spread),
         "stats": monitor.RunningStats(config),
     }
-    curves = ("train_curve", "test_curve", "fixed_curve", "frechet_curve")
     progress = {"step": 0, "best_loss": math.inf, "log": time.strftime("%Y-%m-%d_%H-%M-%S")}
-    progress |= {name: [] for name in curves}
+    progress |= {f"{name}_curve": [] for name in ("train", "test", "fixed", "frechet")}
     if saved is not None:
         restore(config, parts, progress, saved)
         saved.clear()  # gigabytes, for the reference
-    choosing, measuring = test_images.split(few(test_images))
+    choosing, measuring = split_test(test_images)
     steps_per_epoch = math.ceil(len(train_images) / config.batch_size)
     return SimpleNamespace(
         config=config,
-        script=script,
+        constants={"config": vars(config), "script": script},
         ddpm=ddpm,
         parts=parts,
         progress=progress,
@@ -264,16 +223,13 @@ def prepare(config, script, saved=None):
     )
 
 
-def few(images):
-    """How many images a look measures: 128, of few images half."""
-    return min(FEW_IMAGES, len(images) // 2)
+def split_test(test_images):
+    """The test images that choose the weights, 128 or of few the half, and those that measure."""
+    return test_images.split(min(FEW_IMAGES, len(test_images) // 2))
 
 
 def build(config, class_shares=None):
-    """The model of the constants, on its device: DDPM takes those that bear its arguments' names.
-
-    `class_shares` are those of the clusters.
-    """
+    """The model of the constants, on its device; `class_shares` are those of the clusters."""
     constants = vars(config) | {"class_shares": class_shares}
     ddpm = DDPM(build_network(config), **{name: constants[name] for name in SETTINGS})
     return machine.place(ddpm, config)
@@ -333,7 +289,7 @@ def train(run, interrupt):
                 look(run, watch)
             if saving or asked:
                 with watch.doing("saving"):
-                    save(run)
+                    on_main(save_last)(config, run.parts, run.constants | progress)
                 if asked == "save":
                     on_main(console.print_saved)(progress)
             # the second question: during the last look or save
@@ -381,10 +337,7 @@ def train_step(run, model, x0, y, rate):
 
 
 def draw_candidates(config, train_images, x0, y):
-    """The images that may be behind a noisy one, and their labels: the batch and others, or None.
-
-    Grey, (N, 1, H, W) and (M, 1, H, W), since all channels are equal; drawn anew for each step.
-    """
+    """What may be behind a noisy image: the batch and others, all grey, and their labels."""
     if not config.target_references:
         return None
     size = (config.target_references,)
@@ -415,14 +368,11 @@ def warm_up(config, model, n):
 
 @on_main
 def make_meter(run):
-    """What measures the grids during training, or None."""
-    fewest = min(run.config.num_samples, len(run.train_images), len(run.test_images))
-    if fewest <= metrics.NUM_FEATURES:
-        return console.print_unmeasured(metrics.NUM_FEATURES)
-    with console.warning_if_it_fails("measuring samples"):
+    """What measures the grids during training; None if there are too few images for it."""
+    n = run.config.num_samples
+    with console.warning_if_it_fails("measuring grids"):
         classifier = load_classifier(run.config, run.train_images)
-        test, _ = run.test_images.split(2000)
-        train, _ = run.train_images.split(run.config.num_samples)
+        (test, _), (train, _) = run.test_images.split(2000), run.train_images.split(n)
         return metrics.FrechetMeter(classifier, test.images, train.images)
 
 
@@ -449,18 +399,11 @@ def look(run, watch):
 
 
 @on_main
-def save(run):
-    """Save what `--resume` needs."""
-    values = {"config": vars(run.config), "script": run.script, **run.progress}
-    save_last(run.config, run.parts, values)
-
-
-@on_main
 def save_best(run, value):
-    """Save the weights now in the network, with their test loss, in `ema.applied()` only."""
-    progress = {name: run.progress[name] for name in ("step", "log")}
-    values = {"config": vars(run.config), "script": run.script, "test_loss": value, **progress}
-    run.ddpm.save(Path(run.config.save_dir) / "best_model.pt", **values)
+    """Save the weights now in the network, with their test loss; call it in `ema.applied()`."""
+    step, log = run.progress["step"], run.progress["log"]
+    path = Path(run.config.save_dir) / "best_model.pt"
+    run.ddpm.save(path, **run.constants, test_loss=value, step=step, log=log)
 
 
 # Evaluate
@@ -482,11 +425,8 @@ def test_loss(config, ddpm, images):
     return in_chunks(n, 0, losses, size=64).double().mean().item()  # faster on a CPU than 256
 
 
-def draw(config, ddpm, n, progress=False, **how):
-    """n images by `DDPM.sample`, from the same noise each time, and their labels.
-
-    The digits in turn; the labels are None where none can be asked for.
-    """
+def draw(config, ddpm, n, **how):
+    """n images from the same noise each time, and their labels: the digits in turn, or None."""
     y = torch.arange(n) % ddpm.num_classes if config.use_conditional_generation else None
 
     def images(part, seed):
@@ -494,7 +434,7 @@ def draw(config, ddpm, n, progress=False, **how):
         with autocast(config):
             return ddpm.sample(part.stop - part.start, labels, seed=seed, **how)
 
-    return in_chunks(n, config.seed, images, progress=progress), y
+    return in_chunks(n, config.seed, images), y
 
 
 def load_best(config):
@@ -510,27 +450,21 @@ def draw_final(run):
     """After training: the test loss of best_model.pt, and a grid by its own sampler."""
     processes.barrier()  # until it is written
     ddpm = load_best(run.config)
-    _, images, y = measure_and_draw(run.config, ddpm, run.measuring_images)
-    read = None
-    if run.meter and y is not None:
-        right = run.meter.classifier.accuracy(metrics.as_bytes(images), y)
-        read = round(right * len(y)), len(y)
-    console.print_end(run, read)
+    measure_and_draw(run.config, ddpm, run.measuring_images, run.meter)
+    console.print_end(run)
     return True
 
 
-def measure_and_draw(config, ddpm, images):
-    """Print the test loss; a grid by the config's sampler and its film are new files.
-
-    Returns the loss, and the grid's images and labels.
-    """
+def measure_and_draw(config, ddpm, images, meter=None):
+    """The test loss, which is returned; a grid by the config's sampler and its film, new files."""
     loss = test_loss(config, ddpm, images)
     console.print_test_loss(config, loss, len(images), ddpm.info)
-    return loss, *(on_main(draw_grid)(config, ddpm, loss) or (None, None))
+    on_main(draw_grid)(config, ddpm, loss, meter)
+    return loss
 
 
-def draw_grid(config, ddpm, loss):
-    """A grid by the config's sampler, with its labels; its film; TensorBoard gets the loss."""
+def draw_grid(config, ddpm, loss, meter):
+    """A grid by the config's sampler, and its film; TensorBoard gets the loss too."""
     n, generator = config.num_samples, torch.Generator(config.device).manual_seed(config.seed)
     y = ddpm.draw_labels(n, generator)
     if config.use_conditional_generation:
@@ -540,9 +474,11 @@ def draw_grid(config, ddpm, loss):
     how = config.sampler, None, config.guidance_scale, generator
     with autocast(config):
         walk = ddpm.walk(noise, timesteps, y, *how)
-        images, frames = pictures.watch(walk, timesteps, console.at_a_terminal())
+        images, frames = pictures.watch(walk, timesteps)
     monitor.write_final(config, ddpm, images, frames, loss)
-    return images, y
+    if meter and config.use_conditional_generation:
+        read = meter.classifier.accuracy(metrics.as_bytes(images), y)
+        print(f"final grid: {read:.0%} of {n} read as the digit asked for")
 
 
 def evaluate_model(chosen):
@@ -552,40 +488,33 @@ def evaluate_model(chosen):
         info = load_checkpoint(path, ("info",))["info"]
         if not {"config", "script", "step", "log"} <= info.keys():
             raise ValueError(f"{path}: not written by train_eval.py; load it with DDPM.load")
-        config = adopt(chosen, info, FREE_TO_EVALUATE)
+        config = configurator.adopt(chosen, info, FREE_TO_EVALUATE, OF_THE_MACHINE)
         configurator.check_together(config)
         train_images, test_images = load_images(config)
         ddpm = load_best(config)
-    loss, _, _ = measure_and_draw(config, ddpm, test_images.split(few(test_images))[1])
+    loss = measure_and_draw(config, ddpm, split_test(test_images)[1])
     bits = bits_per_dim(config, ddpm, test_images)
     n = min(config.eval_samples, len(train_images), len(test_images))
-    how = {"sampler": config.sampler, "steps": config.sample_steps}
-    how["guidance_scale"] = config.guidance_scale
-    samples, y = draw(config, ddpm, n, progress=is_main() and console.at_a_terminal(), **how)
-    known = {"seed": config.seed, "step": info["step"], "test_loss": loss, **how}
-    known |= {"bits_per_dim": bits.total, "bits_per_dim_error": bits.standard_error}
+    how = {"sampler": config.sampler, "guidance_scale": config.guidance_scale}
+    how["steps"] = config.sample_steps
+    samples, y = draw(config, ddpm, n, **how)
+    known = {"bits_per_dim": bits.total, "bits_per_dim_error": bits.standard_error, **how}
+    known |= {"seed": config.seed, "step": info["step"], "test_loss": loss}
     decisive = chosen.names(FREE_TO_EVALUATE) - {"num_samples", "preview_steps"}
     own = all(vars(config)[name] == info["config"].get(name) for name in decisive)
-    samples = metrics.as_bytes(samples)
-    measure(config, samples, y, train_images, test_images, known, info, own)
+    measure(config, metrics.as_bytes(samples), y, train_images, test_images, known, info, own)
     return True
 
 
 def evaluate_folder(chosen):
     """Measure the PNGs of a folder, one an image. Returns True."""
     config = chosen.config
+    known = {"samples_from": str(Path(config.evaluate).resolve())}
     with input_errors():
         configurator.refuse_unused(chosen, "--evaluate FOLDER", USED_FOR_A_FOLDER)
         samples, left_out = read_folder(config.evaluate)
-        train_images, test_images = load_images(config)
-        if len(samples) > (most := min(len(train_images), len(test_images))):
-            raise ValueError(
-                f"{config.evaluate}: {len(samples)} PNGs; expected at most {most}, like the real "
-                "images"
-            )
-    console.print_left_out(left_out)
-    known = {"samples_from": str(Path(config.evaluate).resolve())}
-    measure(config, samples, None, train_images, test_images, known)
+        console.print_left_out(left_out)
+        measure(config, samples, None, *load_images(config), known)
     return True
 
 
@@ -601,8 +530,7 @@ def bits_per_dim(config, ddpm, test_images):
             found = likelihood.bound_terms(ddpm, x0[part], labels, terms, generator)
         return torch.cat(found).T
 
-    progress = is_main() and console.at_a_terminal()
-    found = in_chunks(len(x0), config.seed, bound, progress=progress).T
+    found = in_chunks(len(x0), config.seed, bound).T
     bits = likelihood.summarise(found[: 1 + terms], found[1 + terms :])
     console.print_bits(config, bits, len(x0), terms)
     return bits
@@ -619,18 +547,12 @@ def measure(config, samples, y, train_images, test_images, known, info=None, own
     monitor.report(config, (result, pairs, accuracy), known, info, own)
 
 
-def load_classifier(config, train_images):
+def load_classifier(config, train):
     """The classifier whose features measure samples of this data set."""
-    progress, images = console.at_a_terminal(), train_images
+    where = {"device": config.device, "progress": console.at_a_terminal()}
     with input_errors():  # assets/ may be damaged
-        return metrics.load_classifier(
-            config.dataset,
-            images.images,
-            images.labels,
-            config.data_dir,
-            device=config.device,
-            progress=progress,
-        )
+        data = config.dataset, train.images, train.labels, config.data_dir
+        return metrics.load_classifier(*data, **where)
 
 
 if __name__ == "__main__":

@@ -50,13 +50,14 @@ class Chosen(NamedTuple):
         return {name for name in constants if {name, constants[name].group} & groups}
 
 
-def configure(script, scope, limits, argv):
+def configure(script, scope, least, most, argv):
     """Command line -> `Chosen`.
 
     Args:
         script: path of the script.
         scope: the names that the lines of the constants may use.
-        limits: smallest and largest value of some constants, {name: (low, high)}.
+        least, most: smallest and largest values, {name: number}; without one a whole number is
+            at least 1, another at least 0.
         argv: the flags; None means those of the process.
 
     Raises:
@@ -71,7 +72,8 @@ def configure(script, scope, limits, argv):
     constants = read(vars(first))
     given = vars(make_parser(constants).parse_args(argv))
     for name, constant in read(given).items():
-        check_kind(name, constant.value, constant.kind, *limits.get(name, (-math.inf, math.inf)))
+        limits = least.get(name, int(constant.kind is int)), most.get(name, math.inf)
+        check_kind(name, constant.value, constant.kind, *limits)
     config = argparse.Namespace(**values_of(constants))
     if config.resume and config.evaluate:
         raise ValueError("resume and evaluate: expected one of them; --evaluate does not train")
@@ -221,7 +223,7 @@ def check_together(config):
         )
 
 
-def adopt(chosen, saved, script, free, machine):
+def adopt(chosen, run, free, machine):
     """The config of a saved run, with what the person has changed: by a flag, or in the script.
 
     A constant was edited if its line differs from the one that the run began with, on the machine
@@ -229,15 +231,15 @@ def adopt(chosen, saved, script, free, machine):
 
     Args:
         chosen: the `Chosen` of this command.
-        saved: the constants of the saved run, a dict.
-        script: the constants of its script as they stood, without flags.
+        run: the saved run, a dict: 'config' are its constants, 'script' those of its script as
+            they stood, without flags.
         free: names of constants, and of groups, that may differ from the saved run.
         machine: groups that belong to the machine, or to this command alone: never saved ones.
 
     Raises:
         ValueError: a constant was changed and is not free, or the saved run has one that cannot be.
     """
-    folder = chosen.config.save_dir
+    folder, saved, script = chosen.config.save_dir, run["config"], run["script"]
     if not isinstance(saved, dict) or not isinstance(script, dict):
         raise ValueError(f"the run in {folder}: its constants are no dictionaries")
     own, free = chosen.names(machine), chosen.names(free)

@@ -97,19 +97,9 @@ def print_start(run):
     )
 
 
-def print_unmeasured(least):
-    """Print that the grids of a run cannot be measured."""
-    print(
-        "grids are not measured during training: the Fréchet distance needs more than "
-        f"{least} samples (num_samples), training images and test images"
-    )
-
-
-def print_end(run, read):
-    """What a run has reached, and what to do next; `read` is (how many, of how many) or None."""
+def print_end(run):
+    """What a run has reached, and what to do next."""
     config, curve = run.config, run.progress["frechet_curve"]
-    if read:
-        print(f"final grid: {read[0]} of {read[1]} read as the digit asked for")
     if curve:
         print(
             f"last grid during training: Fréchet distance {curve[-1][1]:.3f} "

@@ -54,9 +54,9 @@ class Monitor:
         self.bar.close()
         self.events.close()
 
-    def add(self, losses, weights, t, norm):
+    def add(self, losses, *others):
         """Take in one training step, see `RunningStats.add`."""
-        self.stats.add(losses, weights, t, norm)
+        self.stats.add(losses, *others)
         self.bar.update(len(losses))
 
     def log(self, rate):
@@ -80,17 +80,11 @@ class Monitor:
         self.bar.set_description_str("training", refresh=False)
 
     def log_config(self, ddpm, real):
-        """The constants as a table and for the HParams page; a grid of real images."""
+        """The constants, for TensorBoard's pages Text and HParams; a grid of real images."""
         params = sum(p.numel() for p in ddpm.parameters())
-        known = {
-            "parameters": params,
-            "total_params": 2 * params,  # as the reference counts: with the averaged weights
-            "optimizer_type": "AdamW",
-            "scheduler_type": "cosine" if self.config.use_scheduler else "constant",
-            "normalization": "[-1, 1]",
-            "num_classes": ddpm.num_classes,
-            **vars(self.config),
-        }
+        # the reference counts the averaged weights too
+        known = {"parameters": params, "total_params": 2 * params, "optimizer_type": "AdamW"}
+        known |= {"num_classes": ddpm.num_classes, **vars(self.config)}
         rows = [f"| {name} | {value} |" for name, value in known.items()]
         self.events.add("text", "config", printable("\n".join(["| | |", "| --- | --- |", *rows])))
         self.events.add_hparams(known)
@@ -115,11 +109,8 @@ class Monitor:
         self.write_grid(images, name, "samples")
         if self.writes and not self.announced and self.bar.n < self.bar.total:
             minutes = (self.bar.total - self.bar.n) / self.stats.rate / 60
-            self.bar.write(
-                f"{self.stats.rate:.0f} images a second: about {minutes:.0f} minutes to go; digits "
-                f"so far: {self.samples_dir / name}",
-                file=sys.stderr,
-            )
+            rate = f"{self.stats.rate:.0f} images a second: about {minutes:.0f} minutes to go"
+            self.bar.write(f"{rate}; digits so far: {self.samples_dir / name}", file=sys.stderr)
             self.announced = True
 
     def log_frechet(self, samples, real):

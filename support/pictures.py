@@ -70,15 +70,15 @@ def plot_losses(config, progress, path):
         figure.savefig(partial, dpi=120, format="png")
 
 
-def watch(walk, timesteps, progress=False):
-    """Run a `DDPM.walk` through timesteps to its end, with a progress bar if asked to.
+def watch(walk, timesteps):
+    """Run a `DDPM.walk` through timesteps to its end, with a progress bar at a terminal.
 
     Returns:
         The images, (N, C, H, W), and at most FRAMES pairs (t, x_t) on the way, for
         `write_denoising`, of the first images: grey, (at most 100, 1, H, W).
     """
     steps, frames = len(timesteps), []
-    walk = tqdm(walk, total=steps, disable=not progress, leave=False)
+    walk = tqdm(walk, total=steps, disable=None, leave=False)
     for left, t, (_, xt) in zip(reversed(range(steps)), [*timesteps[1:], -1], walk):
         if left % math.ceil(steps / FRAMES) == 0:
             frames.append((t, xt[: COLUMNS * ROWS].mean(dim=1, keepdim=True).cpu()))

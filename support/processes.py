@@ -199,22 +199,22 @@ def micro_batches(model, n, parts):
                 yield part, scale
 
 
-def in_chunks(n, seed, compute, size=100, progress=False):
+def in_chunks(n, seed, compute, size=100):
     """Compute something of n images in chunks, of which each process computes every N-th.
 
     Args:
         n: number of images.
         seed: decides the seeds of the chunks.
         compute: called with a slice of the images and a seed; returns a tensor, images first.
-        size: images in a chunk.
-        progress: show a progress bar.
+        size: images in a chunk. Many chunks have a progress bar at a terminal.
 
     Returns:
         The results one after the other, (n, ...), on the CPU of every process.
     """
     rank, number = world()
-    found = {}
-    for k in tqdm(range(rank, math.ceil(n / size), number), disable=not progress, leave=False):
+    found, mine = {}, range(rank, math.ceil(n / size), number)
+    quiet = True if rank or len(mine) < 8 else None  # None: where there is no terminal
+    for k in tqdm(mine, disable=quiet, leave=False):
         own_seed = int(np.random.SeedSequence((seed, k)).generate_state(1)[0])
         found[k] = compute(slice(k * size, min(n, (k + 1) * size)), own_seed).cpu()
     if number > 1:

@@ -1,44 +1,40 @@
-"""Where the tests find MNIST: the folder DDPM_DATA_DIR, or data/, as train_eval.py leaves it."""
+"""What the tests share: the first digits of MNIST, the script's constants, the order of files."""
 
 import os
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # several processes share the cores, so each computes with one thread
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import warnings
-from pathlib import Path
+import struct
 
 import pytest
 
 import train_eval
-from dataprocess import load_data
 from support import configurator
+from support.datasets import FILES, read_dataset
 
 LONGEST = ("train_eval", "processes", "never_lose_a_run", "metrics", "diffusion", "machine")
-DATA_DIR = os.environ.get("DDPM_DATA_DIR") or str(Path(__file__).parent.parent / "data")
 
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that none is left to one process at the end."""
-    names = [f"test_{name}.py" for name in LONGEST]
-    items.sort(
-        key=lambda item: names.index(item.path.name) if item.path.name in names else len(names)
-    )
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
-def read_constants(flags):
-    """The script's constants as {name: (group, value, comment)}, some of them replaced by flags."""
-    return configurator.read_constants(train_eval.__file__, vars(train_eval), flags)
+def configured(*flags, script=train_eval.__file__):
+    """What the script makes of flags: a `configurator.Chosen`."""
+    limits, flags = (train_eval.LEAST, train_eval.MOST), [*map(str, flags)]
+    return configurator.configure(script, vars(train_eval), *limits, flags)
 
 
 @pytest.fixture(scope="session")
-def data_flags():
-    """Flags that give the script real MNIST, downloaded if need be; the drawn glyphs where there is none to be had."""
-    try:
-        load_data("mnist", DATA_DIR, train_size=1, test_size=1)
-        return ["--dataset", "mnist", "--data_dir", str(Path(DATA_DIR).resolve())]
-    except ValueError as error:
-        warnings.warn(f"the script is tested on glyphs instead of MNIST: {error}", stacklevel=1)
-        return ["--dataset", "glyphs"]
+def data_flags(tmp_path_factory):
+    """Flags for the first 600 and 300 images of MNIST; those of assets/ take seconds to load."""
+    folder = tmp_path_factory.mktemp("data")
+    (raw := folder / "MNIST" / "raw").mkdir(parents=True)
+    for k, split in enumerate(read_dataset("mnist", folder)):
+        for name, magic, x in zip(FILES[2 * k :], (2051, 2049), split):
+            x = x[: 600 // (k + 1)].byte().numpy()
+            (raw / name).write_bytes(struct.pack(f">{1 + x.ndim}i", magic, *x.shape) + x.tobytes())
+    return ["--data_dir", str(folder)]

@@ -1,7 +1,5 @@
 """The measures of samples: closed forms, and what each of them must and must not notice."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -105,9 +103,6 @@ def test_as_bytes_rounds_to_the_nearest_level():
     assert same(metrics.as_bytes(images[1] / 127.5 - 1), images[1])
 
 
-# The classifier
-
-
 def boxes(n, seed=0):
     """Images of a bright box on noise, and in which of four places it is."""
     generator = torch.Generator().manual_seed(seed)
@@ -158,20 +153,10 @@ def test_a_classifier_is_kept_under_a_hash_of_its_data(tmp_path, monkeypatch):
         assert same(first.state_dict(), again.state_dict()) and path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("obstacle", ["no folder", "not replaced"])
-def test_a_classifier_that_cannot_be_saved_is_used_all_the_same(
-    obstacle, tmp_path, monkeypatch, capsys
-):
-    def read_only(*_):
-        raise OSError(30, "Read-only file system")
-
-    if obstacle == "not replaced":
-        monkeypatch.setattr(os, "replace", read_only)
-    else:
-        (tmp_path / "cache").write_text("a file")
-    images, labels = boxes(4)
-    classifier = load_classifier("kmnist", images, labels, tmp_path / "cache")
-    assert classifier.read(images)[1].shape == (4, 4) and not list(tmp_path.glob("cache/*"))
+def test_a_classifier_that_cannot_be_saved_is_used_all_the_same(tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    classifier = load_classifier("kmnist", *boxes(4), tmp_path / "file")
+    assert classifier.read(boxes(4)[0])[1].shape == (4, 4)
     first, second = capsys.readouterr().err.splitlines()
     assert "training the classifier of kmnist" in first and "the next run trains it" in second
 
@@ -209,9 +194,12 @@ def test_the_classifier_in_assets_reads_mnist(mnist, classifier):
 def test_real_digits_have_the_figures_of_the_readme_on_every_machine(mnist, classifier):
     train, test = mnist
     assert classifier.accuracy(test.images, test.labels) == pytest.approx(0.9967, abs=1e-4)
-    report, _ = measure(classifier, test.images[:2000], train.images, test.images)
-    figures = [report[f"{name}_real"] for name in ("frechet", "precision", "recall")]
-    assert figures == pytest.approx([0.1571, 0.881, 0.907], abs=1.1e-3)
+    generator = torch.Generator().manual_seed(0)  # as `measure` chooses them
+    picked, unseen = (torch.randperm(len(x), generator=generator)[:2000] for x in mnist)
+    real, features = classifier.read(train.images[picked])[0], classifier.read(test.images)[0]
+    assert frechet_distance(real, features) == pytest.approx(0.1571, abs=2e-4)
+    figures = precision_recall(real, features[unseen])
+    assert figures == pytest.approx((0.881, 0.907), abs=1.1e-3)
 
 
 def test_a_damaged_classifier_in_assets_is_refused_and_not_trained_anew(tmp_path, monkeypatch):
@@ -239,9 +227,6 @@ def test_what_the_classifier_sees_does_not_depend_on_batches_colours_or_size(mni
     assert classifier.accuracy(small, probabilities.argmax(dim=1)) > 0.9
 
 
-# The measures together
-
-
 @pytest.fixture(scope="module")
 def measured(mnist, classifier):
     """Measure samples, by default beside 3000 training and 1000 test images."""
@@ -255,7 +240,7 @@ def measured(mnist, classifier):
 
 @pytest.fixture(scope="module")
 def real(mnist, measured):
-    """Real digits that are in neither of the sets that they are compared with: what they measure."""
+    """Other real digits, their labels, and what is measured of them."""
     samples, labels = mnist[0].images[6000:6400], mnist[0].labels[6000:6400]
     return samples, labels, measured(samples, labels)
 
@@ -271,7 +256,6 @@ def test_real_digits_measure_as_real(mnist, classifier, real):
     assert report["accuracy"] > 0.9 and report["colour"] == 0 and report["copies"] < 0.04
     assert sum(report["digits"]) == pytest.approx(1) and max(report["digits"]) < 0.15
     assert report["nearest"] == pytest.approx(report["nearest_real"], rel=0.1)
-    assert report["nearest_1st"] == pytest.approx(report["nearest_1st_real"], rel=0.3)
 
 
 def test_one_digit_alone_moves_recall_balance_and_distance(measured, real):
@@ -377,8 +361,9 @@ class Gpu(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, leaves = dict(kwargs or {}), tree_leaves((args, kwargs))
         gpu = {isinstance(x, OnGpu) for x in leaves if isinstance(x, torch.Tensor) and x.ndim}
-        copy = func is torch.ops.aten._to_copy.default
-        assert copy or len(gpu) < 2, f"{func}: tensors on two devices"
+        index = func is torch.ops.aten.index.Tensor and isinstance(args[0], OnGpu)
+        free = index or func is torch.ops.aten._to_copy.default
+        assert free or len(gpu) < 2, f"{func}: tensors on two devices"
         here = True in gpu
         if kwargs.get("device"):
             here, kwargs["device"] = kwargs["device"].type == "meta", torch.device("cpu")
