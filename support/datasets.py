@@ -1,6 +1,7 @@
 """Where data comes from: the folder of the data, assets/, a download; and PNGs to measure."""
 
 import http.client
+import io
 import lzma
 import math
 import os
@@ -54,7 +55,8 @@ def read_dataset(name, data_dir):
 def _read_archive(where):
     """The files of an archive in assets/ as {where they are: bytes}."""
     try:
-        with lzma.open(where) as file, tarfile.open(fileobj=file) as archive:
+        data = io.BytesIO(lzma.decompress(where.read_bytes()))
+        with tarfile.open(fileobj=data) as archive:
             return {where / name: archive.extractfile(name).read() for name in FILES}
     except (OSError, EOFError, KeyError, lzma.LZMAError, tarfile.TarError) as error:
         raise ValueError(
