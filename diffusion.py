@@ -14,6 +14,7 @@ import likelihood
 from process import GaussianProcess
 from support import checks
 from support.checkpoint import load_checkpoint, load_weights, plain_state_dict, save_checkpoint
+from support.files import one_line
 from support.machine import evaluating, unwrapped
 from unet import UNet
 
@@ -406,7 +407,7 @@ class DDPM(Denoiser):
             load_weights(ddpm.network, saved["weights"])
             ddpm.info = dict(saved["info"])
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            reason = checks.one_line(error)
+            reason = one_line(error)
             raise ValueError(f"{path}: of another version or network ({reason})") from None
         return ddpm.to(device).eval()
 

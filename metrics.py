@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from support import checks
 from support.checkpoint import load_checkpoint, save_checkpoint
+from support.files import one_line
 
 SIZE = 32  # height and width of the classifier's input, in pixels
 NUM_FEATURES = 64  # width of the classifier's last hidden layer
@@ -152,7 +153,7 @@ def load_classifier(dataset, images, labels, folder, *, device="cpu", progress=F
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_checkpoint(path, classifier.state_dict())
             except OSError as error:
-                print(f"{checks.one_line(error)}; the next run trains it again", file=sys.stderr)
+                print(f"{one_line(error)}; the next run trains it again", file=sys.stderr)
     classifier.name = f"{dataset}-{_digest(*classifier.state_dict().values())[:8]}"
     return classifier.to(device).eval()
 

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from support import checks
-from support.checks import one_line
-from support.files import flush, whole_file
+from support.files import flush, one_line, whole_file
 from support.machine import unwrapped
 
 LAST = ("config", "script", "step", "rng", "network", "ema", "optimizer", "timesteps", "stats")

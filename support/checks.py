@@ -13,27 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from support.files import one_line, shown
+
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def shown(value):
-    """A value for a message: its `repr` in one line and not too long."""
-    if isinstance(value, torch.Tensor) and value.ndim:
-        return f"of {value.dtype} and shape {tuple(value.shape)}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-def one_line(error):
-    """The kind of an exception and the first line of its message."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {reason}"
-
-
-def printable(path):
-    """A path for a message, with line breaks and bytes that are not text escaped."""
-    return str(path) if str(path).isprintable() else repr(str(path))
 
 
 # Kinds
@@ -83,22 +66,20 @@ def path(name, value):
         refuse(name, value, "the path of a file or folder")
 
 
+def module(name, value):
+    """A torch module."""
+    if not isinstance(value, nn.Module):
+        refuse(name, value, "a torch.nn.Module")
+
+
 def device(value):
     """A device that can be used here, in float64, as the tables of a process are."""
     try:
         torch.empty(0, dtype=torch.float64, device=value)
     except Exception as error:  # each backend has its own
-        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"device {shown(value)}: cannot be used here ({reason}); expected for example 'cpu' or "
-            "'cuda'; try --device cpu"
+            f"device {shown(value)}: cannot be used here ({one_line(error)}); try --device cpu"
         ) from None
-
-
-def module(name, value):
-    """A torch module."""
-    if not isinstance(value, nn.Module):
-        refuse(name, value, "a torch.nn.Module")
 
 
 def tensor(name, value, dtypes, shape, low=None, high=None):
@@ -144,10 +125,7 @@ def process(process, beta_schedules, predictions, variances, spacings):
     switch("zero_terminal_snr", process.zero_terminal_snr)
     whole("num_timesteps", process.num_timesteps, 2 if process.zero_terminal_snr else 1)
     if process.zero_terminal_snr and process.prediction == "eps":
-        raise ValueError(
-            "zero_terminal_snr with prediction 'eps': pure noise says nothing of x0; expected 'v' "
-            "or 'x0'"
-        )
+        refuse("prediction", "eps", "'v' or 'x0' with zero_terminal_snr: noise says nothing of x0")
 
 
 def ddpm(ddpm, losses, samplers):
@@ -166,22 +144,19 @@ def ddpm(ddpm, losses, samplers):
         expected = "0: with zero_terminal_snr the timestep where sampling starts is not trained"
         refuse("min_snr_gamma", ddpm.min_snr_gamma, expected)
     module("network", ddpm.network)
-    settings = {"image_size": ddpm.image_size, "channels": ddpm.channels}
     config = getattr(ddpm.network, "config", None) or {}
-    if {"out_channels", *settings} <= config.keys():  # a UNet
-        for name, value in (settings | {"out_channels": ddpm.outputs}).items():
+    sizes = dict(image_size=ddpm.image_size, channels=ddpm.channels, out_channels=ddpm.outputs)
+    if sizes.keys() <= config.keys():  # a UNet
+        for name, value in sizes.items():
             found = config["channels"] if config[name] is None else config[name]
             if value != found:
                 refuse(name, value, f"{found}, as in the network")
+    known = [part for part in ddpm.network.modules() if getattr(part, "num_classes", None)]
     if ddpm.num_classes is not None:
         whole("num_classes", ddpm.num_classes, note=", or None")
-    elif hidden := [
-        name for name, part in ddpm.network.named_modules() if getattr(part, "num_classes", None)
-    ]:
-        raise ValueError(
-            f"network {type(ddpm.network).__name__}: it has no num_classes, but its part "
-            f"{hidden[0]} knows labels; expected an attribute num_classes, None for no labels"
-        )
+    elif known:
+        expected = f"the attribute num_classes of its {type(known[0]).__name__}, or None there"
+        refuse("network", type(ddpm.network).__name__, expected)
     elif ddpm.guidance_scale != 1:
         refuse("guidance_scale", ddpm.guidance_scale, "1: the network is unconditional")
     shares = ddpm.class_shares
@@ -293,9 +268,9 @@ def bound(ddpm, x0, y, terms, seed, progress):
 # Other doors
 
 
-def ema(module_, decay, start, update_rate):
+def ema(averaged, decay, start, update_rate):
     """The settings of an `EMA`."""
-    module("module", module_)
+    module("module", averaged)
     number("ema_decay", decay, 0, 1)
     if decay == 1:
         refuse("ema_decay", decay, "a number from 0 to below 1")
@@ -355,10 +330,7 @@ def measured(samples, train, test, labels, seed):
     for name, images in (("samples", samples), ("train", train), ("test", test)):
         pictures(name, images)
         if len(images) < len(samples):
-            raise ValueError(
-                f"{len(samples)} samples: expected at most {len(images)}, the number of {name} "
-                "images to compare with"
-            )
+            refuse("samples", samples, f"at most {len(images)}, as many as {name} images")
     if labels is not None:
         tensor("labels", labels, (torch.int64,), (len(samples),))
     whole("seed", seed, 0, 2**32 - 1)

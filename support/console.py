@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support.checks import one_line
+from support.files import one_line
 from support.machine import describe_precision
 
 MEASURES = {  # of metrics.measure: the words of the table

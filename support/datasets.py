@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.checks import one_line, path, printable
+from support.checks import path
+from support.files import one_line, printable
 
 # Names of classes in torchvision.datasets, and of the folders in which they keep their files.
 DATASETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}

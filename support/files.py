@@ -1,10 +1,12 @@
-"""Files that are whole, since they get their names last; the folder of a run and its lock."""
+"""Whole files, since they get their names last; a run's folder and its lock; words for messages."""
 
 import os
 import socket
 import time
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 try:
     import fcntl
@@ -226,3 +228,25 @@ def _try_lock(file):
     except OSError:
         return fcntl is not None  # a file system without locks: go on; on Windows: held
     return True
+
+
+# Words for messages
+
+
+def shown(value):
+    """A value for a message: its `repr` in one line and not too long."""
+    if isinstance(value, torch.Tensor) and value.ndim:
+        return f"of {value.dtype} and shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def one_line(error):
+    """The kind of an exception and the first line of its message."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {reason}"
+
+
+def printable(path):
+    """A path for a message, with line breaks and bytes that are not text escaped."""
+    return str(path) if str(path).isprintable() else repr(str(path))

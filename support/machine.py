@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from support.checks import one_line
+from support.files import one_line
 
 
 def has_bf16(device):

@@ -18,9 +18,8 @@ from PIL import Image
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from support.checks import one_line
 from support.console import warning_if_it_fails
-from support.files import make_folder, whole_file
+from support.files import make_folder, one_line, whole_file
 
 COLUMNS, ROWS, README_ROWS = 10, 10, 6  # of a film: images in a row; rows
 MOST_PIXELS, FRAMES, LAST_TIME = 400, 32, 2000  # width and height; frames; ms of the last frame

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import FLAGS, tiny_ddpm
+from conftest import configured
+from tiny import FLAGS, tiny_ddpm, tiny_unet
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -43,19 +44,6 @@ class WouldWait(RuntimeError):
     """The program would wait for the GPU here."""
 
 
-@functools.cache
-def fakes_need_a_driver():
-    """Whether this torch, an older one built for CUDA, asks for a driver even for fake tensors."""
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            torch.ones(2).to("cuda")
-    except RuntimeError:
-        if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14):
-            raise
-        return True
-    return False
-
-
 class PretendCuda(TorchDispatchMode):
     """Inside, 'cuda' is a device on any machine. Tensors on the CPU stay real.
 
@@ -76,8 +64,8 @@ class PretendCuda(TorchDispatchMode):
     LOOKUPS = ATEN.index.Tensor, ATEN.index_put_.default  # they send an index from the CPU
 
     def __init__(self, may_read=False):
-        if fakes_need_a_driver():
-            pytest.skip(f"torch {torch.__version__} asks for NVIDIA's driver; torch 2.14 does not")
+        if torch.version.cuda and torch.__version__ < "2.14":
+            pytest.skip("this torch asks for NVIDIA's driver even for fake tensors")
         super().__init__()
         self.may_read, self.sent = may_read, 0
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -211,20 +199,25 @@ def cuda_labels(n):
 def split(n, device="cuda", size=16, **options):
     """`Images` of so many grey pictures, on a device."""
     images = torch.randint(256, (n, size, size), dtype=torch.uint8)
-    options = {"channels": 1} | options
-    return Images("mnist", images, torch.arange(n) % 10, device=device, **options)
+    return Images("mnist", images, torch.arange(n) % 10, device=device, **{"channels": 1} | options)
 
 
 def on_cuda(*tensors):
     return all(x.device.type == "cuda" for x in tensors)
 
 
-def configure(flags=""):
-    """The constants of the smallest run by the recipe of a CPU, on the pretended device."""
-    argv = [*FLAGS, "--device", "cuda", "--recipe", "quick", *flags.split()]
-    return configurator.configure(
-        train_eval.__file__, vars(train_eval), train_eval.LIMITS, argv
-    ).config
+def configure(flags, device="cuda"):
+    """The constants of the smallest run by the quick recipe."""
+    return configured(*FLAGS, "--device", device, "--recipe", "quick", *flags.split()).config
+
+
+def prepare(config, monkeypatch, n=12):
+    """`train_eval.prepare` with so many images, and the model as a run trains it."""
+    options = dict(device=config.device, channels=config.channels)
+    splits = split(n, augment=config.use_augmentation, **options), split(10, **options)
+    monkeypatch.setattr(train_eval, "load_images", lambda config: splits)
+    run = train_eval.prepare(config, {})
+    return run, processes.parallel(run.ddpm).train()
 
 
 # Faults that a person might make: the pretended GPU must see them
@@ -365,23 +358,21 @@ def without_backward_pass(ddpm):
         yield
 
 
-CLUSTERS = "--no-use_conditional_generation --num_clusters 3"
+LABELLED = "--use_conditional_generation"
+CLUSTERS = "--no-use_conditional_generation --num_clusters 3 --grad_accumulation 2"
 
 
-@pytest.mark.parametrize("labels", ("--use_conditional_generation", CLUSTERS))
-@pytest.mark.parametrize("sampling", TIMESTEP_SAMPLINGS)
-def test_training_steps_never_wait_for_the_device(sampling, labels, monkeypatch):
+@pytest.mark.parametrize(
+    "sampling, flags", list(zip(TIMESTEP_SAMPLINGS, (LABELLED, LABELLED, CLUSTERS)))
+)
+def test_training_steps_never_wait_for_the_device(sampling, flags, monkeypatch):
     """`prepare`, then steps with AdamW, the start of the EMA, candidates and statistics."""
-    flags = f"--timestep_sampling {sampling} --ema_start 1 --use_augmentation --channels 3"
-    config = configure(f"{labels} {flags}")
+    config = configure(f"{flags} --timestep_sampling {sampling} --ema_start 1 --use_augmentation")
     with PretendCuda(may_read=True) as pretend:
-        train, test = split(12, channels=3, augment=True), split(10, channels=3)
-        monkeypatch.setattr(train_eval, "load_images", lambda config: (train, test))
-        run = train_eval.prepare(config, {})
+        run, model = prepare(config, monkeypatch)
         stats, ema = run.parts["stats"], run.parts["ema"]
         assert on_cuda(stats.steps, stats.quartiles, *ema.shadow.parameters())
-        model = processes.parallel(run.ddpm).train()
-        batches = train.epochs(config.batch_size, 1)
+        batches = run.train_images.epochs(config.batch_size, 1)
         first = next(batches)  # it sends the order of the epoch
         pretend.may_read = False
         with without_backward_pass(run.ddpm), pretend.sending(0):
@@ -461,8 +452,9 @@ def test_what_lies_on_the_cpu_is_sent_once_before_sampling():
             assert on_cuda(ddpm.sample(5, cuda_labels(5), xT=noise, steps=2))
         with pytest.raises(ValueError, match="seed: a generator on cpu; expected one on cuda"):
             ddpm.sample(3, seed=torch.Generator("cpu"))
+        unconditional = tiny(conditional=False, timestep_spacing="linspace")
         with pretend.sending(0):
-            assert on_cuda(tiny(conditional=False, timestep_spacing="linspace").sample(3, seed=0))
+            assert on_cuda(unconditional.sample(3, seed=0))
 
 
 def test_interpolation_and_prediction_stay_on_the_device():
@@ -500,12 +492,12 @@ def test_an_evaluation_mixes_no_devices(monkeypatch):
     monkeypatch.setattr(train_eval.monitor, "write_final", lambda *args: shown.extend(args))
     with PretendCuda(may_read=True):
         ddpm, images = train_eval.build(config), split(20, channels=3)
-        assert isinstance(train_eval.test_loss(config, ddpm, images), float)
+        ddpm.info = {"step": 0}
+        assert train_eval.measure_and_draw(config, ddpm, images) == 0
+        assert shown[2].shape == (4, 3, 16, 16) and len(shown[3]) == 2  # images, frames
         assert isinstance(train_eval.bits_per_dim(config, ddpm, images).total, float)
         samples, y = train_eval.draw(config, ddpm, 6, sampler="ddim", steps=2)
         assert samples.device.type == "cpu" and samples.dtype == torch.float32 and len(y) == 6
-        train_eval.draw_grid(config, ddpm, 0.0)
-        assert shown[2].shape == (4, 3, 16, 16) and len(shown[3]) == 2  # images, frames
 
 
 @pytest.mark.parametrize("device", ("cpu", "cuda"))
@@ -565,3 +557,111 @@ def compiler(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     yield found
     torch._dynamo.reset()
+
+
+NETWORKS = {  # one for any number of images; one with all that is optional
+    "added time": dict(image_size=4, attention_resolutions=(4,)),
+    "adaptive norm, labels, heads, RGB": dict(
+        num_classes=10, adaptive_norm=True, num_heads=2, channels=3, out_channels=6, patch_size=2
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_the_network_has_no_graph_break(kind, compiler):
+    """`fullgraph` raises at a break. A graph made for any number of images has to fit each."""
+    network, any_number = tiny_unet(**NETWORKS[kind]), kind == "added time"
+    compiled = torch.compile(network, fullgraph=True)
+    with torch.set_grad_enabled(not any_number):
+        for n in (3, 2, 5) if any_number else (3,):
+            size, channels = network.config["image_size"], network.config["channels"]
+            xt, t = torch.randn(n, channels, size, size), torch.arange(n)
+            if any_number:
+                torch._dynamo.mark_dynamic(xt, 0), torch._dynamo.mark_dynamic(t, 0)
+            y = t + 8 if network.num_classes else None
+            torch.testing.assert_close(compiled(xt, t, y), network(xt, t, y))
+    assert len(compiler.graphs) == 1
+
+
+def test_a_planted_graph_break_is_found(compiler):
+    class Broken(Tiny):
+        def forward(self, xt, t, y=None):
+            h = super().forward(xt, t, y)
+            return h if h.sum() > 0 else -h  # the compiler cannot know which
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(Broken(), fullgraph=True)(torch.ones(2, 1, 8, 8), torch.arange(2))
+
+
+def compiled_run(flags, monkeypatch):
+    """A run of a `Tiny` on the CPU that compiles at once, and its model and `warm_up`."""
+    config = configure(f"--use_compile --target_references 0 {flags}", "cpu")
+    classes = 10 if config.use_conditional_generation else None
+    network = Tiny(config.channels, config.channels, classes)
+    monkeypatch.setattr(train_eval, "build_network", lambda config: network)
+    config.train_size = 300
+    run, model = prepare(config, monkeypatch, 300)
+    return run, model, lambda n: train_eval.warm_up(config, model, n)
+
+
+def evaluate(run):
+    """All that the network is asked for after training, in chunks and what is left of them."""
+    for n in (100, 130):
+        train_eval.draw(run.config, run.ddpm, n, sampler="ddim", steps=2)
+    train_eval.test_loss(run.config, run.ddpm, run.train_images)
+    train_eval.bits_per_dim(run.config, run.ddpm, run.train_images)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    (
+        "--no-use_conditional_generation --num_clusters 0 --guidance_scale 1",
+        "--bf16 --channels 3 --guidance_scale 2",
+    ),
+)
+def test_a_run_compiles_no_more_graphs_than_it_needs(flags, compiler, monkeypatch):
+    """Each graph costs a large network a minute, and after eight of them torch stops compiling.
+
+    Training needs two: one for full batches, and one of any size for the last batch of an epoch.
+    Inference needs one: torch has seen several sizes then, and makes a graph for any size. Neither
+    what a batch is for nor the step of a sampler may ask for another.
+    """
+    run, model, warm_up = compiled_run(flags, monkeypatch)
+    machine.compile_network(run.config, run.ddpm, warm_up)
+    assert compiler.graphs == ["training", "training", "inference"]
+    for x0, y in run.train_images.epochs(8, 1, 0, 35):
+        train_eval.train_step(run, model, x0, y, 0.1)
+    with run.parts["ema"].applied():
+        evaluate(run)
+    assert compiler.graphs == ["training", "training", "inference"]
+
+
+def test_an_evaluation_compiles_no_more_graphs_than_it_needs(compiler, monkeypatch):
+    """Two: one for the size of a grid, and one for any size when the next size comes."""
+    run, _, _ = compiled_run("--guidance_scale 2", monkeypatch)
+    machine.compile_network(run.config, run.ddpm)
+    assert compiler.graphs == ["inference"]
+    evaluate(run)
+    assert compiler.graphs == ["inference", "inference"]
+
+
+@pytest.mark.parametrize("broken", ("training", "inference"))
+def test_a_compiler_that_fails_costs_a_line(broken, compiler, monkeypatch, capsys):
+    run, model, warm_up = compiled_run("", monkeypatch)
+    compiler.broken = broken
+    machine.compile_network(run.config, run.ddpm, warm_up)
+    line = capsys.readouterr().err
+    assert line.startswith("torch.compile failed (") and line.endswith("); going on without it\n")
+    assert line.count("\n") == 1 and run.ddpm.training
+    assert all(p.grad is None for p in run.ddpm.parameters())
+    compiler.broken, tried = None, list(compiler.graphs)
+    train_eval.train_step(run, model, *run.train_images.batch(slice(8)), 0.1)
+    assert run.ddpm.sample(2, steps=2).isfinite().all()
+    assert compiler.graphs == tried  # nothing more was compiled
+
+
+def test_nothing_is_compiled_unless_the_config_says_so(compiler, monkeypatch):
+    run, _, warm_up = compiled_run("--no-use_compile", monkeypatch)
+    machine.compile_network(run.config, run.ddpm, warm_up)
+    run.ddpm.sample(2, steps=1)
+    assert not compiler.graphs

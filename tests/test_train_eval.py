@@ -16,15 +16,18 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import FLAGS, same
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 from torchvision.utils import make_grid
 
 import metrics
 import train_eval
 from diffusion import DDPM
-from support import console, monitor, pictures, processes
+from support import console, pictures, processes
 from support.monitor import Monitor
+from timesteps import UniformSampler
 
 UNLABELLED = "--no-use_conditional_generation --num_clusters 0 --guidance_scale 1".split()
+CLUSTERS = "--no-use_conditional_generation --num_clusters 6".split()
 
 
 def run(*flags):
@@ -44,12 +47,13 @@ def last_of(folder):
 
 
 def prepared(*flags):
-    """What training needs, for the smallest run with these flags; no layer's weights are zeros."""
+    """What `train` begins with, for the smallest run with these flags; no layer is all zeros."""
     chosen = configured(*FLAGS, *flags)
     run = train_eval.prepare(chosen.config, chosen.script)
     for parameter in run.ddpm.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
+    run.model = processes.parallel(run.ddpm).train()
     return run
 
 
@@ -61,29 +65,24 @@ def without_plots(monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data_flags):
-    """A finished run of 40 steps with every option that takes part in the bits, shared by tests.
-
-    Its folder, its flags, and what it printed.
-    """
+    """A finished run of 40 steps, shared by tests, with every option that takes part in the bits."""
     folder = tmp_path_factory.mktemp("trained")
-    flags = [*data_flags, *"--use_augmentation --dropout 0.1 --num_heads 2 --ema_start 5".split()]
-    flags += "--variance learned --timestep_sampling importance --num_timesteps 10".split()
-    flags += "--num_samples 70 --warmup_steps 3 --sample_every 10 --save_every 15".split()
+    options = "--use_augmentation --dropout 0.1 --num_heads 2 --ema_start 5 --variance learned "
+    options += "--timestep_sampling importance --num_timesteps 10 --num_samples 70 "
+    options += "--warmup_steps 3 --sample_every 10 --save_every 15"
+    flags = [*data_flags, *options.split()]
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         assert run(*flags, "--save_dir", folder) == 0
-    said = {"out": out.getvalue(), "err": err.getvalue()}
-    return SimpleNamespace(folder=folder, flags=flags, **said)
+    return SimpleNamespace(folder=folder, flags=flags, out=out.getvalue(), err=err.getvalue())
 
 
 # What a run leaves
 
 
 def test_a_run_leaves_everything_that_it_promises(trained):
-    everything = {path.name for path in trained.folder.iterdir()}
-    assert everything == {"best_model.pt", "last.pt", "last.previous.pt", "loss_curve.png"} | {
-        "samples",
-        "tensorboard_logs",
-    }
+    names = {"best_model.pt", "last.pt", "last.previous.pt", "loss_curve.png"}
+    names |= {"samples", "tensorboard_logs"}
+    assert {path.name for path in trained.folder.iterdir()} == names
     grids = {f"step_{step:07d}.png" for step in (10, 20, 30, 40)} | {"real.png", "final.png"}
     names = {path.name for path in (trained.folder / "samples").iterdir()}
     assert names == grids | {"denoising.gif", "training.gif"}
@@ -93,12 +92,10 @@ def test_a_run_leaves_everything_that_it_promises(trained):
 
 
 def test_a_run_says_what_it_does_and_what_to_do_next(trained):
-    for words in ("160 images to train, 80 to test", "with labels", "device: cpu", "recipe quick"):
-        assert words in trained.out
-    for words in ("test loss ", "(40 images of mnist", "of 70 read as the digit asked for"):
-        assert words in trained.out
-    for words in ("train_eval.py --evaluate", "--resume --epochs 4", "tensorboard --logdir"):
-        assert words in trained.out
+    said = ["160 images to train, 80 to test", "with labels", "device: cpu", "recipe quick"]
+    said += ["test loss ", "(40 images of mnist", "of 70 read as the digit asked for"]
+    said += ["train_eval.py --evaluate", "--resume --epochs 4", "tensorboard --logdir"]
+    assert [words for words in said if words not in trained.out] == []
     assert trained.out.splitlines()[-1].endswith("minutes, everything included")
     lines = trained.err.splitlines()  # no terminal: lines, and few of them
     assert "\r" not in trained.err and len(lines) < 5 and "minutes to go" in trained.err
@@ -124,7 +121,7 @@ def test_the_curves_of_a_run_are_in_last_pt_and_the_loss_falls(trained):
 
 def test_best_model_has_the_ema_weights_of_the_lowest_test_loss(trained):
     best, last = DDPM.load(trained.folder / "best_model.pt", "cpu"), last_of(trained.folder)
-    losses = {step: loss for step, loss in last["test_curve"]}
+    losses = dict(last["test_curve"])
     assert best.info["test_loss"] == last["best_loss"] == min(losses.values())
     assert best.info["step"] == 40 and losses[40] == last["best_loss"]
     assert same(dict(best.network.state_dict()), dict(last["ema"]["shadow"]))
@@ -132,7 +129,7 @@ def test_best_model_has_the_ema_weights_of_the_lowest_test_loss(trained):
     assert best.sample_steps == 2 and best.info["config"]["use_conditional_generation"] is True
 
 
-def test_grids_during_training_are_of_the_ema_weights_and_measured(trained, data_flags):
+def test_grids_during_training_are_of_the_ema_weights_and_measured(trained):
     """The last grid, drawn again from best_model.pt, which has the same weights."""
     config = configured(*FLAGS, *trained.flags).config
     best = DDPM.load(trained.folder / "best_model.pt", "cpu")
@@ -148,10 +145,7 @@ def test_grids_during_training_are_of_the_ema_weights_and_measured(trained, data
     assert found == pytest.approx(metrics.frechet_distance(*features), rel=1e-6)
 
 
-# The same run again
-
-
-def test_a_run_stopped_twice_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, capsys):
+def test_a_run_stopped_twice_goes_on_to_the_same_bits(trained, tmp_path, capsys, without_plots):
     """Ctrl-C before the first step, then in the look at step 20, then on to the end."""
     log_config, look = Monitor.log_config, train_eval.look
 
@@ -164,21 +158,24 @@ def test_a_run_stopped_twice_goes_on_to_the_same_bits(trained, tmp_path, monkeyp
             signal.raise_signal(signal.SIGINT)
         look(run, watch)
 
-    monkeypatch.setattr(Monitor, "log_config", press)
-    assert run(*trained.flags, "--save_dir", tmp_path) == 130
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "log_config", press)
+        assert run(*trained.flags, "--save_dir", tmp_path) == 130
     assert last_of(tmp_path)["step"] == 1
     assert DDPM.load(tmp_path / "best_model.pt", "cpu").info["step"] == 1
-    monkeypatch.setattr(train_eval, "look", press_in_the_look)
-    assert again(tmp_path, "--resume") == 130
+    resume = [*trained.flags[:2], "--resume"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_eval, "look", press_in_the_look)
+        assert again(tmp_path, *resume) == 130
     out = capsys.readouterr().out
     assert "stopped at step 21; everything is saved" in out  # the step after the look
     assert f"python train_eval.py --resume --save_dir={tmp_path}" in out
-    monkeypatch.undo()
-    assert again(tmp_path, "--resume") == 0
+    assert again(tmp_path, *resume) == 0
     found, expected = last_of(tmp_path), last_of(trained.folder)
     for last in (found, expected):
-        last["config"] = {**last["config"], "save_dir": None, "data_dir": None}
-        del last["log"], last["train_curve"]  # it has entries where the run was stopped
+        for name in configured().names(train_eval.OF_THE_MACHINE):
+            del last["config"][name]
+        del last["log"], last["train_curve"]  # with entries where the run was stopped
     assert found.keys() == expected.keys()
     assert [name for name in found if not same(found[name], expected[name])] == []
     for name in ("samples/final.png", "samples/training.gif"):
@@ -197,7 +194,7 @@ def test_another_seed_is_another_run(data_flags):
 
 def test_a_finished_run_can_be_made_longer(trained, tmp_path, capsys, without_plots):
     shutil.copytree(trained.folder, tmp_path / "run")
-    assert again(tmp_path / "run", "--resume", "--epochs", 3) == 0
+    assert again(tmp_path / "run", *trained.flags[:2], "--resume", "--epochs", 3) == 0
     assert "changed since this run began: epochs 2 -> 3\n" in capsys.readouterr().out
     last = last_of(tmp_path / "run")
     assert last["step"] == 60 and last["config"]["epochs"] == 3 and last["script"]
@@ -215,9 +212,9 @@ def test_a_finished_run_can_be_made_longer(trained, tmp_path, capsys, without_pl
 def test_the_learning_rate_is_linear_lr_times_cosine_annealing_lr(steps, warmup, limited, cosine):
     config = SimpleNamespace(learning_rate=3e-4, warmup_steps=warmup, use_scheduler=cosine)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=3e-4)
-    schedulers = [torch.optim.lr_scheduler.LinearLR(optimizer, 1 / limited, total_iters=limited)]
+    schedulers = [LinearLR(optimizer, 1 / limited, total_iters=limited)]
     if cosine:
-        schedulers.append(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps))
+        schedulers.append(CosineAnnealingLR(optimizer, steps))
     for step in range(steps + 1):
         expected = pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-15)
         assert train_eval.learning_rate_at(config, step, steps) == expected
@@ -226,22 +223,14 @@ def test_the_learning_rate_is_linear_lr_times_cosine_annealing_lr(steps, warmup,
             scheduler.step()
 
 
-def test_adamw_has_the_constants_and_its_fused_form(data_flags):
-    run = prepared(*data_flags, "--weight_decay", 0.03, "--adam_beta2", 0.9)
-    (group,) = run.parts["optimizer"].param_groups
-    assert type(run.parts["optimizer"]) is torch.optim.AdamW and group["fused"]
-    assert group["weight_decay"] == 0.03 and group["betas"] == (0.9, 0.9)
-
-
 @pytest.mark.parametrize("clip, parts", [(0, 1), (0.01, 1), (0.01, 3)])
 def test_a_step_descends_the_weighted_mean_of_the_losses(data_flags, clip, parts):
     """One step of plain SGD against autograd; then come the average and the timesteps' sampler."""
     flags = ["--grad_clip", clip, "--grad_accumulation", parts, "--target_references", 0]
     run = prepared(*data_flags, *UNLABELLED, *flags)
     drawn, taken = (torch.arange(8) * 2, torch.arange(8) / 4), []
-    run.parts["timesteps"] = SimpleNamespace(
-        sample=lambda n: drawn, update=lambda *args: taken.append(args)
-    )
+    sampler = {"sample": lambda n: drawn, "update": lambda *args: taken.append(args)}
+    run.parts["timesteps"] = SimpleNamespace(**sampler)
     parameters = list(run.ddpm.parameters())
     run.parts["optimizer"] = torch.optim.SGD(parameters, lr=9.0)
     x0, y = run.train_images.batch(slice(8))
@@ -252,7 +241,7 @@ def test_a_step_descends_the_weighted_mean_of_the_losses(data_flags, clip, parts
     gradients = torch.autograd.grad((drawn[1] * expected).mean(), parameters)
     size = torch.cat([g.flatten() for g in gradients]).norm()
     torch.manual_seed(0)
-    losses, weights, t, norm = train_eval.train_step(run, run_model(run), x0, y, 0.5)
+    losses, weights, t, norm = train_eval.train_step(run, run.model, x0, y, 0.5)
     assert same((t, weights), drawn) and same(taken[0], (t, losses))
     close = dict(rtol=1e-4, atol=1e-6)
     torch.testing.assert_close((losses, norm), (expected.detach(), size), **close)
@@ -265,36 +254,22 @@ def test_a_step_descends_the_weighted_mean_of_the_losses(data_flags, clip, parts
         assert p.grad is None or not p.grad.any()
 
 
-def run_model(run):
-    """The model as `train` hands it to `train_step`."""
-    return processes.parallel(run.ddpm).train()
-
-
-LABELS = {  # flags: the label of 'no label'
-    "--use_conditional_generation": 10,
-    "--no-use_conditional_generation --num_clusters 6": 6,
-    " ".join(UNLABELLED): None,
-}
-
-
-@pytest.mark.parametrize("flags, no_label", LABELS.items())
+@pytest.mark.parametrize("flags, no_label", [([], 10), (CLUSTERS, 6), (UNLABELLED, None)])
 def test_the_network_is_told_the_labels_but_for_a_share(data_flags, flags, no_label):
-    run, seen = prepared(*data_flags, *flags.split(), "--label_dropout", 0.5), []
+    run, seen = prepared(*data_flags, *flags, "--label_dropout", 0.5), []
     run.ddpm.network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs))
     x0, y = run.train_images.batch(slice(80))
-    _, _, t, _ = train_eval.train_step(run, run_model(run), x0, y, 0.0)
+    _, _, t, _ = train_eval.train_step(run, run.model, x0, y, 0.0)
     ((_, t_seen, y_seen),) = seen
-    assert torch.equal(t_seen, t)
-    if no_label is None:
-        assert y_seen is None
-    else:
+    assert torch.equal(t_seen, t) and (y_seen is None) == (no_label is None)
+    if y_seen is not None:
         dropped = y_seen == no_label
         assert torch.equal(y_seen[~dropped], y[~dropped]) and 20 < dropped.sum() < 60
         assert len(y.unique()) == no_label
 
 
 def test_a_step_has_candidates_of_its_own_from_the_training_images(data_flags):
-    run, model = prepared(*data_flags, "--channels", 3, "--target_references", 50), []
+    run, seen = prepared(*data_flags, "--channels", 3, "--target_references", 50), []
     x0, y = run.train_images.batch(slice(8))
     drawn = [train_eval.draw_candidates(run.config, run.train_images, x0, y) for _ in range(2)]
     (batch, others), labels = drawn[0]
@@ -304,19 +279,13 @@ def test_a_step_has_candidates_of_its_own_from_the_training_images(data_flags):
     index = torch.cdist(others.flatten(1), every.flatten(1)).argmin(dim=1)
     assert same((others, labels[8:]), (every[index], run.train_images.y[index]))
     assert len(index.unique()) > 30
-
-    class Model(nn.Module):
-        def forward(self, *batch):
-            model.append(batch[4])
-            return run.ddpm.losses(*batch)
-
+    losses = run.ddpm.losses
+    run.ddpm.losses = lambda *batch: seen.append(batch[4]) or losses(*batch)
     torch.manual_seed(0)
     expected = train_eval.draw_candidates(run.config, run.train_images, x0, y)
     torch.manual_seed(0)
-    stand_in = Model()
-    stand_in.ddpm = run.ddpm
-    train_eval.train_step(run, stand_in, x0, y, 0.0)
-    assert same(model[0], expected)
+    train_eval.train_step(run, run.model, x0, y, 0.0)
+    assert same(seen[0], expected)
     run.config.target_references = 0
     assert train_eval.draw_candidates(run.config, run.train_images, x0, y) is None
 
@@ -327,7 +296,7 @@ def test_in_bf16_loss_and_gradient_are_those_of_float32_within_its_error(data_fl
     t, eps, weights = torch.arange(16), torch.randn_like(x0), torch.ones(16)
     for bf16 in (False, True):
         run.config.bf16 = bf16
-        loss = train_eval.backward(run.config, run_model(run), x0, y, t, eps, weights).mean()
+        loss = train_eval.backward(run.config, run.model, x0, y, t, eps, weights).mean()
         gradient = torch.cat([p.grad.flatten() for p in run.ddpm.parameters()])
         found[bf16] = loss.item(), gradient
         run.ddpm.zero_grad()
@@ -337,34 +306,294 @@ def test_in_bf16_loss_and_gradient_are_those_of_float32_within_its_error(data_fl
     assert loss == run.ddpm.losses(x0, y, t, eps).mean()
 
 
-def test_every_constant_of_the_model_reaches_it(data_flags):
+def test_every_constant_reaches_what_it_is_for(data_flags):
     flags = dict(num_heads=2, patch_size=2, prediction="v", beta_schedule="cosine", loss="l1")
     flags |= dict(target_references=0, variance="learned", timestep_spacing="linspace")
     flags |= dict(timestep_sampling="uniform", sampler="dpm++", sample_steps=7, num_timesteps=50)
     flags |= dict(guidance_scale=2.5, label_dropout=0.2, timestep_std=0.3, ema_decay=0.5)
-    flags |= dict(ema_start=7, ema_update_rate=3)
+    flags |= dict(ema_start=7, ema_update_rate=3, weight_decay=0.03, adam_beta2=0.9)
     run = prepared(*data_flags, *(f"--{name}={value}" for name, value in flags.items()))
-    places = [vars(run.ddpm), run.ddpm.network.config, vars(run.parts["timesteps"])]
-    places.append({f"ema_{name}": value for name, value in vars(run.parts["ema"]).items()})
-    places.append(vars(run.config))
-    for name, value in flags.items():
-        found = next(place[name] for place in places if name in place)
-        assert found == value, name
-    assert run.ddpm.network.config["out_channels"] == 2 and run.ddpm.num_classes == 10
-    assert type(run.parts["timesteps"]).__name__ == "UniformSampler"
+    optimizer, ema = run.parts["optimizer"], vars(run.parts["ema"])
+    (group,) = optimizer.param_groups
+    found = vars(run.config) | {f"ema_{name}": value for name, value in ema.items()}
+    found |= vars(run.parts["timesteps"]) | {"timestep_std": run.parts["timesteps"].std}
+    found |= run.ddpm.network.config | vars(run.ddpm) | group | {"adam_beta2": group["betas"][1]}
+    assert {name: found[name] for name in flags} == flags
+    assert found["out_channels"] == 2 and found["num_classes"] == 10 and group["betas"][0] == 0.9
+    assert type(optimizer) is torch.optim.AdamW and found["fused"]
+    assert type(run.parts["timesteps"]) is UniformSampler
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_a_step_never_waits_for_the_device(data_flags):
-    flags = ["--device", "cuda", "--bf16", "--timestep_sampling", "importance"]
-    run = prepared(*data_flags, *flags)
-    model, stats = run_model(run), run.parts["stats"]
-    batches = list(run.train_images.epochs(8, 1))[:6]
-    for k, (x0, y) in enumerate(batches):
-        if k == 3:  # the allocator and the kernels have had their say
-            stats.start()
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+    run = prepared(*data_flags, "--device", "cuda", "--timestep_sampling", "importance")
+    model, stats = run.model, run.parts["stats"]
+    (x0, y), *others = [*run.train_images.epoch(8, 0)][:4]
+    stats.add(*train_eval.train_step(run, model, x0, y, 1e-3))  # the allocator has its say
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x0, y in others[:2]:
             stats.add(*train_eval.train_step(run, model, x0, y, 1e-3))
-        finally:
-            torch.cuda.set_sync_debug_mode("default" if k in (2, 5) else "error" if k > 2 else 0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# Looks
+
+
+def silent_watch(log_losses=lambda *losses: None):
+    """A `Monitor` that shows and writes nothing."""
+    others = dict.fromkeys(("log_samples", "log_frechet"), lambda *args: None)
+    return SimpleNamespace(doing=nullcontext, log_losses=log_losses, **others)
+
+
+def test_the_weights_of_the_lowest_test_loss_are_kept(data_flags, tmp_path, monkeypatch):
+    run = prepared(*data_flags, "--save_dir", tmp_path)
+    losses = {10: 3.0, 20: 2.0, 30: math.nan, 40: 2.5}
+
+    def test_loss(config, ddpm, images):
+        return losses[run.progress["step"]] if images is run.choosing_images else 9.0
+
+    monkeypatch.setattr(train_eval, "test_loss", test_loss)
+    logged, inside = [], [p.detach().clone() for p in run.ddpm.parameters()]
+    for run.progress["step"] in losses:
+        for average in run.parts["ema"].shadow.parameters():
+            average.fill_(run.progress["step"] / 1000)
+        train_eval.look(run, silent_watch(log_losses=lambda *both: logged.append(both)))
+    best = DDPM.load(tmp_path / "best_model.pt", "cpu")
+    assert best.info["step"] == 20 and best.info["test_loss"] == run.progress["best_loss"] == 2.0
+    assert all((p == 0.02).all() for p in best.network.parameters())
+    assert logged[:2] == [(9.0, 3.0), (9.0, 2.0)]  # training images, test images
+    assert same(inside, [p.detach() for p in run.ddpm.parameters()])
+
+
+def test_images_that_choose_the_weights_are_not_those_that_measure_them(data_flags):
+    run = prepared(*data_flags, "--test_size", 280)
+    split = run.choosing_images.images, run.measuring_images.images
+    assert [len(images) for images in split] == [128, 152]
+    assert torch.cdist(*(x.flatten(1).float() for x in split)).min() > 0
+
+
+FAILURES = {
+    "test_loss": ("the test loss failed (MemoryError", MemoryError()),
+    "draw": ("a grid of samples failed (RuntimeError: odd)", RuntimeError("odd\nlong story")),
+    "metrics.as_bytes": ("a grid of samples failed (OSError", OSError(28, "No space left")),
+}
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_a_look_that_fails_is_one_warning(data_flags, tmp_path, capsys, monkeypatch, what):
+    def fail(*args, **options):
+        raise error
+
+    words, error = FAILURES[what]
+    monkeypatch.setattr(console, "WARNED", set())
+    monkeypatch.setattr(f"train_eval.{what}", fail)
+    run = prepared(*data_flags, "--save_dir", tmp_path)
+    run.meter = lambda samples: 1.0
+    run.meter.real = 0.0
+    for run.progress["step"] in (10, 20):
+        train_eval.look(run, silent_watch())
+    err = capsys.readouterr().err
+    assert err.count(words) == err.count("the run goes on without it") == 1
+    best = DDPM.load(tmp_path / "best_model.pt", "cpu").info
+    if what == "test_loss":  # without any, the newest weights are kept
+        assert best["step"] == 20 and run.progress["best_loss"] == math.inf
+    else:
+        assert best["step"] == 10 and best["test_loss"] == run.progress["best_loss"]
+
+
+@pytest.mark.parametrize("flag", ["num_samples", "train_size", "test_size"])
+def test_with_too_few_images_grids_are_not_measured(data_flags, capsys, monkeypatch, flag):
+    monkeypatch.setattr(console, "WARNED", set())
+    enough = ["--num_samples", 65, "--test_size", 65]
+    assert train_eval.make_meter(prepared(*data_flags, *enough)).real > 0
+    assert capsys.readouterr().err == ""
+    assert train_eval.make_meter(prepared(*data_flags, *enough, f"--{flag}", 64)) is None
+    assert "measuring grids failed" in capsys.readouterr().err
+
+
+def test_a_grid_is_drawn_before_its_step_is_saved(data_flags, tmp_path, monkeypatch, without_plots):
+    """Else a run that is killed between the two goes on without it."""
+    done = []
+    for name in ("look", "save_last"):
+        monkeypatch.setattr(train_eval, name, lambda *args, name=name: done.append(name))
+    monkeypatch.setattr(train_eval, "draw_final", lambda run: True)
+    assert run(*data_flags, "--save_dir", tmp_path, "--train_size", 80) == 0
+    assert done == ["look", "save_last"]  # at step 20, the last
+
+
+# Measuring a model
+
+
+@pytest.mark.parametrize("flags", [[], CLUSTERS])
+def test_the_test_loss_is_a_mean_over_images_with_the_same_noise_each_time(flags):
+    config, calls = configured(*FLAGS, *flags).config, []
+
+    class Model(nn.Module):
+        def losses(self, x0, y, t, eps):
+            calls.append((x0, y, t, eps))
+            assert not self.training, "dropout"
+            return x0.mean(dim=(1, 2, 3))
+
+    model, generator = Model().train(), torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (100, 8, 8), generator=generator, dtype=torch.uint8)
+    images = train_eval.Images("mnist", pixels, torch.arange(100) % 10, channels=1)
+    found = [train_eval.test_loss(config, model, images) for state_moves_on in torch.rand(2)]
+    assert model.training and found[0] == found[1]
+    assert found[0] == pytest.approx(images.batch(slice(None))[0].double().mean().item())
+    half = len(calls) // 2
+    assert same(calls[:half], calls[half:])
+    x0, y, t, eps = zip(*calls[:half])
+    assert same(torch.cat(x0), images.batch(slice(None))[0])
+    assert y == (None,) * half if flags else same(torch.cat(y), images.labels)
+    even, t, eps = torch.arange(100) * 20 // 100, torch.cat(t), torch.cat(eps)
+    assert same(t.sort().values, even) and not same(t, even)
+    assert abs(eps.std() - 1) < 0.05 and len(eps.flatten(1)[:, 0].unique()) == 100
+
+
+def test_samples_are_of_the_digits_in_turn_and_of_the_same_noise_each_time():
+    config, asked = configured("--device", "cpu", "--seed", 7).config, []
+
+    def sample(n, y, **how):
+        asked.append((n, y, how))
+        return torch.full((n, 1, 2, 2), len(asked))
+
+    def draw():
+        asked.clear()
+        images, y = train_eval.draw(config, model, 250, steps=3)
+        assert images[:, 0, 0, 0].tolist() == [1] * 100 + [2] * 100 + [3] * 50
+        return y, [labels for _, labels, _ in asked], [how.pop("seed") for *_, how in asked]
+
+    model = SimpleNamespace(num_classes=10, sample=sample)
+    y, labels, seeds = draw()
+    assert y.tolist() == [*range(10)] * 25 and torch.equal(torch.cat(labels), y)
+    assert len(set(seeds)) == 3 and draw()[2] == seeds
+    assert [how for *_, how in asked] == [{"steps": 3}] * 3
+    config.seed = 8
+    assert not {*draw()[2]} & {*seeds}
+    config.use_conditional_generation = False
+    assert draw()[:2] == (None, [None] * 3)
+
+
+def test_evaluation_measures_the_best_model_as_its_run_would(trained, tmp_path, capsys):
+    shutil.copytree(trained.folder, tmp_path / "run")
+    assert again(tmp_path / "run", *trained.flags[:2], "--evaluate") == 0
+    out = capsys.readouterr().out
+    (line,) = [line for line in trained.out.splitlines() if line.startswith("test loss")]
+    assert line in out.splitlines()
+    samples = tmp_path / "run" / "samples"
+    assert (samples / "final-2.png").read_bytes() == (samples / "final.png").read_bytes()
+    config = configured(*FLAGS, *trained.flags, "--save_dir", tmp_path / "run").config
+    (train, test), best = train_eval.load_images(config), train_eval.load_best(config)
+    seed = int(np.random.SeedSequence((0, 0)).generate_state(1)[0])  # of the first 100 images
+    bits = best.bits_per_dim(*test.batch(slice(8)), terms=4, seed=seed)
+    total, error = f"{bits.total:.4f}", f"{bits.standard_error:.4f}"
+    assert f"\nbits per dimension given the label {total} +- {error}: prior {bits.prior:.4f}" in out
+    assert "(8 images, 4 of 10 terms)" in out
+    drawn, y = train_eval.draw(config, best, 80, guidance_scale=1.2)
+    classifier, drawn = train_eval.load_classifier(config, train), metrics.as_bytes(drawn)
+    expected, _ = metrics.measure(classifier, drawn, train.images, test.images, y)
+    expected |= {"bits_per_dim": bits.total, "step": 40, "steps": 2, "guidance_scale": 1.2}
+    written = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert {name: written[name] for name in expected} == expected
+    assert written["classifier_accuracy"] == classifier.accuracy(test.images, test.labels)
+    (row,) = [line.split() for line in out.splitlines() if "Fréchet" in line]
+    assert row[-2:] == [f"{expected['frechet']:.4f}", f"{expected['frechet_real']:.4f}"]
+
+
+def test_a_model_and_a_folder_of_its_samples_measure_alike(trained, tmp_path, capsys):
+    data, other = trained.flags[:2], ["--timestep_spacing", "linspace", "--sampler", "ddim"]
+    shutil.copytree(trained.folder, tmp_path / "run")
+    assert again(tmp_path / "run", *data, "--evaluate", *other, "--eval_samples", 70) == 0
+    (log,) = (tmp_path / "run" / "tensorboard_logs").iterdir()
+    assert (log / "evaluation").is_dir(), "other constants are a row of their own"
+    config = configured(*FLAGS, *trained.flags, *other, "--save_dir", tmp_path / "run").config
+    best, folder = train_eval.load_best(config), tmp_path / "mine"
+    assert best.timestep_spacing == "linspace"
+    how = {"sampler": "ddim", "steps": 2, "guidance_scale": config.guidance_scale}
+    folder.mkdir()
+    for k, x in enumerate(metrics.as_bytes(train_eval.draw(config, best, 70, **how)[0])):
+        Image.fromarray(x[0].numpy()).save(folder / f"{k:03}.png")
+    (folder / "notes.txt").write_text("")
+    capsys.readouterr()
+    sizes = "--train_size 160 --test_size 80 --image_size 16 --device cpu".split()
+    flags = [*data, *sizes, "--save_dir", str(tmp_path / "measured"), "--evaluate", str(folder)]
+    assert train_eval.main(flags) == 0
+    out = capsys.readouterr().out
+    assert "left out, since they are not PNGs: notes.txt\n" in out and "70 samples" in out
+    names = [tmp_path / "run" / "evaluation.json", tmp_path / "measured" / "evaluation_mine.json"]
+    of_model, of_folder = (json.loads(path.read_text()) for path in names)
+    assert of_folder.pop("samples_from") == str(folder) and "accuracy" in of_model.keys()
+    assert of_folder == {name: of_model[name] for name in of_folder}
+    assert {"frechet", "precision", "nearest", "copies"} < of_folder.keys()
+    assert (tmp_path / "measured" / "samples" / "nearest_mine.png").exists()
+
+
+# Other runs, to their end and to a table of measures
+
+
+class Denoiser(nn.Module):
+    """A network of one's own."""
+
+    num_classes = 10
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.labels = nn.Conv2d(1, 1, 3, padding=1), nn.Embedding(11, 1)
+
+    def forward(self, xt, t, y):
+        return self.conv(xt) + self.labels(y)[:, :, None, None]
+
+
+def test_ones_own_network_trains_and_is_measured(data_flags, tmp_path, monkeypatch, without_plots):
+    monkeypatch.setattr(train_eval, "build_network", lambda config: Denoiser())
+    assert run(*data_flags, "--save_dir", tmp_path, "--train_size", 80) == 0
+    assert again(tmp_path, *data_flags, "--evaluate") == 0
+    best = DDPM.load(tmp_path / "best_model.pt", "cpu", Denoiser())
+    assert best.info["step"] == 20 and best.sample(2, y=[3, 7]).shape == (2, 1, 16, 16)
+
+
+OPTIONS = {
+    "reference": "--recipe reference --channels 3 --bf16 --no-use_scheduler --loss vlb "
+    "--no-use_compile",
+    "clusters": " ".join(CLUSTERS) + " --prediction v --loss l1 --beta_schedule cosine "
+    "--zero_terminal_snr --grad_clip 0 --ema_update_rate 3 --sampler ddim",
+}
+
+
+@pytest.mark.parametrize("flags", OPTIONS.values(), ids=OPTIONS)
+def test_other_options_train_and_are_measured(data_flags, tmp_path, capsys, without_plots, flags):
+    flags = [*flags.split(), *"--train_size 44 --epochs 1 --target_references 0".split()]
+    assert run(*data_flags, "--save_dir", tmp_path, *flags) == 0
+    out = capsys.readouterr().out
+    assert ("with 6 clusters in place of labels" in out) == ("--num_clusters" in flags)
+    assert again(tmp_path, *data_flags, "--evaluate") == 0
+    out = capsys.readouterr().out
+    assert "\nbits per dimension " in out and "given the label" not in out
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert written["samples"] == 44 and "recall" in written and "accuracy" not in written
+    assert "left out, since there are too few images: Fréchet" in out and "frechet" not in written
+    best = DDPM.load(tmp_path / "best_model.pt", "cpu")
+    for name, value in vars(best).items():
+        assert best.info["config"].get(name, value) == value, name
+    assert best.info["step"] == 6 and sum(best.class_shares or [1]) == pytest.approx(1)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data_flags, tmp_path, capsys):
+    flags = ["--learning_rate", 1e30, "--grad_clip", 0, "--warmup_steps", 0, "--save_every", 1]
+    with pytest.raises(SystemExit) as exit_:
+        run(*data_flags, "--save_dir", tmp_path, *flags)
+    err, last = capsys.readouterr().err, last_of(tmp_path)
+    assert exit_.value.code == 3 and "Training has diverged and stops" in err
+    assert f"\nstep {last['step'] + 1}: loss " in err
+    assert all(weights.isfinite().all() for weights in last["network"].values())
+
+
+def test_an_error_of_the_code_is_no_mistake_of_the_person(data_flags, tmp_path, monkeypatch):
+    def fault(*args):
+        raise ValueError("ours")
+
+    monkeypatch.setattr(train_eval, "train_step", fault)
+    with pytest.raises(ValueError, match="^ours$"):
+        run(*data_flags, "--save_dir", tmp_path)
