@@ -13,7 +13,13 @@ from tqdm import tqdm
 import likelihood
 from process import GaussianProcess
 from support import checks
-from support.checkpoint import load_checkpoint, load_weights, plain_state_dict, save_checkpoint
+from support.checkpoint import (
+    load_checkpoint,
+    load_weights,
+    plain,
+    plain_state_dict,
+    save_checkpoint,
+)
 from support.files import one_line
 from support.machine import evaluating, unwrapped
 from unet import UNet
@@ -67,6 +73,11 @@ class Denoiser(GaussianProcess):
         # number of labels that the network knows; None if it is unconditional
         self.num_classes = getattr(unwrapped(network), "num_classes", None)
 
+    @property
+    def dtype(self):
+        """The precision of the network: that of images and noise."""
+        return next((p.dtype for p in self.network.parameters()), torch.float32)
+
     # Training
 
     def forward(self, x0, y=None):
@@ -108,8 +119,13 @@ class Denoiser(GaussianProcess):
         output, variance_fraction = self._network(xt, t, y)
         losses = 0.0
         if error is not None:
-            if candidates is not None:
-                target = self._averaged_target(xt, t, y, *candidates)
+            if candidates is not None:  # the mean of those of the same label
+                images, labels = candidates
+                allowed = None
+                if y is not None:
+                    allowed = (y[:, None] == labels) | (y[:, None] == self.num_classes)
+                mean = self.posterior_mean(xt, t, *images, allowed=allowed)
+                target = self.target(mean, self.eps_from_x0(mean, xt, t), t)
             else:
                 target = self.target(x0, eps, t)
             losses = error(output - target).flatten(1).mean(dim=1)
@@ -121,14 +137,6 @@ class Denoiser(GaussianProcess):
             bound = likelihood.bound_term(self, x0, xt, t, predicted, variance_fraction)
             losses = losses + bound_weight * self.num_timesteps * bound
         return losses
-
-    def _averaged_target(self, xt, t, y, images, labels):
-        """The target for the mean of the images that may be behind x_t, of the same label."""
-        allowed = None
-        if y is not None:
-            allowed = (y[:, None] == labels) | (y[:, None] == self.num_classes)
-        x0 = self.posterior_mean(xt, t, *images, allowed=allowed)
-        return self.target(x0, self.eps_from_x0(x0, xt, t), t)
 
     # The network
 
@@ -148,7 +156,7 @@ class Denoiser(GaussianProcess):
         Raises:
             ValueError: an argument does not fit the model.
         """
-        y = checks.prediction(self, xt, t, y, guidance_scale)
+        xt, y = checks.prediction(self, xt, t, y, guidance_scale)
         return self.denoise(xt, t, y, guidance_scale)[:2]
 
     def denoise(self, xt, t, y=None, guidance_scale=1.0):
@@ -249,7 +257,7 @@ class DDPM(Denoiser):
             progress: show a progress bar.
 
         Returns:
-            Images in [-1, 1], float32: (n, C, H, W), or (steps, n, C, H, W) with `return_sequence`.
+            Images in [-1, 1]: (n, C, H, W), or (steps, n, C, H, W) with `return_sequence`.
 
         Raises:
             ValueError: an argument does not fit the model.
@@ -257,13 +265,13 @@ class DDPM(Denoiser):
         y, generator = checks.sampling(locals(), SAMPLERS)
         y = self.draw_labels(n, generator) if y is None else y
         if xT is None:
-            xT = torch.randn(n, *self.image_shape, generator=generator, device=self.device)
+            xT = self.draw_noise(n, generator)
         start = self.num_timesteps - 1 if start is None else start
         if steps is None:
             steps = max(1, round(self.sample_steps * (start + 1) / self.num_timesteps))
         sampler = self.sampler if sampler is None else sampler
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        xT, timesteps, images = xT.to(self.device, torch.float32), self.timesteps(steps, start), []
+        xT, timesteps, images = xT.to(self.device, self.dtype), self.timesteps(steps, start), []
         with tqdm(total=n * steps, unit="call", disable=not progress, leave=False) as bar:
             for part in torch.arange(n, device=self.device).split(BATCH):
                 labels, sequence = None if y is None else y[part], []
@@ -277,12 +285,17 @@ class DDPM(Denoiser):
                 images.append(torch.stack(sequence) if return_sequence else xt)
         return torch.cat(images, dim=-4)
 
+    def draw_noise(self, n, generator=None):
+        """Standard normal noise, (n, C, H, W), in the precision of the network."""
+        size = n, *self.image_shape
+        return torch.randn(size, generator=generator, device=self.device, dtype=self.dtype)
+
     def draw_labels(self, n, generator=None):
         """n labels by `class_shares`, int64, (n,); None for an unconditional model."""
         if self.num_classes is None:
             return None
-        shares = torch.tensor(self.class_shares or [1.0] * self.num_classes, device=self.device)
-        return torch.multinomial(shares, n, replacement=True, generator=generator)
+        shares = torch.tensor(self.class_shares or [1] * self.num_classes, dtype=torch.float32)
+        return torch.multinomial(shares.to(self.device), n, True, generator=generator)
 
     @torch.no_grad()
     def walk(
@@ -306,7 +319,7 @@ class DDPM(Denoiser):
                 x0 = self.extrapolate(predicted, x0_before, t_before, t, s)
                 eps = self.eps_from_x0(x0, xt, t)
             x0_before, t_before = predicted, t
-            noise = torch.randn(xt.shape, generator=generator, device=xt.device) if eta else None
+            noise = self.draw_noise(len(xt), generator) if eta else None
             xt = self.step(x0, eps, t, s, eta, noise, variance_fraction)
             yield predicted, xt
 
@@ -323,19 +336,18 @@ class DDPM(Denoiser):
         Raises:
             ValueError: an argument does not fit the model or the others.
         """
-        seed = options.pop("seed", None)
-        weights, y, generator = checks.mixture(self, x0, other, weights, t, y, seed, options)
+        checked = checks.mixture(self, SAMPLERS, x0, other, weights, t, y, options)
+        x0, other, weights, y, generator = checked
         at = torch.full((len(x0),), t, device=self.device)
-        noise = torch.randn(2, *x0.shape, generator=generator, device=self.device)
-        xt, xt_other = (
-            self.q_sample(image.to(self.device), at, eps) for image, eps in zip((x0, other), noise)
-        )
+        noise = self.draw_noise(2 * len(x0), generator).chunk(2)
+        xt, xt_other = self.q_sample(x0, at, noise[0]), self.q_sample(other, at, noise[1])
         mixed = torch.cat([torch.lerp(xt, xt_other, weight) for weight in weights])
         if y is None:  # `sample` would draw labels
             options["guidance_scale"] = 0
         else:
             y = y.repeat(len(weights))
-        images = self.sample(len(mixed), y, xT=mixed, start=t, seed=generator, **options)
+        options |= {"xT": mixed, "start": t, "seed": generator}
+        images = self.sample(len(mixed), y, **options)
         return images.unflatten(-4, (len(weights), len(x0)))
 
     # Likelihood
@@ -378,7 +390,7 @@ class DDPM(Denoiser):
         network = unwrapped(self.network)
         model = {
             "network": network.config if type(network) is UNet else None,
-            "diffusion": {name: getattr(self, name) for name in SETTINGS},
+            "diffusion": {name: plain(getattr(self, name)) for name in SETTINGS},
             "weights": plain_state_dict(network),
             "info": info,
         }

@@ -83,6 +83,7 @@ class Classifier(nn.Module):
 
     def accuracy(self, images, labels):
         """Share of the images, 0 to 1, that the classifier recognises as `labels`, int64, (N,)."""
+        checks.labelled(images, labels)
         return (self.read(images)[1].argmax(dim=1) == labels.cpu()).double().mean().item()
 
 
@@ -94,7 +95,7 @@ def train_classifier(images, labels, *, seed=0, device="cpu", epochs=5, progress
     """
     from torchvision.transforms import InterpolationMode, v2
 
-    checks.labelled(images, labels)
+    checks.labelled(images, labels, seed, epochs, device_=device)
     distort = v2.RandomAffine(10, (0.08, 0.08), (0.9, 1.1), 5, InterpolationMode.BILINEAR, fill=-1)
     images = _grey(images)
     batch_size, rate = 128, 5e-3
@@ -136,7 +137,7 @@ def load_classifier(dataset, images, labels, folder, *, device="cpu", progress=F
     Raises:
         ValueError: the file in assets/ is missing or damaged.
     """
-    checks.labelled(images, labels)
+    checks.labelled(images, labels, folder=folder, device_=device)
     with torch.random.fork_rng([]):  # measuring takes no random numbers from training
         classifier = Classifier(10 if dataset == "mnist" else int(labels.max()) + 1)
     if dataset == "mnist":
@@ -178,7 +179,7 @@ def frechet_distance(a, b):
     Raises:
         ValueError: a set has at most D rows, because its covariance would be singular.
     """
-    checks.features(least=a.shape[-1] + 1, a=a, b=b)
+    checks.features(None, a=a, b=b)
     a, b = a.cpu().double(), b.cpu().double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(cov_a)
@@ -203,7 +204,8 @@ def precision_recall(samples, real, k=NEIGHBOURS):
     Raises:
         ValueError: a set has fewer than k + 1 rows.
     """
-    checks.features(least=k + 1, samples=samples, real=real)
+    checks.whole("k", k)
+    checks.features(k, samples=samples, real=real)
     samples = samples.to(real.device)
 
     def distances(a, b):  # in parts, to limit memory; without matrix products, because those round

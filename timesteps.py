@@ -17,7 +17,7 @@ def make_timesteps(sampling, num_timesteps, std=1.0, device="cpu"):
     Raises:
         ValueError: an unknown name, or another value that does not fit.
     """
-    checks.timesteps(sampling, TIMESTEP_SAMPLINGS, num_timesteps, std)
+    checks.timesteps(sampling, TIMESTEP_SAMPLINGS, num_timesteps, std, device)
     return TIMESTEP_SAMPLINGS[sampling](num_timesteps, std).to(device)
 
 

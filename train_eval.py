@@ -469,7 +469,7 @@ def draw_grid(config, ddpm, loss, meter):
     y = ddpm.draw_labels(n, generator)
     if config.use_conditional_generation:
         y = torch.arange(n, device=config.device) % ddpm.num_classes
-    noise = torch.randn(n, *ddpm.image_shape, generator=generator, device=config.device)
+    noise = ddpm.draw_noise(n, generator)
     timesteps = ddpm.timesteps(config.sample_steps)
     how = config.sampler, None, config.guidance_scale, generator
     with autocast(config):

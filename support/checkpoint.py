@@ -9,6 +9,7 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -30,6 +31,7 @@ def save_checkpoint(path, state, previous=None):
         ValueError: a value that `load_checkpoint` would refuse; nothing is written.
         OSError: the file cannot be written, for example on a full disk.
     """
+    checks.path("path", path)
     path = os.fspath(path)
     _check_plain(state, "")
     try:
@@ -42,6 +44,11 @@ def save_checkpoint(path, state, previous=None):
             free = shutil.disk_usage(os.path.dirname(path) or ".").free
             reason = f"the disk is full, or a quota is: {free:,} bytes are free"
         raise OSError(f"{path}: cannot be written ({reason})") from error
+
+
+def plain(value):
+    """A number of numpy as one of Python; other values as they are."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _check_plain(value, name):

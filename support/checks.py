@@ -8,6 +8,7 @@ the CPU alone: on a GPU the program would wait for it.
 import math
 import numbers
 import os
+import sys
 
 import numpy as np
 import torch
@@ -52,7 +53,8 @@ def number(name, value, low=-math.inf, high=math.inf, note=""):
     """A finite real number, of Python or numpy, from `low` to `high`."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         refuse(name, value, "a number")
-    if not -math.inf < value < math.inf or not low <= value <= high:
+    size = abs(value if isinstance(value, numbers.Integral) else float(value))
+    if not size <= sys.float_info.max or not low <= value <= high:
         if high < math.inf:
             limits = f"from {low} to {high}"
         else:
@@ -75,7 +77,7 @@ def module(name, value):
 def device(value):
     """A device that can be used here, in float64, as the tables of a process are."""
     try:
-        torch.empty(0, dtype=torch.float64, device=value)
+        torch.zeros((), dtype=torch.float64, device=torch.device(value)).item()
     except Exception as error:  # each backend has its own
         raise ValueError(
             f"device {shown(value)}: cannot be used here ({one_line(error)}); try --device cpu"
@@ -162,7 +164,9 @@ def ddpm(ddpm, losses, samplers):
     shares = ddpm.class_shares
     if shares is not None:
         if not isinstance(shares, (list, tuple)) or len(shares) != (ddpm.num_classes or 0):
-            refuse("class_shares", shares, f"a list of a number for each of {ddpm.num_classes}")
+            refuse(
+                "class_shares", shares, f"a list of a number for each of {ddpm.num_classes or 0}"
+            )
         for share in shares:
             number("class_shares", share, 0)
         if not sum(shares):
@@ -170,8 +174,9 @@ def ddpm(ddpm, losses, samplers):
 
 
 def images(ddpm, name, x, n="N"):
-    """Images for a `DDPM`."""
+    """Images for a `DDPM`, which come back in the precision of its network."""
     tensor(name, x, FLOATS, (n, *ddpm.image_shape))
+    return x.to(ddpm.dtype)
 
 
 def labels(ddpm, y, n, no_label=False):
@@ -181,7 +186,7 @@ def labels(ddpm, y, n, no_label=False):
     if ddpm.num_classes is None:
         raise ValueError("y: this model is unconditional; it knows no labels")
     try:
-        y = torch.as_tensor(list(y) if isinstance(y, range) else y)
+        y = torch.as_tensor(y if isinstance(y, torch.Tensor) else np.array(y))
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"y {shown(y)}: expected whole numbers") from None
     if y.ndim == 0 and y.dtype in WHOLE:
@@ -200,17 +205,16 @@ def guidance(ddpm, scale, y="drawn"):
 
 def batch(ddpm, x0, y):
     """`ddpm(x0, y)` -> x0, y."""
-    images(ddpm, "x0", x0)
-    return x0, labels(ddpm, y, len(x0), no_label=True)
+    return images(ddpm, "x0", x0), labels(ddpm, y, len(x0), no_label=True)
 
 
 def prediction(ddpm, xt, t, y, scale):
-    """`DDPM.predict` -> y."""
-    images(ddpm, "xt", xt)
+    """`DDPM.predict` -> xt, y."""
+    xt = images(ddpm, "xt", xt)
     tensor("t", t, (torch.int64,), (len(xt),), 0, ddpm.num_timesteps - 1)
     y = labels(ddpm, y, len(xt), no_label=True)
     guidance(ddpm, scale, y)
-    return y
+    return xt, y
 
 
 def sampling(given, samplers):
@@ -221,39 +225,41 @@ def sampling(given, samplers):
     whole("start", start, 0, last, ", a timestep")
     if start != last and xT is None:
         raise ValueError(f"start {start} without xT: pure noise belongs to {last}; give xT")
-    if given["sampler"] is not None:
-        choice("sampler", given["sampler"], samplers)
-    if given["steps"] is not None:
-        whole("steps", given["steps"], 1, start + 1, ", the number of timesteps")
-    if given["eta"] is not None:
-        number("eta", given["eta"], 0, 1, " (0 is DDIM, 1 is DDPM)")
-    if given["guidance_scale"] is not None:
-        guidance(ddpm, given["guidance_scale"])
-    if given["return_sequence"] not in (False, True, "xt"):
-        refuse("return_sequence", given["return_sequence"], "False, True or 'xt'")
+    own = dict(sampler=ddpm.sampler, steps=1, eta=0, guidance_scale=0)
+    how = {name: own[name] if given[name] is None else given[name] for name in own}
+    choice("sampler", how["sampler"], samplers)
+    whole("steps", how["steps"], 1, start + 1, ", the number of timesteps")
+    number("eta", how["eta"], 0, 1, " (0 is DDIM, 1 is DDPM)")
+    guidance(ddpm, how["guidance_scale"])
+    sequence = given["return_sequence"]
+    if not isinstance(sequence, (bool, str)) or sequence not in (False, True, "xt"):
+        refuse("return_sequence", sequence, "False, True or 'xt'")
     switch("progress", given["progress"])
     if xT is not None:
         images(ddpm, "xT", xT, n)
     return labels(ddpm, given["y"], n), generator(given["seed"], ddpm.device)
 
 
-def mixture(ddpm, x0, other, weights, t, y, seed, options):
-    """`DDPM.interpolate` -> weights, y, generator."""
+def mixture(ddpm, samplers, x0, other, weights, t, y, options):
+    """`DDPM.interpolate` -> x0, other, weights, y, generator."""
     weights = weights.tolist() if hasattr(weights, "tolist") else weights  # a tensor or an array
     if not isinstance(weights, (list, tuple)) or not weights:
         refuse("weights", weights, "a list of numbers from 0 to 1")
     for weight in weights:
         number("weights", weight, 0, 1)
     whole("t", t, 0, ddpm.num_timesteps - 1, ", a timestep")
-    images(ddpm, "x0", x0)
-    images(ddpm, "other", other, len(x0))
+    x0, other = images(ddpm, "x0", x0), images(ddpm, "other", other, len(x0))
+    x0, other = x0.to(ddpm.device), other.to(ddpm.device)
     if options.get("guidance_scale") is not None:
         guidance(ddpm, options["guidance_scale"], y)
-    return weights, labels(ddpm, y, len(x0)), generator(seed, ddpm.device)
+    given = dict.fromkeys(("sampler", "steps", "eta", "guidance_scale", "seed"))
+    given |= dict(return_sequence=False, progress=False) | options
+    given |= {"self": ddpm, "n": len(x0), "y": y, "xT": x0, "start": t}
+    return x0, other, weights, *sampling(given, samplers)
 
 
 def bound(ddpm, x0, y, terms, seed, progress):
-    """`DDPM.bits_per_dim` -> x0 on the device of the model, in float32; y, generator."""
+    """`DDPM.bits_per_dim` -> x0 on the device of the model, in its precision; y, generator."""
     tensor("x0", x0, FLOATS, ("N", *ddpm.image_shape), -1, 1)
     if not len(x0):
         raise ValueError("x0 of 0 images: expected at least 1")
@@ -261,7 +267,7 @@ def bound(ddpm, x0, y, terms, seed, progress):
         most = ddpm.num_timesteps
         whole("terms", terms, min(2, most), most, ", the number of timesteps")
     switch("progress", progress)
-    x0 = x0.to(ddpm.device, torch.float32)
+    x0 = x0.to(ddpm.device, ddpm.dtype)
     return x0, labels(ddpm, y, len(x0)), generator(seed, ddpm.device)
 
 
@@ -278,11 +284,12 @@ def ema(averaged, decay, start, update_rate):
     whole("ema_update_rate", update_rate, note=" step")
 
 
-def timesteps(sampling, samplings, num_timesteps, std):
+def timesteps(sampling, samplings, num_timesteps, std, device_):
     """The settings of a timestep sampler."""
     choice("timestep_sampling", sampling, samplings)
     whole("num_timesteps", num_timesteps)
     number("timestep_std", std, 0)
+    device(device_)
     if sampling == "logit-normal" and not std:
         refuse("timestep_std", std, "above 0: one timestep alone would be trained")
 
@@ -310,18 +317,24 @@ def pictures(name, images):
         refuse(name, images, "at least 1 image, of pixels")
 
 
-def labelled(images, labels):
-    """Images and a label, int64 from 0, for each."""
+def labelled(images, labels, seed=0, epochs=1, folder=".", device_="cpu"):
+    """Images and a label, int64 from 0, for each; for a classifier also how it is trained."""
     pictures("images", images)
     tensor("labels", labels, (torch.int64,), (len(images),), 0)
+    whole("seed", seed, 0, 2**32 - 1)
+    whole("epochs", epochs)
+    path("folder", folder)
+    device(device_)
 
 
-def features(least, **sets):
-    """Sets of features, (N, D), all of one width, each of at least so many rows."""
-    first = next(iter(sets.values()))
+def features(extra, **sets):
+    """Sets of features, (N, D), of one width D, each of more than `extra` rows, or None: than D."""
+    width = "D"
     for name, x in sets.items():
-        tensor(name, x, FLOATS, ("N", "D") if x is first else ("N", first.shape[1]))
-        if len(x) < least or not x.shape[1]:
+        tensor(name, x, FLOATS, ("N", width))
+        width = x.shape[1]
+        least = 1 + (width if extra is None else extra)
+        if len(x) < least or not width:
             refuse(name, x, f"at least {least} images, of at least one feature")
 
 

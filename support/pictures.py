@@ -166,7 +166,7 @@ def main(argv=None):
         real = load_data(config["dataset"], args.data_dir, **sizes)[1]
         (x0, y), digits = real.batch(slice(STRIP_ROWS)), config["use_conditional_generation"]
         generator = torch.Generator(ddpm.device).manual_seed(0)
-        noise = torch.randn(n, *ddpm.image_shape, generator=generator, device=ddpm.device)
+        noise = ddpm.draw_noise(n, generator)
         timesteps = ddpm.timesteps(ddpm.sample_steps)
         asked = torch.arange(n, device=ddpm.device) % 10 if digits else None
         how = ddpm.sampler, None, ddpm.guidance_scale if digits else 0

@@ -1,6 +1,7 @@
-"""What benchmark.py compares: our network and training step, the same in plain code, and two other libraries'.
+"""What benchmark.py compares: our network and step, the same in plain code, and two libraries'.
 
-The peers are diffusers and denoising_diffusion_pytorch; where one is missing, an ImportError says how to get it.
+The peers are diffusers and denoising_diffusion_pytorch; where one is missing, an ImportError says
+how to get it.
 """
 
 import argparse
@@ -19,9 +20,9 @@ import train_eval  # noqa: E402
 from dataprocess import Images  # noqa: E402
 from diffusion import DDPM  # noqa: E402
 from ema import EMA  # noqa: E402
-from support import configurator, machine  # noqa: E402
+from support import configurator, machine, processes  # noqa: E402
 from support.monitor import RunningStats  # noqa: E402
-from timesteps import UniformSampler  # noqa: E402
+from timesteps import make_timesteps  # noqa: E402
 from unet import Attention  # noqa: E402
 
 NAMES = {
@@ -33,21 +34,14 @@ NAMES = {
 }
 
 
-def settings(model, device):
-    """The config of the 'reference' or the 'small' model, as train_eval.py would run it on this device."""
-    network, here = (
-        {
-            name: value
-            for name, (_, value, _) in configurator.read_constants(
-                train_eval.__file__, vars(train_eval), {"device": place}
-            ).items()
-        }
-        for place in ("cuda" if model == "reference" else "cpu", device)
-    )
-    here = {name: here[name] for name in ("device", "bf16", "use_compile")}
-    return argparse.Namespace(
-        **network | here | {"prediction": "eps"}
-    )  # the same loss for all; x0's costs the same
+def settings(recipe, device):
+    """The constants of a recipe, as train_eval.py would run it on this device.
+
+    Without averaged targets, and with the same loss for all; that of x0 costs the same.
+    """
+    flags = {"recipe": recipe, "device": device, "target_references": 0, "prediction": "eps"}
+    constants = configurator.read_constants(train_eval.__file__, vars(train_eval), flags)
+    return argparse.Namespace(**configurator.values_of(constants))
 
 
 def changed(config, **changes):
@@ -103,9 +97,9 @@ def fused_attention(self, x):
 class Peer(nn.Module):
     """Another library's UNet, as near to ours as its options allow, as `network(xt, t, y)`.
 
-    With `patch_size` it gets pixel-unshuffled images, as ours. diffusers' has the very parameters and operations of
-    ours; denoising_diffusion_pytorch's has no labels, linear attention where ours has none, always two blocks, and is
-    always told the time by scale and shift.
+    With `patch_size` it gets pixel-unshuffled images, as ours. diffusers' has the very parameters
+    and operations of ours; denoising_diffusion_pytorch's has no labels, linear attention where ours
+    has none, always two blocks, and is always told the time by scale and shift.
     """
 
     def __init__(self, kind, config):
@@ -193,41 +187,39 @@ def stepper(kind, config):
         kind, config = "ours", flipped(config)
     speed(kind)
     ddpm = make(kind, config)
-    x0 = (
-        torch.rand(
-            config.batch_size,
-            config.channels,
-            config.image_size,
-            config.image_size,
-            device=config.device,
-        )
-        * 2
-        - 1
-    )
+    shape = config.batch_size, config.channels, config.image_size, config.image_size
+    x0 = torch.rand(shape, device=config.device) * 2 - 1
     y = torch.arange(config.batch_size, device=config.device) % Images.num_classes
-    if kind == "ours":
-        optimizer = torch.optim.AdamW(
-            ddpm.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
-        state = {
-            "network": ddpm.network,
-            "ema": EMA(ddpm.network, config.ema_decay, start=0),
-            "optimizer": optimizer,
-            "timesteps": UniformSampler(config.num_timesteps, config.device),
-            "warmup": torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=100),
-            "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100_000),
-        }
-        machine.compile_network(config, ddpm)
-        stats = RunningStats(config)
+    return (
+        own_step(config, ddpm, x0, y) if kind == "ours" else other_step(kind, config, ddpm, x0, y)
+    )
 
-        def step():
-            speed(kind)
-            stats.add(*train_eval.train_step(config, ddpm, state, x0, y))
-            if stats.count == config.log_every:
-                stats.read(0, 0.0)
 
-        return step
+def own_step(config, ddpm, x0, y):
+    """`train_eval.train_step`, with the statistics that a run takes."""
+    parts = {
+        "ema": EMA(ddpm.network, config.ema_decay, start=0),
+        "optimizer": torch.optim.AdamW(
+            ddpm.parameters(), weight_decay=config.weight_decay, fused=True
+        ),
+        "timesteps": make_timesteps("uniform", config.num_timesteps, device=config.device),
+    }
+    run, stats = argparse.Namespace(config=config, ddpm=ddpm, parts=parts), RunningStats(config)
+    run.train_images = None  # candidates would be drawn from these
+    model = processes.parallel(ddpm).train()
+    machine.compile_network(config, ddpm, lambda n: train_eval.warm_up(config, model, n))
 
+    def step():
+        speed("ours")
+        stats.add(*train_eval.train_step(run, model, x0, y, config.learning_rate))
+        if stats.count == config.log_every:
+            stats.read(0, 0.0)
+
+    return step
+
+
+def other_step(kind, config, ddpm, x0, y):
+    """The step of plain code, or of another library."""
     eager = {"foreach": False, "fused": False} if kind == "plain" else {}
     optimizer = torch.optim.AdamW(
         ddpm.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, **eager

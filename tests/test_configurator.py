@@ -1,283 +1,261 @@
-"""Constants become checked flags: kinds, ranges, what fits together, and what a saved run allows."""
+"""Constants of a script become checked flags; a saved run keeps its own, with what was changed."""
 
-import argparse
-import math
-import subprocess
-import sys
-from pathlib import Path, PurePath
+import re
+from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from conftest import read_constants
+from conftest import configured
+from tiny import FLAGS, refused, snapshot
 
 import train_eval
 from support import configurator
-from support.configurator import check_kinds
 
-ROOT = Path(__file__).parent.parent
-VALUES = {name: value for name, (_, value, _) in read_constants({"device": "cpu"}).items()}
+SCRIPT = Path(train_eval.__file__)
+CONSTANTS = configured().read({})
+SMALL = """import math  # what stands above the first group is no constant
 
+# machine
+device: str = "cpu"  # where
 
-def test_every_constant_has_a_kind():
-    known = (
-        (configurator.WHOLE | configurator.NUMBERS).keys()
-        | configurator.TUPLES
-        | configurator.SWITCHES
-    )
-    assert known | configurator.TEXTS | train_eval.CHOICES.keys() | {"evaluate"} == VALUES.keys()
-    for device in ("cpu", "cuda"):
-        check_kinds(
-            {name: value for name, (_, value, _) in read_constants({"device": device}).items()},
-            train_eval.CHOICES,
-        )
-
-
-@pytest.mark.parametrize(
-    "name, value, expected",
-    [
-        ("epochs", "3", "a whole number"),
-        ("epochs", 2.0, "a whole number"),
-        ("epochs", None, "a whole number"),
-        ("epochs", True, "a whole number"),
-        ("epochs", 0, "at least 1"),
-        ("batch_size", -4, "at least 1"),
-        ("seed", np.int64(3), "a whole number"),
-        ("seed", -1, "at least 0 and at most"),
-        ("log_every", [50], "a whole"),
-        ("epochs", 10**400, "at most 2147483647"),
-        ("batch_size", 2**31, "at least 1 and at most 2147483647"),
-        ("seed", 2**32, "at least 0 and at most 4294967295"),
-        ("save_dir", "a\0b", "text that is not empty"),
-        ("learning_rate", math.inf, "at least 0 and finite"),
-        ("num_timesteps", 1e3, "a whole number"),
-        ("channels", 4, "at least 1 and at most 3"),
-        ("grad_clip", None, "a number"),
-        ("grad_clip", "1", "a number"),
-        ("learning_rate", "1e-3", "a number"),
-        ("learning_rate", math.nan, "at least 0"),
-        ("weight_decay", math.inf, "at least 0"),
-        ("dropout", (0,), "a number"),
-        ("ema_decay", np.float64(0.9), "a number"),
-        ("guidance_scale", True, "a number"),
-        ("dropout", 1.5, "at most 1"),
-        ("min_snr_gamma", torch.tensor(5.0), "a number"),
-        ("adam_beta2", 1, "at most 0.99999"),
-        ("channel_mult", [1, 2], "a tuple of whole numbers"),
-        ("channel_mult", 2, "a tuple of whole numbers"),
-        ("attention_resolutions", (8.0,), "a tuple of whole numbers"),
-        ("channel_mult", (1, True), "a tuple of"),
-        ("use_scheduler", 1, "True or False"),
-        ("resume", "yes", "True or False"),
-        ("bf16", None, "True or False"),
-        ("save_dir", PurePath("x"), "text that is"),
-        ("data_dir", None, "text that is"),
-        ("save_dir", "", "text that"),
-        ("device", torch.device("cpu"), "text that is"),
-        ("device", 0, "text that is"),
-        ("beta_schedule", None, "one of linear, cosine"),
-        ("loss", "MSE", "one of mse, l1, vlb"),
-        ("sampler", 3, "one of ddpm"),
-        ("timestep_sampling", "logitnormal", "one of uniform, logit-normal"),
-        ("evaluate", 3, "True, False or the name of a folder"),
-        ("evaluate", None, "True, False or"),
-    ],
-)
-def test_a_constant_of_the_wrong_kind_is_one_line(name, value, expected):
-    with pytest.raises(ValueError) as error:
-        check_kinds(VALUES | {name: value}, train_eval.CHOICES)
-    line = str(error.value)
-    assert line.startswith(f"{name} {value!r}: expected ") and expected in line and "\n" not in line
+# recipe
+# é above
+size: NAMES = "large" if device == "gpu" else "small"
+big = size == "large"
+widths: tuple = (  # inside
+    64 if big else 32,
+    2,
+)  # levels
+text: str = "é # no comment"  # a "#" in it
+share: float = 1 if big else 0.5  # doubled below
+flag: bool = not big  # on
+folder: bool | str = False  # on, or where
+share *= 2
+# end of constants
+raise SystemExit
+"""
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (
-            "--loss vlb --timestep_sampling logit-normal --target_references 0",
-            "'logit-normal' with loss 'vlb'",
-        ),
-        (
-            "--variance learned --timestep_sampling logit-normal",
-            "variance 'learned': it would change the weights",
-        ),
-        ("--timestep_std 0", "timestep_std 0.0: one timestep alone would be trained"),
-        ("--loss l1 --target_references 9", "target_references 9 with loss 'l1'"),
-        ("--loss vlb --target_references 9", "target_references 9 with loss 'vlb'"),
-        (
-            "--no-use_conditional_generation --num_clusters 0 --guidance_scale 2",
-            "guidance_scale 2.0: guidance needs",
-        ),
-        ("--num_clusters 8", "num_clusters 8: clusters stand in for labels; expected 0"),
-        ("--num_timesteps 4 --sample_steps 4", "preview_steps 5: expected at most num_timesteps 4"),
-        ("--channels 2", "channels 2: expected 1 (grey) or 3 (RGB)"),
-        ("--zero_terminal_snr --min_snr_gamma 5", "min_snr_gamma 5.0 with zero_terminal_snr"),
-        ("--zero_terminal_snr --prediction eps", "zero_terminal_snr with prediction 'eps'"),
-        ("--min_snr_gamma 5 --loss vlb", "min_snr_gamma 5.0 with loss 'vlb'"),
-    ],
-)
-def test_constants_that_do_not_work_together_are_one_line(flags, words, capsys, tmp_path):
-    with pytest.raises(SystemExit) as exit_:
-        train_eval.main(
-            [
-                *flags.split(),
-                "--device",
-                "cpu",
-                "--dataset",
-                "glyphs",
-                "--save_dir",
-                str(tmp_path / "new"),
-            ]
-        )
+def edited(folder, **values):
+    """A copy of the script in which constants were edited by hand: {name: the new source text}."""
+    source = SCRIPT.read_text("utf-8")
+    for name, value in values.items():
+        before, kind, line = re.split(rf"(?m)(^{name}: [^=]+ = )", source)
+        source = before + kind + f"{value}  # edited" + line[line.index("\n") :]
+    (folder / "train_eval.py").write_text(source, "utf-8")
+    return str(folder / "train_eval.py")
+
+
+def refused_by_the_script(capsys, *flags):
+    """The one line with which the script refuses these flags; its exit status is 2."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        patch.setattr(train_eval, "train", lambda *args: pytest.fail("it is not refused"))
+        train_eval.main([*map(str, flags)])
     line = capsys.readouterr().err
-    assert (
-        exit_.value.code == 2
-        and words in line
-        and line.count("\n") == 1
-        and not (tmp_path / "new").exists()
-    )
+    assert (exit_.value.code, line.count("\n"), line[:22]) == (2, 1, "train_eval.py: error: "), line
+    return line
 
 
-@pytest.mark.parametrize(
-    "flags, expected",
-    [
-        ([], ("logit-normal", 4096)),
-        (["--loss", "vlb"], ("uniform", 0)),
-        (["--loss", "l1"], ("logit-normal", 0)),
-        (["--variance", "learned"], ("uniform", 4096)),
-        (["--loss", "vlb", "--variance", "learned"], ("uniform", 0)),
-        (["--device", "cuda"], ("uniform", 0)),
-    ],
-)
-def test_what_depends_on_the_loss_follows_it(flags, expected):
-    config, _ = train_eval.configure(flags if "--device" in flags else [*flags, "--device", "cpu"])
-    assert (config.timestep_sampling, config.target_references) == expected
+def test_constants_are_read_from_the_lines_of_a_script(tmp_path):
+    def read(**flags):
+        return configurator.read_constants(path, {"NAMES": names}, flags).values()
+
+    path, names = tmp_path / "script.py", ("large", "small")
+    path.write_text(SMALL, "utf-8")
+    groups, kinds, values, comments = map(list, zip(*read()))
+    assert groups == ["machine"] + ["recipe"] * 6
+    assert kinds == [str, names, tuple, str, float, bool, bool | str]
+    assert values == ["cpu", "small", (32, 2), "é # no comment", 1, True, False]
+    words = ["where", "é above", "levels", 'a "#" in it', "doubled below", "on", "on, or where"]
+    assert comments == words
+    # a flag replaces its line, and the lines below see it
+    large = ["large", (64, 2), values[3], 2, False, False]
+    assert [constant.value for constant in read(device="gpu")] == ["gpu", *large]
+    found = [constant.value for constant in read(size="large", share=0.1, flag=True)]
+    assert found == ["cpu", *large[:3], 0.1, True, False]
 
 
-def test_comments_between_constants_are_no_headings_and_odd_kinds_are_refused(tmp_path):
-    (tmp_path / "script.py").write_text(
-        "# run\nepochs = 3  # passes\n# try 4 here\nmine = (1, 2)  # my own\n"
-        "\n# other\nflag = False  # another\n# end of constants\n"
-    )
-    constants = configurator.read_constants(tmp_path / "script.py", {}, {})
-    assert constants == {
-        "epochs": ("run", 3, "passes"),
-        "mine": ("run", (1, 2), "my own"),
-        "flag": ("other", False, "another"),
-    }
-    parser = configurator.make_parser(constants, {})
-    assert vars(parser.parse_args(["--mine", "3,4", "--no-flag"])) == {
-        "mine": (3, 4),
-        "flag": False,
-    }
-    for value in ([1], None, 1j, {}):
-        with pytest.raises(
-            ValueError, match="mine .*: expected a number, text, True, False or a tuple"
-        ):
-            check_kinds({"mine": value}, {})
+def test_the_constants_of_the_script_are_its_annotated_names():
+    assert list(CONSTANTS) == list(train_eval.__annotations__)
+    for name, (group, kind, value, comment) in CONSTANTS.items():
+        assert kind == train_eval.__annotations__[name] and value == vars(train_eval)[name]
+        assert group and comment
 
 
-def test_an_error_of_the_code_is_not_reported_as_one_of_the_user(tmp_path, monkeypatch):
-    def fault(*args, **options):
-        raise ValueError("ours")
-
-    flags = [
-        "--device",
-        "cpu",
-        "--dataset",
-        "glyphs",
-        "--save_dir",
-        str(tmp_path),
-        "--train_size",
-        "20",
-        "--test_size",
-        "2",
-        "--num_samples",
-        "1",
-        "--base_channels",
-        "32",
-        "--channel_mult",
-        "1",
-        "--patch_size",
-        "4",
-        "--attention_resolutions",
-        "none",
-    ]
-    for module, name in (
-        (train_eval, "train_step"),
-        (train_eval, "draw_references"),
-        (torch.optim, "AdamW"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, fault)
-            with pytest.raises(ValueError, match="^ours$"):
-                train_eval.main(flags)
+@pytest.mark.parametrize("recipe", ["quick", "reference"])
+def test_help_shows_every_comment_and_value(capsys, monkeypatch, recipe):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as exit_:
+        train_eval.main(["--recipe", recipe, "--help"])
+    text = " ".join(capsys.readouterr().out.split()).partition("machine: ")[2]
+    assert exit_.value.code == 0
+    for name, (_, _, value, comment) in configured().read({"recipe": recipe}).items():
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        before, found, text = text.partition(f" {comment} (default: {shown})")
+        assert found and f"--{name}" in before and len(before) < 120, name
 
 
-def test_a_saved_run_keeps_its_constants_and_takes_the_flags_that_are_free(capsys):
-    config = argparse.Namespace(
-        save_dir="x",
-        resume=True,
-        evaluate=False,
-        device="cuda",
-        bf16=True,
-        use_compile=True,
-        epochs=9,
-        base_channels=64,
-        dropout=0.2,
-        dataset="mnist",
-    )
-    saved = dict(
-        save_dir="old",
-        dataset="mnist",
-        device="cpu",
-        bf16=False,
-        use_compile=False,
-        epochs=2,
-        base_channels=32,
-        dropout=0.1,
-    )
-    free = configurator.FREE_TO_RESUME
-    mixed = configurator.adopt(config, {"epochs", "device"}, saved, free)
-    assert vars(mixed) == dict(
-        save_dir="x",
-        resume=True,
-        evaluate=False,
-        device="cuda",
-        bf16=True,
-        use_compile=True,
-        epochs=9,
-        base_channels=32,
-        dropout=0.1,
-        dataset="mnist",
-    )
-    assert "base_channels 64, dropout 0.2" in capsys.readouterr().out
-    config.dataset, saved["dataset"] = "auto", "glyphs"  # what auto found when the run began
-    assert configurator.adopt(config, {"dataset"}, saved, free).dataset == "glyphs"
-    assert "dataset" not in capsys.readouterr().out
-    with pytest.raises(
-        ValueError, match="base_channels 64: the run in x has 32; leave the flag out"
-    ):
-        configurator.adopt(config, {"base_channels"}, saved, free)
+REFERENCE = dict(channels=3, image_size=32, train_size=60_000, use_augmentation=True, batch_size=16)
+REFERENCE |= dict(base_channels=128, channel_mult=(1, 2, 4, 8), num_res_blocks=2, dropout=0.1)
+REFERENCE |= dict(attention_resolutions=(8, 16), time_emb_dim=512, patch_size=1, num_clusters=0)
+REFERENCE |= dict(adaptive_norm=False, use_conditional_generation=False, num_timesteps=1000)
+REFERENCE |= dict(beta_schedule="linear", prediction="eps", loss="mse", target_references=0)
+REFERENCE |= dict(epochs=50, learning_rate=1e-4, weight_decay=1e-4, adam_beta2=0.999)
+REFERENCE |= dict(use_scheduler=True, warmup_steps=0, timestep_sampling="uniform", ema_decay=0.999)
+REFERENCE |= dict(ema_start=5000, ema_update_rate=1, sampler="ddpm", sample_steps=1000)
+NO_LABELS = "quick --no-use_conditional_generation"
+FOLLOWS = {  # flags: what follows from them on any device
+    "reference": REFERENCE,
+    "quick": dict(prediction="x0", target_references=4096, sample_steps=6, guidance_scale=1.2),
+    "quick --loss l1": dict(target_references=0, timestep_sampling="logit-normal"),
+    "quick --loss vlb": dict(target_references=0, timestep_sampling="uniform"),
+    "quick --variance learned": dict(timestep_sampling="uniform", target_references=4096),
+    NO_LABELS: dict(num_clusters=256, timestep_std=0.8, guidance_scale=1.1, sample_steps=6),
+    f"{NO_LABELS} --num_clusters 0": dict(sample_steps=25, timestep_std=0.6, guidance_scale=1),
+}
 
 
-@pytest.mark.parametrize("encoding", ["cp1251", "ascii", "latin-1", "utf-8", "cp437:strict"])
-def test_no_console_is_too_small_for_our_words(encoding, tmp_path):
-    """Help, an error with a strange name in it, and what a table prints."""
-    code = (
-        "import train_eval\nfrom support import console, machine, monitor\nmachine.prepare_process()\n"
-        "print('\\u0424 é \\u221e')\nconsole.print_left_out(['\\udcff', '\\u4e2d'])\n"
-        "print(monitor.table({'samples': 1, 'frechet': 1.0, 'digits': [1], 'digits_real': [1], 'classifier': ''},"
-        " 1.0))\n"
-        "train_eval.main(['--data_dir', '\\u4e2d\\u6587\\udcff', '--dataset', 'mnist', '--train_size', '0'])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        env={"PYTHONIOENCODING": encoding, "PATH": ""},
-    )
-    assert (
-        done.returncode == 2 and b"Traceback" not in done.stderr and b"train_size 0" in done.stderr
-    ), done.stderr
-    assert b"chet distance to the test set" in done.stdout
+@pytest.mark.parametrize("flags, expected", FOLLOWS.items(), ids=FOLLOWS)
+def test_the_recipe_and_other_lines_decide_those_below_them(flags, expected):
+    for device in ("cpu", "cuda"):
+        config = vars(configured("--device", device, "--recipe", *flags.split()).config)
+        assert {name: config[name] for name in expected} == expected
+
+
+# what does not fit: source texts by kind; values of flags
+WRONG = {int: ['"3"', "2.5", "True", "None"], float: ['"1e-3"', "True", 'float("nan")', "1e999"]}
+WRONG |= {bool: ["1", '"True"', "None"], str: ["None", '""', '"a\\0b"'], tuple: ["[8]", "(8.0,)"]}
+WRONG |= {bool | str: ["3"], dict: ['"Quick"', "None", "3"]}
+KINDS = {name: dict if isinstance(c.kind, dict) else c.kind for name, c in CONSTANTS.items()}
+OUT_OF_RANGE = """
+    seed=-1 train_size=0 test_size=1 image_size=0 channels=2 num_clusters=-1 base_channels=50
+    channel_mult=0 num_res_blocks=0 dropout=1.5 attention_resolutions=7 time_emb_dim=0 num_heads=0
+    patch_size=3 num_timesteps=0 target_references=-1 min_snr_gamma=-1 label_dropout=2 epochs=0
+    batch_size=0 learning_rate=-1 warmup_steps=-1 ema_decay=1 grad_accumulation=0 timestep_std=-1
+    weight_decay=inf adam_beta2=1 grad_clip=nan ema_start=-1 ema_update_rate=0 sample_steps=21
+    guidance_scale=nan num_samples=1001 preview_steps=21 eval_samples=0 bound_images=1 bound_terms=1
+    log_every=100001 sample_every=0 save_every=0
+"""
+OUT_OF_RANGE = dict(flag.split("=") for flag in OUT_OF_RANGE.split())
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_constant_edited_to_another_kind_is_one_line(name, capsys, monkeypatch, tmp_path):
+    wrong = WRONG[KINDS[name]]
+    place = [other for other in KINDS if KINDS[other] == KINDS[name]].index(name)
+    value = wrong[place % len(wrong)]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_eval, "__file__", edited(tmp_path, **{name: value}))
+    assert f"error: {name} {eval(value)!r}: expected " in refused_by_the_script(capsys)
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_a_value_out_of_range_is_one_line(name, capsys, tmp_path, data_flags):
+    flag = f"--{name}={OUT_OF_RANGE[name]}"
+    line = refused_by_the_script(capsys, *FLAGS, *data_flags, "--save_dir", tmp_path, flag)
+    assert f"{name} " in line and OUT_OF_RANGE[name] in line and "expected" in line
+    assert OUT_OF_RANGE.keys() == {name for name in KINDS if KINDS[name] in (int, float, tuple)}
+
+
+BAD_FLAGS = {
+    "--epoch 3": "--epoch: unknown; did you mean --epochs?",
+    "--no_use_scheduler": "did you mean --no-use_scheduler?",
+    "--zz\nzz": r"--zz\nzz: unknown; --help lists the flags",
+    "--epochs many": "argument --epochs: invalid int value: 'many'",
+    "--channel_mult 1,x": "argument --channel_mult: invalid integers value: '1,x'",
+    "--recipe fast": "argument --recipe: invalid choice: 'fast'",
+    "--device abacus": "device 'abacus'",
+    "--resume --evaluate": "resume and evaluate: expected one of them",
+    "--evaluate x --weight_decay 0": ", weight_decay: not used with --evaluate FOLDER",
+    "--grad_accumulation 9": "grad_accumulation 9: expected at most batch_size 8",
+    "--num_clusters 8": "num_clusters 8: clusters stand in for labels; expected 0",
+    "--loss l1": "target_references 32 with loss 'l1'",
+    "--loss vlb --target_references 0 --timestep_sampling logit-normal": "with loss 'vlb'",
+}
+
+
+@pytest.mark.parametrize("flags, words", BAD_FLAGS.items())
+def test_flags_that_do_not_fit_are_one_line(flags, words, capsys, tmp_path, data_flags):
+    flags = [*data_flags, "--save_dir", tmp_path, *flags.split(" ")]
+    assert words in refused_by_the_script(capsys, *FLAGS, *flags)
+
+
+def test_a_run_that_is_refused_leaves_the_folder_as_it_was(capsys, tmp_path, data_flags):
+    (tmp_path / "best_model.pt").write_bytes(b"of an earlier run")
+    for flag in ("--num_clusters=8", "--base_channels=50", "--epochs=0"):
+        refused_by_the_script(capsys, *FLAGS, *data_flags, "--save_dir", tmp_path, flag)
+    assert snapshot(tmp_path) == {"best_model.pt": b"of an earlier run"}
+
+
+def test_flags_are_of_every_kind():
+    flags = "--epochs 3 --learning_rate 3e-4 --channel_mult 1,2,4 --attention_resolutions none "
+    flags += "--no-use_scheduler --use_augmentation --loss l1 --evaluate"
+    chosen = configured(*flags.split())
+    values = dict(epochs=3, learning_rate=3e-4, channel_mult=(1, 2, 4), loss="l1", evaluate=True)
+    values |= dict(attention_resolutions=(), use_scheduler=False, use_augmentation=True)
+    assert {name: vars(chosen.config)[name] for name in values} == values
+    assert chosen.given == values.keys() and chosen.script["loss"] == "mse"
+    config = configured("--evaluate", "a folder", "--save_dir", "~/x").config
+    assert (config.evaluate, config.save_dir) == ("a folder", str(Path("~/x").expanduser()))
+
+
+def saved(*flags):
+    """A run that began with these flags, on a machine with the device that they name."""
+    chosen = configured(*flags)
+    script = chosen.read({"device": chosen.config.device})
+    return {"config": dict(vars(chosen.config)), "script": configurator.values_of(script)}
+
+
+def adopted(run, *flags, free=train_eval.FREE_TO_RESUME, script=str(SCRIPT)):
+    """The config with which it goes on, on a CPU."""
+    chosen = configured("--device", "cpu", "--save_dir", "here", *flags, script=script)
+    return configurator.adopt(chosen, run, free, train_eval.OF_THE_MACHINE)
+
+
+BEGAN = ("--device", "cpu", "--epochs", "7", "--base_channels", "64", "--dropout", "0.2")
+
+
+def test_a_saved_run_keeps_its_constants_but_those_of_machine_and_command(capsys):
+    own = ["--data_dir", "there", "--save_dir", "elsewhere", "--bf16", "--use_compile"]
+    config = adopted(saved(*BEGAN, *own), "--resume", "--no-bf16", "--dropout", "0.2")
+    assert (config.epochs, config.base_channels, config.dropout) == (7, 64, 0.2)
+    assert (config.data_dir, config.save_dir, config.resume) == ("data", "here", True)
+    assert (config.device, config.bf16, config.use_compile) == ("cpu", False, False)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("flags, edit", [("--epochs 9", "2"), ("", "9"), ("--epochs 9", "8")])
+def test_what_is_free_changes_by_a_flag_or_an_edit(flags, edit, capsys, tmp_path):
+    config = adopted(saved(*BEGAN), *flags.split(), script=edited(tmp_path, epochs=edit))
+    assert capsys.readouterr().out == "changed since this run began: epochs 7 -> 9\n"
+    assert config.epochs == 9
+
+
+@pytest.mark.parametrize("flags, edits", [("--dropout 0.5", {}), ("", {"dropout": "0.5"})])
+def test_what_is_not_free_is_refused_whether_flag_or_edit(flags, edits, tmp_path):
+    words = "dropout 0.5: the run in here has 0.2; take the flag or the edit back"
+    run, free = saved(*BEGAN), train_eval.FREE_TO_EVALUATE
+    refused(lambda: adopted(run, *flags.split(), script=edited(tmp_path, **edits)), words)
+    refused(lambda: adopted(run, "--epochs", "9", free=free), "epochs 9", "has 7")
+
+
+def test_a_run_of_another_machine_keeps_what_its_device_brought(tmp_path, capsys):
+    """The lines of the script have other values here, which no one has edited."""
+    run = saved("--device", "cuda")
+    for constants in run.values():
+        del constants["adaptive_norm"], constants["ema_start"]  # they are newer than the run
+    config = adopted(run)
+    assert {name: vars(config)[name] for name in REFERENCE} == REFERENCE
+    assert (config.device, config.use_compile, config.recipe) == ("cpu", False, "reference")
+    assert capsys.readouterr().out == ""
+    for epochs, said in (("3 if quick else 50", ""), ("2 if quick else 60", "epochs 50 -> 60")):
+        config = adopted(run, script=edited(tmp_path, epochs=epochs))
+        assert said in capsys.readouterr().out and config.epochs == (60 if said else 50)
+    script = edited(tmp_path, dropout="0.0 if quick else 0.2")
+    refused(lambda: adopted(run, script=script), "dropout 0.2: the run in here has 0.1")
+
+
+def test_a_damaged_run_is_one_line():
+    run = saved(*BEGAN)
+    run["config"]["epochs"] = "7"
+    refused(lambda: adopted(run), "the run in here: epochs '7': expected a whole number")
+    refused(lambda: adopted({"config": [], "script": {}}), "its constants are no dictionaries")

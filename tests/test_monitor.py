@@ -1,193 +1,180 @@
-"""What a person watches: commands that can be pasted, the table of measures, statistics of the steps."""
+"""What a run records and a terminal shows: TensorBoard, statistics, measures, commands."""
 
+import math
+import os
 import shlex
-import signal
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import configured
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import FLAGS, tiny_ddpm
 
-import train_eval
-from support import machine, monitor
-from support.console import (
-    at_a_terminal,
-    progress_bar,
-    shell_command,
-    shown_at_both_ends,
-    tensorboard_command,
-)
-from support.monitor import EventLog, RunningStats, table
-from support.pictures import plot_losses, write_grid
+from support import console, monitor
+from support.monitor import EventLog, Monitor, RunningStats
+
+CURVES = ("train", "fixed", "test", "frechet")
+RESULT = {"samples": 1234, "precision": 0.5, "precision_real": 0.75, "confidence": 0.9}
+RESULT |= {"digits": [0.25, 0.75], "digits_real": [0.5, 0.5], "classifier": "mnist-12345678"}
 
 
-@pytest.mark.parametrize(
-    "save_dir", ["runs/my first run", "a'b", 'c"d', "$(rm x)", "a;b", "ünï", "-x", "tab\there"]
-)
-def test_printed_commands_can_be_pasted(save_dir):
-    assert shlex.split(shell_command("--resume", save_dir=save_dir)) == [
-        "python",
-        "train_eval.py",
-        "--resume",
-        f"--save_dir={save_dir}",
-    ]
-    words = shlex.split(tensorboard_command(save_dir))
-    assert words == [
-        "tensorboard",
-        f"--logdir={save_dir}/tensorboard_logs",
-        "--samples_per_plugin",
-        "images=1000",
-    ]
+def log_of(save_dir, part="."):
+    """TensorBoard's log of a part of a run, and its scalars, {tag: {step: value}}."""
+    log = EventAccumulator(str(save_dir / "tensorboard_logs" / "log" / part)).Reload()
+    tags = log.Tags()["scalars"]
+    return log, {tag: {event.step: event.value for event in log.Scalars(tag)} for tag in tags}
 
 
-def test_the_default_folder_is_left_out_of_a_command():
-    assert shell_command("--resume", save_dir="checkpoints") == "python train_eval.py --resume"
+def without_groups(found):
+    return {tag.partition("/")[2]: value for tag, value in found.items()}
 
 
-def test_the_table_shows_what_was_measured_beside_real_images_and_names_what_was_not():
-    result = {
-        "samples": 1234,
-        "precision": 0.5,
-        "precision_real": 0.75,
-        "confidence": 0.9,
-        "digits": [0.25, 0.75],
-        "digits_real": [0.5, 0.5],
-        "copies": 0.125,
-        "classifier": "mnist-12345678",
-    }
-    text = table(result, 0.9955)
-    lines = {" ".join(line.split()[:-2]): line.split()[-2:] for line in text.splitlines()}
-    assert lines["precision"] == ["0.5000", "0.7500"]
-    assert lines["share of the rarest digit"] == ["0.2500", "0.5000"]
-    assert (
-        "1,234 samples" in text
-        and "mnist-12345678, 99.55% test accuracy" in text
-        and "0.1250" in text
-    )
-    assert (
-        text.splitlines()[-1]
-        == "left out, since there are too few images: Fréchet distance to the test set, recall"
-    )
-    assert "left out" not in table(result | {"frechet": 1.0, "recall": 0.5}, 1.0)
+def four_steps(watch, loss):
+    for _ in range(4):
+        t = torch.tensor([15, 19])  # the noisiest quarter of 20 timesteps
+        watch.add(torch.full((2,), loss), torch.ones(2), t, torch.tensor(0.5))
+        watch.progress["step"] += 1
+    watch.log(0.1)
 
 
-def test_a_warning_is_seen_before_and_after_even_if_the_run_fails(capsys):
-    with pytest.raises(KeyboardInterrupt), shown_at_both_ends("NOT MNIST"):
-        assert capsys.readouterr().err == "NOT MNIST\n"
-        raise KeyboardInterrupt
-    assert capsys.readouterr().err == "NOT MNIST\n"
-    with shown_at_both_ends(None):
-        pass
-    assert capsys.readouterr().err == ""
+def watch_of(save_dir, step=0):
+    config = configured(*FLAGS, "--save_dir", save_dir).config
+    progress = {"step": step, "log": "log"} | {f"{name}_curve": [] for name in CURVES}
+    return Monitor(config, progress, RunningStats(config), 320, 8 * step)
 
 
-def test_without_pictures_and_logs_a_run_goes_on_and_says_so_once(tmp_path, capsys, monkeypatch):
-    """A full disk: the system refuses to write more into a file."""
+def some_stats(log_every=50):
+    return RunningStats(SimpleNamespace(num_timesteps=1000, log_every=log_every, device="cpu"))
+
+
+def test_tensorboard_has_the_curves_the_grids_and_the_constants(tmp_path):
+    with watch_of(tmp_path) as watch:
+        watch.log_config(tiny_ddpm(10), torch.rand(4, 1, 8, 8))
+        four_steps(watch, 2.0)
+        watch.log_losses(1.0, 3.0)
+        watch.log_samples(torch.rand(4, 1, 8, 8))
+        watch.log_frechet(5.0, 7.0)
+    log, found = log_of(tmp_path)
+    assert found.pop("train/images_per_second")[4] > 0
+    entry = {"batch_loss": 2, "grad_norm": 0.5, "learning_rate": 0.1, "quartile_4": 2}
+    assert without_groups(found) == {tag: {4: pytest.approx(x)} for tag, x in entry.items()}
+    pairs = {"train": ("loss", 1), "test": ("loss", 3), "samples": ("frechet", 5)}
+    for part, (tag, value) in (pairs | {"real": ("frechet", 7)}).items():
+        assert log_of(tmp_path, part)[1] == {f"eval/{tag}": {4: value}}
+    assert [watch.progress[f"{name}_curve"] for name in CURVES] == [[[4, y]] for y in (2, 1, 3, 5)]
+    assert [event.step for tag in ("real", "samples") for event in log.Images(tag)] == [0, 4]
+    text = log.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    rows = dict(line.strip("| ").split(" | ") for line in text.splitlines()[2:])
+    assert vars(watch.config).keys() < rows.keys() and rows["epochs"] == "2"
+    assert int(rows["total_params"]) == 2 * sum(p.numel() for p in tiny_ddpm(10).parameters())
+
+
+def test_a_resumed_run_replaces_what_came_after_its_last_save(tmp_path):
+    for step, losses in ((0, [1.0, 2.0, 3.0]), (8, [4.0, 5.0])):  # saved at 8, killed after 12
+        time.sleep(1.1 * bool(step))  # the names of TensorBoard's files count seconds
+        with watch_of(tmp_path, step) as watch:
+            for loss in losses:
+                four_steps(watch, loss)
+    assert log_of(tmp_path)[1]["train/batch_loss"] == {4: 1, 8: 2, 12: 4, 16: 5}
+
+
+def test_statistics_are_means_over_the_steps_and_by_quartile_of_t(monkeypatch):
+    stats, one = some_stats(), torch.ones(1)
+    monkeypatch.setattr(time, "perf_counter", lambda: stats.clock + 2.0)
+    t, losses = torch.tensor([0, 249, 250]), torch.tensor([1.0, 2.0, 3.0])
+    stats.add(losses, torch.ones(3), t, torch.tensor(4.0))
+    stats.add(torch.tensor([5.0]), one, torch.tensor([999]), torch.tensor(6.0))
+    expected = {"batch_loss": 3.5, "grad_norm": 5, "learning_rate": 0.1, "images_per_second": 2}
+    expected |= {"quartile_1": 1.5, "quartile_2": 3, "quartile_4": 5}
+    assert without_groups(stats.read(2, 0.1)) == expected
+    # then they begin anew; what importance draws often weighs less
+    t, weights = torch.tensor([500, 749]), torch.tensor([0.5, 1.5])
+    stats.add(torch.tensor([4.0, 1.0]), weights, t, torch.tensor(1.0))
+    found = without_groups(stats.read(3, 0.1))
+    assert found["batch_loss"] == found["quartile_3"] == 1.75
+
+
+@pytest.mark.parametrize("loss, norm", [(math.nan, 1.0), (1.0, math.inf)])
+def test_a_step_that_is_not_finite_ends_the_run_in_one_line(capsys, loss, norm):
+    stats, one, t = some_stats(), torch.ones(1), torch.tensor([0])
+    for x, size in ((2.0, 1.0), (loss, norm), (3.0, 1.0)):
+        stats.add(torch.tensor([x]), one, t, torch.tensor(size))
+    with pytest.raises(SystemExit) as exit_:
+        stats.read(9, 0.1)
+    err = capsys.readouterr().err
+    assert exit_.value.code == 3 and err.count("\n") == 2  # the first leaves the bar
+    assert f"step 8: loss {loss}, gradient norm {norm}, learning rate 0.1, losses before: 2." in err
+
+
+@pytest.mark.parametrize("every, kept", [(50, True), (40, False)])
+def test_statistics_go_on_after_a_resume_if_entries_have_the_same_distance(every, kept):
+    before, after = some_stats(), some_stats(every)
+    step = torch.ones(1), torch.tensor([900]), torch.tensor(1.0)
+    for _ in range(39):
+        before.add(torch.tensor([3.0]), *step)
+    after.load_state_dict(before.state_dict())
+    after.add(torch.tensor([1.0]), *step)
+    found, mean = without_groups(after.read(40, 0.1)), (39 * 3 + 1) / 40 if kept else 1
+    assert found["batch_loss"] == found["quartile_4"] == mean
+
+
+def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, capsys, monkeypatch):
     resource = pytest.importorskip("resource")
-    machine.WARNED.clear()
-    events, before = EventLog(tmp_path, "log"), resource.getrlimit(resource.RLIMIT_FSIZE)
-    write_grid(torch.rand(4, 3, 32, 32), tmp_path / "a.png", events, "samples", 0)
-    old = (tmp_path / "a.png").read_bytes()
+    monkeypatch.setattr(console, "WARNED", set())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, before[1]))
     try:
-        for step in range(5):
-            write_grid(torch.rand(40, 3, 32, 32), tmp_path / "a.png", events, "samples", step)
-            time.sleep(0.1)  # the log is written by a thread of its own
-        curves = {f"{name}_curve": [] for name in ("train", "fixed", "test", "frechet")}
-        plot_losses(SimpleNamespace(target_references=0), curves, tmp_path / "b.png")
-        events.close()
+        with EventLog(tmp_path, "log") as log:
+            for step in range(5):
+                log.add("image", "noise", torch.rand(3, 100, 100), step)
+                time.sleep(0.1)  # a thread of its own writes
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    said = capsys.readouterr().err
-    assert (
-        said.count("writing a picture failed (OSError") == 1
-        and said.count("TensorBoard's log failed (OSError") == 1
-    )
-    assert "Traceback" not in said and (tmp_path / "a.png").read_bytes() == old
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "tensorboard_logs"]
+    err = capsys.readouterr().err
+    assert err.count("TensorBoard's log failed (OSError") == 1 and "Traceback" not in err
 
 
-@pytest.mark.parametrize("every, kept", [(50, True), (40, False), (60, False)])
-def test_statistics_of_a_resumed_run_go_on_if_its_entries_have_the_same_distance(every, kept):
-    def stats(log_every):
-        return RunningStats(SimpleNamespace(num_timesteps=10, log_every=log_every, device="cpu"))
-
-    def add(window, loss):
-        window.add(torch.tensor([loss]), torch.ones(1), torch.tensor([5]), torch.tensor(1.0))
-
-    before, after = stats(50), stats(every)
-    for _ in range(39):
-        add(before, 3.0)
-    after.load_state_dict(before.state_dict())
-    add(after, 3.0 if kept else 1.0)
-    assert after.count == (40 if kept else 1)
-    assert after.read(40, 0.1)["train/batch_loss"] == pytest.approx(3.0 if kept else 1.0)
-
-
-def test_a_log_that_cannot_be_written_or_is_closed_stops_no_run(monkeypatch, tmp_path):
-    def broken(*args):
-        raise BrokenPipeError
-
-    for stderr in (None, SimpleNamespace(write=broken, flush=broken, isatty=lambda: False)):
-        monkeypatch.setattr("sys.stderr", stderr)
-        machine.WARNED.clear()
-        assert not at_a_terminal()
-        with progress_bar(total=3, desc="training") as bar:
-            bar.update(3)
-        with machine.warning_if_it_fails("a picture"):
-            raise OSError(28, "No space left on device")
-        with machine.Interrupt() as interrupt, interrupt.after_the_step():
-            signal.raise_signal(signal.SIGTERM)
-            assert interrupt.asked() == "stop"
+@pytest.mark.parametrize("own", [True, False])
+def test_measures_stand_beside_the_constants_that_they_are_of(own, tmp_path):
+    config = configured("--recipe", "quick", "--data_dir", "\udcff", "--save_dir", tmp_path).config
+    known, info = {"bits_per_dim": 4.0, "test_loss": math.nan}, {"step": 3, "log": "log"}
+    measured = RESULT, torch.zeros(20, 1, 32, 32, dtype=torch.uint8), 0.5
+    monitor.report(config, measured, known, info, own)
+    log, found = log_of(tmp_path, "." if own else "evaluation")
+    assert found["final/precision"] == {3: 0.5} and found["final/bits_per_dim"] == {3: 4}
+    if not own:  # a row of their own on the page that compares runs
+        assert log_of(tmp_path)[1] == {}
+        constants = log.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        assert b"channel_mult" in constants and b"(1, 2, 4)" in constants and b"bf16" in constants
+        assert b"final/frechet" in log.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    written = (tmp_path / "evaluation.json").read_text()
+    assert '"test_loss": null' in written and '"samples": 1234' in written
 
 
-def test_constants_of_any_kind_reach_the_page_that_compares_runs(tmp_path):
-    events = EventLog(tmp_path, "log")
-    events.add_hparams(
-        {"save_dir": "\udcff", "channel_mult": (1, 2), "epochs": 3, "bf16": True, "y": None}
-    )
-    events.close()
-    found = EventAccumulator(str(tmp_path / "tensorboard_logs" / "log")).Reload()
-    start = found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    assert b"channel_mult" in start and b"(1, 2)" in start and b"bf16" in start
-    assert b"final/frechet" in found.SummaryMetadata("_hparams_/experiment").plugin_data.content
+def test_the_table_shows_real_images_beside_and_names_what_is_missing(capsys):
+    console.print_measures(RESULT, 0.9955)
+    text = " ".join(capsys.readouterr().out.split())
+    said = ["1,234 samples", "precision 0.5000 0.7500 ", "share of the rarest digit 0.2500 0.5000 "]
+    said += ["of the classifier 0.9000 ", "mnist-12345678, 99.55% test accuracy"]
+    assert [words for words in said if words not in text] == []
+    assert text.endswith("too few images: Fréchet distance to the test set, recall")
 
 
-@pytest.mark.parametrize(
-    "flag, part",
-    [
-        ({}, ""),
-        ({"sampler": "ddim"}, "evaluation"),
-        ({"seed": 1}, "evaluation"),
-        ({"eval_samples": 9}, "evaluation"),
-        ({"device": "cuda"}, ""),
-    ],
-)
-def test_figures_stand_beside_the_constants_that_they_are_of(flag, part, tmp_path):
-    """What other flags drew is a row of its own on the page that compares runs."""
-    config = vars(train_eval.configure(["--device", "cpu"])[0]) | {"save_dir": str(tmp_path)}
-    result = {
-        "samples": 1,
-        "frechet": 2.0,
-        "classifier": "mnist",
-        "digits": [1.0],
-        "digits_real": [1.0],
-    }
-    monitor.report(
-        SimpleNamespace(**config | flag),
-        (result, torch.zeros(20, 1, 32, 32, dtype=torch.uint8), 0.5),
-        {"config": config, "step": 3, "log": "log"},
-        bits_per_dim=4.0,
-    )
-    logs = tmp_path / "tensorboard_logs" / "log"
-    for folder in {logs, logs / part}:
-        found = EventAccumulator(str(folder)).Reload().Tags()["scalars"]
-        assert found == (["final/frechet", "final/bits_per_dim"] if folder == logs / part else [])
-    if part:
-        start = (
-            EventAccumulator(str(logs / part))
-            .Reload()
-            .SummaryMetadata("_hparams_/session_start_info")
-        )
-        assert next(iter(flag)).encode() in start.plugin_data.content
+@pytest.mark.parametrize("folder", ["my first run", "a'b", "$(rm x)", "-x", "tab\there"])
+def test_printed_commands_can_be_pasted(folder):
+    words = shlex.split(console.shell_command("-x", save_dir=folder))
+    assert words == ["python", "train_eval.py", "-x", f"--save_dir={folder}"]
+    assert f"--logdir={folder}/tensorboard_logs" in shlex.split(console.tensorboard_command(folder))
+    assert console.shell_command("-x", save_dir="checkpoints") == "python train_eval.py -x"
+
+
+@pytest.mark.parametrize("stderr", [None, open(os.devnull)], ids=["missing", "not writable"])
+def test_an_output_that_is_closed_stops_no_run(monkeypatch, stderr):
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert not console.at_a_terminal()
+    with console.progress_bar(total=3, desc="training") as bar:
+        bar.update(3)
+    with console.warning_if_it_fails(f"what says so in {stderr}"):
+        raise OSError(28, "No space left on device")

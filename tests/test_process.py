@@ -13,10 +13,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from diffusion import DDPM, SAMPLERS
+from diffusion import DDPM
 from process import PREDICTIONS, SPACINGS, VARIANCES, GaussianProcess
 
 MEAN, STD = 0.3, 0.1  # so that clipping to [-1, 1] never bites
+# eta and order of each sampler
+SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2), "sde-dpm++": (1.0, 2)}
 
 
 class Oracle(torch.nn.Module):
@@ -316,9 +318,9 @@ def test_an_x0_that_is_linear_in_log_snr_is_extrapolated_to_the_midpoint():
 def test_timesteps_fall_evenly_from_the_start():
     trailing, even = (GaussianProcess(10, timestep_spacing=name) for name in SPACINGS)
     assert trailing.timesteps(5) == [9, 7, 5, 3, 1] and trailing.timesteps(1) == [9]
-    assert trailing.timesteps(4, start=7) == [7, 5, 3, 1]
+    assert trailing.timesteps(3) == [9, 6, 2] and trailing.timesteps(4, start=7) == [7, 5, 3, 1]
     assert even.timesteps(4) == [9, 6, 3, 0] and even.timesteps(1) == [9]
-    assert even.timesteps(3, start=4) == [4, 2, 0]
+    assert even.timesteps(4, start=7) == [7, 5, 2, 0]
     for name in SPACINGS:
         process = GaussianProcess(60, timestep_spacing=name)
         for start in (0, 7, 59):

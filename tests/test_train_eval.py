@@ -65,7 +65,7 @@ def without_plots(monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data_flags):
-    """A finished run of 40 steps, shared by tests, with every option that takes part in the bits."""
+    """A finished run of 40 steps that tests share, with all options that take part in the bits."""
     folder = tmp_path_factory.mktemp("trained")
     options = "--use_augmentation --dropout 0.1 --num_heads 2 --ema_start 5 --variance learned "
     options += "--timestep_sampling importance --num_timesteps 10 --num_samples 70 "

@@ -72,15 +72,17 @@ def test_attention_stands_at_the_resolutions_named_and_in_the_middle(
     assert len(heights) == blocks and set(heights) == set(resolutions)
 
 
-def test_the_way_up_takes_the_skips_of_the_way_down_last_one_first():
+def test_the_way_up_takes_the_skips_last_one_first_and_ends_in_norm_and_silu():
     network = tiny_unet(channel_mult=(1, 2), num_res_blocks=2)
     down = [watch(layer) for layer in (network.conv_in, *network.down)]
     up = [watch(layer) for layer in network.up if isinstance(layer, ResidualBlock)]
+    end = watch(network.conv_out)
     network(*noisy(network))
     assert len(down) == len(up) == 6
     for (given, _), (_, made) in zip(up, reversed(down)):
         (x, _), skip = given[0], made[0]
         assert torch.equal(x[:, -skip.shape[1] :], skip)
+    assert torch.equal(end[0][0][0], F.silu(network.norm_out(up[-1][1][0])))
 
 
 def test_settings_reach_every_layer_and_the_config_builds_the_same_network():
