@@ -1,7 +1,6 @@
 """DDPM: a network in the Gaussian process. Training loss, sampling loop, guidance, save and load.
 
-DDPM: arXiv 2006.11239. Improved DDPM: 2102.09672. Guidance: 2207.12598. The closed forms stand in
-process.py.
+DDPM: arXiv 2006.11239. Improved DDPM: 2102.09672. Guidance: 2207.12598.
 """
 
 import inspect
@@ -12,14 +11,7 @@ from tqdm import tqdm
 
 import likelihood
 from process import GaussianProcess
-from support import checks
-from support.checkpoint import (
-    load_checkpoint,
-    load_weights,
-    plain,
-    plain_state_dict,
-    save_checkpoint,
-)
+from support import checkpoint, checks
 from support.files import one_line
 from support.machine import evaluating, unwrapped
 from unet import UNet
@@ -90,7 +82,8 @@ class Denoiser(GaussianProcess):
         Raises:
             ValueError: images or labels of another type or shape.
         """
-        x0, y = checks.batch(self, x0, y)
+        x0 = checks.images(self, "x0", x0)
+        y = checks.labels(self, y, len(x0), no_label=True)
         t = torch.randint(self.num_timesteps, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
         return self.losses(x0, self.drop_labels(y) if self.training else y, t, eps).mean()
@@ -156,7 +149,7 @@ class Denoiser(GaussianProcess):
         Raises:
             ValueError: an argument does not fit the model.
         """
-        xt, y = checks.prediction(self, xt, t, y, guidance_scale)
+        xt, t, y = checks.prediction(self, xt, t, y, guidance_scale)
         return self.denoise(xt, t, y, guidance_scale)[:2]
 
     def denoise(self, xt, t, y=None, guidance_scale=1.0):
@@ -198,9 +191,6 @@ class DDPM(Denoiser):
         class_shares: how often `sample` draws each class where it is given no labels; None: evenly.
         settings: those of `Denoiser` and `GaussianProcess`.
 
-    Attributes:
-        info: what `save` was given beside the model.
-
     Raises:
         ValueError: an unknown name, a number out of range, or settings that do not fit together.
     """
@@ -220,7 +210,7 @@ class DDPM(Denoiser):
         self.sample_steps = self.num_timesteps if sample_steps is None else sample_steps
         self.guidance_scale = guidance_scale
         self.class_shares = class_shares
-        self.info = {}
+        self.info = {}  # what `save` was given beside the model
         checks.ddpm(self, LOSSES, SAMPLERS)
 
     # Sampling
@@ -381,8 +371,6 @@ class DDPM(Denoiser):
     def save(self, path, **info):
         """Write weights and settings to `path`, whole or not at all. `info` becomes `DDPM.info`.
 
-        The weights are those of the network inside `torch.compile` and DistributedDataParallel.
-
         Raises:
             ValueError: `info` holds something other than plain values; nothing is written.
             OSError: the file cannot be written.
@@ -390,11 +378,11 @@ class DDPM(Denoiser):
         network = unwrapped(self.network)
         model = {
             "network": network.config if type(network) is UNet else None,
-            "diffusion": {name: plain(getattr(self, name)) for name in SETTINGS},
-            "weights": plain_state_dict(network),
+            "diffusion": {name: checkpoint.plain(getattr(self, name)) for name in SETTINGS},
+            "weights": checkpoint.plain_state_dict(network),
             "info": info,
         }
-        save_checkpoint(path, model)
+        checkpoint.save_checkpoint(path, model)
 
     @classmethod
     def load(cls, path, device=None, network=None):
@@ -410,13 +398,13 @@ class DDPM(Denoiser):
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         checks.device(device)
-        saved = load_checkpoint(path, ("network", "diffusion", "weights", "info"))
+        saved = checkpoint.load_checkpoint(path, ("network", "diffusion", "weights", "info"))
         if network is None and saved["network"] is None:
             raise ValueError(f"{path}: its network is no UNet; give load() the network")
         try:
             network = UNet(**saved["network"]) if network is None else network
             ddpm = cls(network, **saved["diffusion"])
-            load_weights(ddpm.network, saved["weights"])
+            checkpoint.load_weights(ddpm.network, saved["weights"])
             ddpm.info = dict(saved["info"])
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             reason = one_line(error)

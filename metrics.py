@@ -206,7 +206,7 @@ def precision_recall(samples, real, k=NEIGHBOURS):
     """
     checks.whole("k", k)
     checks.features(k, samples=samples, real=real)
-    samples = samples.to(real.device)
+    samples = samples.to(real)
 
     def distances(a, b):  # in parts, to limit memory; without matrix products, because those round
         for part in a.split(1000):

@@ -1,8 +1,6 @@
 """Saving and loading: checkpoints, the folder of a run and its lock, what a resumed run needs."""
 
-import os
 import pickle
-import shutil
 import sys
 import warnings
 import zipfile
@@ -14,7 +12,7 @@ import torch
 from torch import nn
 
 from support import checks
-from support.files import flush, one_line, whole_file
+from support.files import one_line, shown, whole_file
 from support.machine import unwrapped
 
 LAST = ("config", "script", "step", "rng", "network", "ema", "optimizer", "timesteps", "stats")
@@ -32,17 +30,13 @@ def save_checkpoint(path, state, previous=None):
         OSError: the file cannot be written, for example on a full disk.
     """
     checks.path("path", path)
-    path = os.fspath(path)
     _check_plain(state, "")
     try:
-        with whole_file(path, previous) as partial:
-            torch.save(state, partial)
-            flush(partial)
-    except (OSError, RuntimeError) as error:  # RuntimeError is torch's own for a write that failed
-        reason = getattr(error, "strerror", None)
-        if reason is None:
-            free = shutil.disk_usage(os.path.dirname(path) or ".").free
-            reason = f"the disk is full, or a quota is: {free:,} bytes are free"
+        with whole_file(path, previous) as partial, open(partial, "wb") as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # torch's own has the system's behind it
+        found = (error, error.__context__)
+        reason = next((e.strerror for e in found if isinstance(e, OSError)), one_line(error))
         raise OSError(f"{path}: cannot be written ({reason})") from error
 
 
@@ -63,8 +57,8 @@ def _check_plain(value, name):
     elif type(value) not in PLAIN or type(value) is int and value.bit_length() > 63:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise ValueError(
-            f"{name} {value!r} of type {kind}: expected tensors and plain Python values, since a "
-            "checkpoint holds no pickled objects"
+            f"{name} {shown(value)} of type {kind}: expected tensors and plain Python values, "
+            "since a checkpoint holds no pickled objects"
         )
 
 
@@ -85,10 +79,7 @@ def load_checkpoint(path, keys):
         if start != b"PK":
             raise TypeError("no zip file")
         if not _is_whole_zip(path):  # torch compares no checksums
-            raise ValueError(
-                f"{path}: not a readable checkpoint: the file is damaged or cut short; another "
-                "copy of it may be whole"
-            )
+            raise zipfile.BadZipFile
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an error below says it in one line
             saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -104,8 +95,11 @@ def load_checkpoint(path, keys):
             f"{path}: holds Python objects, which could run code; expected tensors and plain "
             "values alone"
         ) from None
-    except ValueError:
-        raise
+    except zipfile.BadZipFile:
+        raise ValueError(
+            f"{path}: not a readable checkpoint: the file is damaged or cut short; another copy of "
+            "it may be whole"
+        ) from None
     except Exception as error:  # foreign archives fail in too many ways to list
         raise ValueError(
             f"{path}: not a readable checkpoint but another kind of file ({one_line(error)})"

@@ -1,8 +1,7 @@
 """The doors: what a person hands in is checked here, once, where it comes in.
 
-First the kinds: each is a ValueError of one line that says the name, the value and what was
-expected. Then the doors, one function for each, made of these. A check of a tensor's values is for
-the CPU alone: on a GPU the program would wait for it.
+First the kinds: each is a ValueError of one line. Then the doors, one function for each. Values of
+tensors are checked on the CPU alone: on a GPU the program would wait for them.
 """
 
 import math
@@ -55,11 +54,8 @@ def number(name, value, low=-math.inf, high=math.inf, note=""):
         refuse(name, value, "a number")
     size = abs(value if isinstance(value, numbers.Integral) else float(value))
     if not size <= sys.float_info.max or not low <= value <= high:
-        if high < math.inf:
-            limits = f"from {low} to {high}"
-        else:
-            limits = "a finite number" if low == -math.inf else f"at least {low} and finite"
-        refuse(name, value, limits + note)
+        limits = "a finite number" if low == -math.inf else f"at least {low} and finite"
+        refuse(name, value, (f"from {low} to {high}" if high < math.inf else limits) + note)
 
 
 def path(name, value):
@@ -140,15 +136,13 @@ def ddpm(ddpm, losses, samplers):
     number("guidance_scale", ddpm.guidance_scale)
     number("min_snr_gamma", ddpm.min_snr_gamma, 0)
     number("label_dropout", ddpm.label_dropout, 0, 1)
-    if ddpm.min_snr_gamma and ddpm.loss != "mse":
-        refuse("min_snr_gamma", ddpm.min_snr_gamma, "0: the weights are for loss 'mse'")
-    if ddpm.min_snr_gamma and ddpm.zero_terminal_snr:
-        expected = "0: with zero_terminal_snr the timestep where sampling starts is not trained"
+    if ddpm.min_snr_gamma and (ddpm.loss != "mse" or ddpm.zero_terminal_snr):
+        expected = "0: the weights are for loss 'mse', and zero where zero_terminal_snr starts"
         refuse("min_snr_gamma", ddpm.min_snr_gamma, expected)
     module("network", ddpm.network)
-    config = getattr(ddpm.network, "config", None) or {}
+    config = getattr(ddpm.network, "config", None)
     sizes = dict(image_size=ddpm.image_size, channels=ddpm.channels, out_channels=ddpm.outputs)
-    if sizes.keys() <= config.keys():  # a UNet
+    if isinstance(config, dict) and sizes.keys() <= config.keys():  # a UNet
         for name, value in sizes.items():
             found = config["channels"] if config[name] is None else config[name]
             if value != found:
@@ -156,17 +150,15 @@ def ddpm(ddpm, losses, samplers):
     known = [part for part in ddpm.network.modules() if getattr(part, "num_classes", None)]
     if ddpm.num_classes is not None:
         whole("num_classes", ddpm.num_classes, note=", or None")
-    elif known:
+    elif known and not hasattr(ddpm.network, "num_classes"):
         expected = f"the attribute num_classes of its {type(known[0]).__name__}, or None there"
         refuse("network", type(ddpm.network).__name__, expected)
     elif ddpm.guidance_scale != 1:
         refuse("guidance_scale", ddpm.guidance_scale, "1: the network is unconditional")
-    shares = ddpm.class_shares
+    shares, n = ddpm.class_shares, ddpm.num_classes or 0
     if shares is not None:
-        if not isinstance(shares, (list, tuple)) or len(shares) != (ddpm.num_classes or 0):
-            refuse(
-                "class_shares", shares, f"a list of a number for each of {ddpm.num_classes or 0}"
-            )
+        if not isinstance(shares, (list, tuple)) or len(shares) != n:
+            refuse("class_shares", shares, f"a list of numbers, one for each of {n} classes")
         for share in shares:
             number("class_shares", share, 0)
         if not sum(shares):
@@ -174,9 +166,9 @@ def ddpm(ddpm, losses, samplers):
 
 
 def images(ddpm, name, x, n="N"):
-    """Images for a `DDPM`, which come back in the precision of its network."""
+    """Images for a `DDPM`, which come back on its device in its precision."""
     tensor(name, x, FLOATS, (n, *ddpm.image_shape))
-    return x.to(ddpm.dtype)
+    return x.to(ddpm.device, ddpm.dtype)
 
 
 def labels(ddpm, y, n, no_label=False):
@@ -203,18 +195,13 @@ def guidance(ddpm, scale, y="drawn"):
         refuse("guidance_scale", scale, "0 or 1: guidance needs labels; give y")
 
 
-def batch(ddpm, x0, y):
-    """`ddpm(x0, y)` -> x0, y."""
-    return images(ddpm, "x0", x0), labels(ddpm, y, len(x0), no_label=True)
-
-
 def prediction(ddpm, xt, t, y, scale):
-    """`DDPM.predict` -> xt, y."""
+    """`DDPM.predict` -> xt, t, y."""
     xt = images(ddpm, "xt", xt)
     tensor("t", t, (torch.int64,), (len(xt),), 0, ddpm.num_timesteps - 1)
     y = labels(ddpm, y, len(xt), no_label=True)
     guidance(ddpm, scale, y)
-    return xt, y
+    return xt, t.to(ddpm.device), y
 
 
 def sampling(given, samplers):
@@ -249,7 +236,6 @@ def mixture(ddpm, samplers, x0, other, weights, t, y, options):
         number("weights", weight, 0, 1)
     whole("t", t, 0, ddpm.num_timesteps - 1, ", a timestep")
     x0, other = images(ddpm, "x0", x0), images(ddpm, "other", other, len(x0))
-    x0, other = x0.to(ddpm.device), other.to(ddpm.device)
     if options.get("guidance_scale") is not None:
         guidance(ddpm, options["guidance_scale"], y)
     given = dict.fromkeys(("sampler", "steps", "eta", "guidance_scale", "seed"))
@@ -303,9 +289,6 @@ def data(dataset, datasets, data_dir, sizes, augment, seed, device_):
     for name, value in sizes.items():
         whole(name, value)
     device(device_)
-
-
-# Doors of metrics
 
 
 def pictures(name, images):

@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -57,11 +57,15 @@ def _keep(path, previous):
     """Give a file the name `previous`. It has both names until a new file takes the first."""
     spare = f"{os.fspath(previous)}.partial"
     try:
+        with suppress(FileNotFoundError):
+            os.remove(spare)  # of a save that was killed
         os.link(path, spare)
     except OSError:  # a file system without hard links: for a moment there is `previous` alone
         _rename(path, previous)
     else:
         _rename(spare, previous)
+        with suppress(FileNotFoundError):  # after a kill both may be one file: nothing is renamed
+            os.remove(spare)
 
 
 def _rename(source, target):

@@ -780,7 +780,7 @@ def print_table(bench):
             cells["ceiling"] += f" {row['of']}"
         lines.append((row["part"], list(cells.values())))
     widths = [
-        max(len(name), *(len(cells[i]) for _, cells in lines)) for i, name in enumerate(COLUMNS)
+        max([len(name), *(len(cells[i]) for _, cells in lines)]) for i, name in enumerate(COLUMNS)
     ]
 
     def show(cells):

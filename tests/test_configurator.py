@@ -26,7 +26,7 @@ widths: tuple = (  # inside
     2,
 )  # levels
 text: str = "é # no comment"  # a "#" in it
-share: float = 1 if big else 0.5  # doubled below
+share: float = 1 if big else 0.5  # twice
 flag: bool = not big  # on
 folder: bool | str = False  # on, or where
 share *= 2
@@ -65,8 +65,7 @@ def test_constants_are_read_from_the_lines_of_a_script(tmp_path):
     assert groups == ["machine"] + ["recipe"] * 6
     assert kinds == [str, names, tuple, str, float, bool, bool | str]
     assert values == ["cpu", "small", (32, 2), "é # no comment", 1, True, False]
-    words = ["where", "é above", "levels", 'a "#" in it', "doubled below", "on", "on, or where"]
-    assert comments == words
+    assert comments == ["where", "é above", "levels", 'a "#" in it', "twice", "on", "on, or where"]
     # a flag replaces its line, and the lines below see it
     large = ["large", (64, 2), values[3], 2, False, False]
     assert [constant.value for constant in read(device="gpu")] == ["gpu", *large]

@@ -43,7 +43,6 @@ def normed():
 
 @torch.no_grad()
 def change(network):
-    """Give it other weights and other buffers."""
     for value in (*network.parameters(), *network.buffers()):
         value += 1
 

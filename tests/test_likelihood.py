@@ -80,6 +80,14 @@ def test_a_network_says_where_the_variance_lies_between_beta_tilde_and_beta(plac
     torch.testing.assert_close(variance, expected.expand(5, 1, 8, 8))
 
 
+def test_the_fixed_large_variance_is_beta_but_the_last_step_has_the_small_one():
+    ddpm, t = gaussian(variance="fixed_large"), torch.tensor([0, 1, 500])
+    _, variance, _ = ddpm.p_mean_variance(torch.zeros(3, 1, 8, 8), t)
+    beta = ddpm.betas.tolist()
+    small = beta[0] * beta[1] / (1 - (1 - beta[0]) * (1 - beta[1]))
+    assert variance.flatten().tolist() == pytest.approx([small, beta[1], beta[500]], rel=1e-5)
+
+
 @pytest.mark.parametrize("place, fixed", [(-1.0, "fixed_small"), (1.0, "fixed_large")])
 def test_the_ends_of_a_learned_variance_sample_as_the_fixed_ones_do(place, fixed):
     learned, expected = gaussian(place), gaussian(variance=fixed)

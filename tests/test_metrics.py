@@ -50,8 +50,10 @@ def test_frechet_distance_of_gaussians_in_general_is_symmetric():
 
 
 def test_frechet_distance_does_not_mind_rounding_or_features_that_never_move():
+    torch.manual_seed(0)
+    same_sets = [frechet_distance(x, x.flip(0)) for x in torch.randn(20, 100, 8)]
+    assert 0 <= min(same_sets) and max(same_sets) < 1e-9
     x, y = torch.randn(2, 100, 8)
-    assert 0 <= frechet_distance(x, x.flip(0)) < 1e-9
     dead = torch.zeros(100, 1)
     expected = pytest.approx(frechet_distance(x, y), rel=1e-6)
     assert frechet_distance(torch.cat([x, dead], 1), torch.cat([y, dead], 1)) == expected
@@ -217,7 +219,6 @@ def test_what_the_classifier_sees_does_not_depend_on_batches_colours_or_size(mni
     fresh = load_classifier("mnist", *boxes(4), "unused").train()
     features, probabilities = fresh.read(images)  # without dropout all the same
     assert features.shape == (50, 64) and features.dtype == torch.float64
-    assert torch.allclose(probabilities.sum(dim=1), torch.ones(50).double())
     grey = images // 3 * 3
     red = torch.stack([grey, grey * 0, grey * 0], dim=1)  # a third as bright
     for other, expected in ((images[:, None].expand(-1, 3, -1, -1), images), (red, images // 3)):
@@ -335,8 +336,7 @@ def test_the_meter_reads_the_real_images_once_and_gives_the_same_distance(
 ):
     train, test = (split.images[:1000] for split in mnist)
     meter = metrics.FrechetMeter(classifier, test, train)
-    features = [classifier.read(images)[0] for images in (train, test)]
-    assert meter.real == frechet_distance(*features)
+    assert meter.real == frechet_distance(classifier.read(train)[0], classifier.read(test)[0])
     read, once = [], classifier.read
     monkeypatch.setattr(
         classifier, "read", lambda images: (read.append(len(images)), once(images))[1]

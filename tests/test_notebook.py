@@ -11,7 +11,7 @@ import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
-from tiny import FLAGS, tiny_ddpm
+from tiny import FLAGS, tiny_ddpm, tiny_unet
 
 import train_eval
 
@@ -57,7 +57,8 @@ def folder(tmp_path, monkeypatch, data_flags):
 
 
 def test_the_notebook_runs_on_a_model_alone(folder, monkeypatch):
-    ddpm = tiny_ddpm(num_classes=10, image_size=16, num_timesteps=200, sample_steps=4)
+    network = tiny_unet(num_classes=10, image_size=16, patch_size=8)
+    ddpm = tiny_ddpm(network=network, image_size=16, num_timesteps=200, sample_steps=4)
     config = {"dataset": "mnist", "train_size": 100, "test_size": 80}
     ddpm.save("checkpoints/best_model.pt", config=config, step=7, test_loss=0.5)
     _, cells, expected = read()

@@ -231,7 +231,7 @@ def test_a_step_descends_the_weighted_mean_of_the_losses(data_flags, clip, parts
     drawn, taken = (torch.arange(8) * 2, torch.arange(8) / 4), []
     sampler = {"sample": lambda n: drawn, "update": lambda *args: taken.append(args)}
     run.parts["timesteps"] = SimpleNamespace(**sampler)
-    parameters = list(run.ddpm.parameters())
+    parameters, calls = list(run.ddpm.parameters()), []
     run.parts["optimizer"] = torch.optim.SGD(parameters, lr=9.0)
     x0, y = run.train_images.batch(slice(8))
     before = [p.detach().clone() for p in parameters]
@@ -241,11 +241,12 @@ def test_a_step_descends_the_weighted_mean_of_the_losses(data_flags, clip, parts
     gradients = torch.autograd.grad((drawn[1] * expected).mean(), parameters)
     size = torch.cat([g.flatten() for g in gradients]).norm()
     torch.manual_seed(0)
+    run.ddpm.network.register_forward_hook(lambda *call: calls.append(call))
     losses, weights, t, norm = train_eval.train_step(run, run.model, x0, y, 0.5)
     assert same((t, weights), drawn) and same(taken[0], (t, losses))
     close = dict(rtol=1e-4, atol=1e-6)
     torch.testing.assert_close((losses, norm), (expected.detach(), size), **close)
-    assert size > 0.01
+    assert size > 0.01 and len(calls) == parts
     rate = 0.5 * (clip / size if clip else 1)
     averages = run.parts["ema"].shadow.parameters()
     for p, old, gradient, average, past in zip(parameters, before, gradients, averages, shadow):
