@@ -252,16 +252,15 @@ class DDPM(Denoiser):
         Raises:
             ValueError: an argument does not fit the model.
         """
-        y, generator = checks.sampling(locals(), SAMPLERS)
+        y, xT, generator = checks.sampling(locals(), SAMPLERS)
         y = self.draw_labels(n, generator) if y is None else y
-        if xT is None:
-            xT = self.draw_noise(n, generator)
+        xT = self.draw_noise(n, generator) if xT is None else xT
         start = self.num_timesteps - 1 if start is None else start
         if steps is None:
             steps = max(1, round(self.sample_steps * (start + 1) / self.num_timesteps))
         sampler = self.sampler if sampler is None else sampler
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        xT, timesteps, images = xT.to(self.device, self.dtype), self.timesteps(steps, start), []
+        timesteps, images = self.timesteps(steps, start), []
         with tqdm(total=n * steps, unit="call", disable=not progress, leave=False) as bar:
             for part in torch.arange(n, device=self.device).split(BATCH):
                 labels, sequence = None if y is None else y[part], []
@@ -284,8 +283,9 @@ class DDPM(Denoiser):
         """n labels by `class_shares`, int64, (n,); None for an unconditional model."""
         if self.num_classes is None:
             return None
-        shares = torch.tensor(self.class_shares or [1] * self.num_classes, dtype=torch.float32)
-        return torch.multinomial(shares.to(self.device), n, True, generator=generator)
+        shares = [float(share) for share in self.class_shares or [1] * self.num_classes]
+        shares = torch.tensor(shares, device=self.device)
+        return torch.multinomial(shares, n, replacement=True, generator=generator)
 
     @torch.no_grad()
     def walk(
@@ -309,7 +309,9 @@ class DDPM(Denoiser):
                 x0 = self.extrapolate(predicted, x0_before, t_before, t, s)
                 eps = self.eps_from_x0(x0, xt, t)
             x0_before, t_before = predicted, t
-            noise = self.draw_noise(len(xt), generator) if eta else None
+            noise = None
+            if eta:
+                noise = torch.randn(xt.shape, generator=generator, device=xt.device, dtype=xt.dtype)
             xt = self.step(x0, eps, t, s, eta, noise, variance_fraction)
             yield predicted, xt
 

@@ -42,8 +42,8 @@ evaluate: bool | str = False  # only measure best_model.pt of save_dir, or with 
 
 # recipe
 # reference: the large network, for hours on a GPU; quick: a small one, good digits in minutes
-recipe: RECIPES = "reference" if device.startswith("cuda") else "quick"
-quick = RECIPES[recipe]
+recipe: RECIPES = "reference" if str(device).startswith("cuda") else "quick"
+quick = RECIPES.get(recipe)
 seed: int = 0  # decides the run, on a CPU to the bit; change it for another run of the same kind
 
 # data
@@ -121,7 +121,7 @@ save_every: int = 500 if quick else 5000  # steps between saves; Ctrl-C and the 
 
 # hardware
 bf16: bool = has_bf16(device)  # compute in bfloat16, where that pays: GPUs since Ampere, AMX
-use_compile: bool = device.startswith("cuda") and not quick  # slow start, then faster steps
+use_compile: bool = str(device).startswith("cuda") and not quick  # slow start, then faster steps
 # end of constants
 
 FIRST_LOOK, FEW_IMAGES = 200, 128  # step of the first look; images whose loss it measures
@@ -164,17 +164,18 @@ def main(argv=None):
 
 def run_training(chosen, interrupt):
     """A new run, or that of save_dir from its last.pt on. Returns whether it came to its end."""
-    config, script, saved = chosen.config, chosen.script, None
+    config, run = chosen.config, None
     with input_errors():
+        if not config.resume:  # before the folder: what is refused moves no earlier run
+            run = prepare(config, chosen.script)
         folder = on_main(RunFolder)(config.save_dir, new=not config.resume)
     with folder or nullcontext():
         processes.barrier()
-        with input_errors():
-            if config.resume:
+        if config.resume:
+            with input_errors():
                 saved = load_last(config.save_dir)
                 config = configurator.adopt(chosen, saved, FREE_TO_RESUME, OF_THE_MACHINE)
-                script = saved["script"]
-            run = prepare(config, script, saved)
+                run = prepare(config, saved["script"], saved)
         return train(run, interrupt) and draw_final(run)
 
 

@@ -205,7 +205,7 @@ def prediction(ddpm, xt, t, y, scale):
 
 
 def sampling(given, samplers):
-    """`DDPM.sample`, its arguments as a dict -> y, generator."""
+    """`DDPM.sample`, its arguments as a dict -> y, xT, generator."""
     ddpm, n, xT, last = given["self"], given["n"], given["xT"], given["self"].num_timesteps - 1
     whole("n", n, note=" image")
     start = last if given["start"] is None else given["start"]
@@ -222,9 +222,8 @@ def sampling(given, samplers):
     if not isinstance(sequence, (bool, str)) or sequence not in (False, True, "xt"):
         refuse("return_sequence", sequence, "False, True or 'xt'")
     switch("progress", given["progress"])
-    if xT is not None:
-        images(ddpm, "xT", xT, n)
-    return labels(ddpm, given["y"], n), generator(given["seed"], ddpm.device)
+    xT = None if xT is None else images(ddpm, "xT", xT, n)
+    return labels(ddpm, given["y"], n), xT, generator(given["seed"], ddpm.device)
 
 
 def mixture(ddpm, samplers, x0, other, weights, t, y, options):
@@ -241,7 +240,8 @@ def mixture(ddpm, samplers, x0, other, weights, t, y, options):
     given = dict.fromkeys(("sampler", "steps", "eta", "guidance_scale", "seed"))
     given |= dict(return_sequence=False, progress=False) | options
     given |= {"self": ddpm, "n": len(x0), "y": y, "xT": x0, "start": t}
-    return x0, other, weights, *sampling(given, samplers)
+    y, _, generator = sampling(given, samplers)
+    return x0, other, weights, y, generator
 
 
 def bound(ddpm, x0, y, terms, seed, progress):

@@ -107,9 +107,11 @@ def read_constants(script, scope, flags):
         kind = eval(compile(ast.Expression(node.annotation), script, "eval"), scope)
         comment = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
         comment = comment or lines[node.lineno - 2]  # behind the constant, or above it
-        name = node.target.id
-        constants[name] = Constant(group.lstrip("# "), kind, scope[name], comment.lstrip("# "))
-    return constants
+        constants[node.target.id] = (group.lstrip("# "), kind, comment.lstrip("# "))
+    return {
+        name: Constant(group, kind, scope[name], comment)
+        for name, (group, kind, comment) in constants.items()
+    }
 
 
 class Parser(argparse.ArgumentParser):
@@ -183,7 +185,8 @@ def check_kind(name, value, kind, low=-math.inf, high=math.inf):
     else:
         fits = type(value) is str and value in kind
     if not fits:
-        expected = EXPECTED.get(kind) if kind in EXPECTED else f"one of {', '.join(kind)}"
+        names = isinstance(kind, (dict, tuple))
+        expected = f"one of {', '.join(kind)}" if names else EXPECTED[kind]
         raise ValueError(f"{name} {value!r}: expected {expected}")
     if kind in (int, float) and not low <= value <= high:
         limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"

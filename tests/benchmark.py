@@ -72,8 +72,8 @@ COLUMNS = {
 }
 
 
-def main():
-    """Measure all parts, then print them."""
+def make_parser():
+    """The flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,10 +89,14 @@ def main():
     )
     parser.add_argument("--data_dir", default=str(ROOT / "data"), help="folder of the data")
     parser.add_argument("--device", default=train_eval.device)
-    parser.add_argument(
-        "--child", help=argparse.SUPPRESS
-    )  # what a child process does, as JSON: see steps_here
-    args = parser.parse_args()
+    # what a child process does, as JSON: see steps_here
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser
+
+
+def main():
+    """Measure all parts, then print them."""
+    args = make_parser().parse_args()
     if args.child:
         return print(json.dumps(steps_here(args.device, **json.loads(args.child))))
     bench = Bench(args)

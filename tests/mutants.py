@@ -140,6 +140,10 @@ FAULTS = {
         "schedule-that-stands-for-another": ('"cosine": cosine_betas', '"cosine": linear_betas'),
         "zero-terminal-snr-not-shifted": ("((root - root[-1]) * root[0]", "(root * root[0]"),
         "tables-cast-to-float32": ("if self.betas.dtype != torch.float64:", "if False:"),
+        "alpha-bar-one-timestep-off": (
+            "self.alphas_cumprod[t.clamp(min=0)]",
+            "self.alphas_cumprod[(t - 1).clamp(min=0)]",
+        ),
         "first-timestep-taken-for-the-image": ("where(t < 0, 1.0,", "where(t <= 0, 1.0,"),
         "q-sample-coefficients-swapped": (
             "times(alpha_bar.sqrt(), x0) + times((1 - alpha_bar).sqrt(), eps)",
@@ -190,6 +194,10 @@ FAULTS = {
         "step-noise-on-the-image": ("std * (s >= 0)[:, None, None, None]", "std"),
         "extrapolation-in-log-alpha-bar": ("self.alpha_bar(u).logit()", "self.alpha_bar(u).log()"),
         "trailing-spacing-one-off": (".round() - 1\n", ".round().clamp(max=start)\n"),
+        "linspace-spacing-not-down-to-0": (
+            "torch.linspace(start, 0, steps",
+            "torch.linspace(start, min(1, start), steps",
+        ),
         "spacings-exchanged": (
             "SPACINGS[self.timestep_spacing](",
             'SPACINGS[{"trailing": "linspace"}.get(self.timestep_spacing, "trailing")](',
@@ -197,6 +205,7 @@ FAULTS = {
     },
     "diffusion.py | process": {
         "ddpm-without-noise": ('"ddpm": (1.0, 1)', '"ddpm": (0.0, 1)'),
+        "dpm-of-order-1": ('"dpm++": (0.0, 2),', '"dpm++": (0.0, 1),'),
         "second-order-on-the-last-step": (
             "x0_before is not None and after >= 0",
             "x0_before is not None",
@@ -224,6 +233,7 @@ FAULTS = {
             '"mse": (torch.square, 0.001)',
             '"mse": (torch.square, 0.01)',
         ),
+        "vlb-not-times-timesteps": ("bound_weight * self.num_timesteps *", "bound_weight *"),
         "min-snr-weights-ignored": ("            if self.min_snr_gamma:", "            if False:"),
         "x0-not-clipped": (
             "self.x0_from_output(output, xt, t).clamp(-1, 1)",
@@ -358,6 +368,7 @@ FAULTS = {
             "torch.arange(dim // 2) / (dim // 2)",
             "torch.arange(dim // 2) / (dim // 2 - 1)",
         ),
+        "time-not-told-to-the-blocks": ("self.norm2(h + conditioning)", "self.norm2(h)"),
         "adaptive-norm-without-one-plus": ("* (1 + scale) + shift", "* scale + shift"),
         "no-label-is-label-0": ("torch.full_like(t, self.num_classes)", "torch.zeros_like(t)"),
         "label-not-told-to-the-network": (
@@ -391,7 +402,6 @@ FAULTS = {
             "        x0 = x.div_(127.5).sub_(1)",
             "        x = x.div_(127.5).sub_(1)\n        x0 = augment(x) if self.augment else x",
         ),
-        "images-from-0-to-1": ("x.div_(127.5).sub_(1)", "x.div_(255)"),
         "order-the-same-in-every-epoch": ("((epoch, self.seed))", "((0, self.seed))"),
         "last-partial-batch-dropped": (
             "order.split(batch_size)[start:]",
@@ -415,10 +425,6 @@ FAULTS = {
         "data-file-longer-than-its-header-says-taken": (
             "len(data) != length",
             "len(data) < length",
-        ),
-        "png-of-16-bits-not-rounded": (
-            "astype(np.int64) + 128) // 257",
-            "astype(np.int64)) // 256",
         ),
         "png-with-wrong-checksum-taken": ("image.verify()", "pass"),
     },
@@ -572,7 +578,6 @@ FAULTS = {
             "        if os.path.exists(partial):\n            os.remove(partial)",
             "        pass",
         ),
-        "refused-rename-not-tried-again": ("if time.monotonic() > end:", "if True:"),
     },
     "support/machine.py | diffusion | wrapped": {
         "one-wrapper-alone-is-unwrapped": ("while isinstance(network,", "if isinstance(network,"),

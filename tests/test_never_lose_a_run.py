@@ -102,7 +102,8 @@ def at_call(target, number, action, ending="", when="before", delay=0.0):
         return action() if callable(action) else os.kill(os.getpid(), action)
 
     def called(*args, **options):
-        paths = [os.fspath(arg) for arg in args if isinstance(arg, (str, os.PathLike))]
+        args_or_names = [getattr(arg, "name", arg) for arg in args]  # of open files
+        paths = [os.fspath(arg) for arg in args_or_names if isinstance(arg, (str, os.PathLike))]
         counts = not ending or any(path.endswith(ending) for path in paths)
         now = counts and next(calls) == number
         if now and delay:
