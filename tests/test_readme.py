@@ -1,128 +1,138 @@
-"""README and docs: commands fit their programs, four of them run, code and names are true."""
+"""README, docs and assets/README: commands and Python blocks work, names exist, values are true."""
 
-import ast
-import functools
+import hashlib
 import re
+import runpy
 import shlex
-from fnmatch import fnmatch
+import sys
 from pathlib import Path
 
-import benchmark
-import mutants
 import pytest
-import torch
-from conftest import configured
-from tiny import FLAGS, tiny_ddpm, tiny_unet
+from tiny import FLAGS
 from torch.distributed.run import get_args_parser
 
-import metrics
 import train_eval
-from support import configurator, pictures
+from support import configurator, datasets
 
 ROOT = Path(__file__).parent.parent
-FILES = ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "assets" / "README.md"
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "assets/README.md")
+}
 README = PAGES["README.md"]
-BLOCK = re.compile(r"^```(\w*)\n((?:.*\n)*?)```$", re.M)
-READ = functools.partial(configurator.read_constants, train_eval.__file__, vars(train_eval))
+BLOCKS = [
+    (kind, text)
+    for page in PAGES.values()
+    for kind, text in re.findall(r"^```(\w+)\n(.*?)^```$", page, re.M | re.S)
+]
+PROSE = "\n".join(re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S) for page in PAGES.values())
+INLINE = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", PROSE)]
+PLACES = {"FOLDER": "x", "PID": "1", "FIRST": "host", "N": "2"}
+# A short run of a model that the README's Python block can use.
+SHORT = [*FLAGS, *"--image_size 32 --channels 3 --num_timesteps 1000 --epochs 1".split()]
 
 
-def snippets(text):
-    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", BLOCK.sub("", text))]
+def constants(**flags):
+    return configurator.read_constants(train_eval.__file__, vars(train_eval), flags)
 
 
 def commands():
-    """Every command of all pages once, as words. Flags in the text count as a command."""
-    found, programs = [], {begin.split()[0] for begin in ACCEPTS}
-    for text in PAGES.values():
-        for language, block in BLOCK.findall(text):
-            found += block.replace("\\\n", " ").splitlines() if language == "bash" else []
-        found += [x for x in snippets(text) if x.split()[0] in programs or x.startswith("--")]
-    parts = [part for line in found for part in re.sub(r"\s#.*", "", line).split(" && ")]
-    return [shlex.split(part.removesuffix(" ...")) for part in dict.fromkeys(parts) if part.strip()]
+    """Every command of the pages, as words; a code that begins with a flag is one of the script."""
+    blocks = [text.replace("\\\n", " ") for kind, text in BLOCKS if kind == "bash"]
+    lines = [line for text in blocks for line in text.splitlines()]
+    starts = ("python ", "python3 ", "pip ", "ruff ", "torchrun ", "tensorboard ")
+    lines += [code for code in INLINE if code.startswith(starts)]
+    lines += [f"python train_eval.py {code}" for code in INLINE if re.match(r"--\w+", code)]
+    found = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+    return [
+        [PLACES.get(word, word) for word in words if word not in ("...", "--help")]
+        for words in found
+        if words
+    ]
 
 
-def script(*flags):
-    return configured(*[flag for flag in flags if flag != "--help"])
+def test_every_command_is_one_that_its_program_takes():
+    parser = configurator.make_parser(constants())
+    assert len(commands()) > 30
+    for program, *words in commands():
+        if program == "torchrun":
+            program, words = "python", get_args_parser().parse_args(words)
+            words = [words.training_script, *words.training_script_args]
+        if program == "pip":
+            files = [after for word, after in zip(words, words[1:]) if word == "-r"]
+            assert words[0] == "install" and all((ROOT / file).is_file() for file in files)
+        elif program in ("python", "python3") and words[0] != "-m":
+            source = (ROOT / words[0]).read_text(encoding="utf-8")
+            if words[0] == "train_eval.py":
+                parser.parse_args(words[1:])
+            for flag in words[1:] if words[0] != "train_eval.py" else ():
+                assert not flag.startswith("--") or f'"{flag}"' in source, flag
+        elif program == "python":
+            assert words[1] in ("pytest", "support.pictures")
+        else:
+            assert program in ("ruff", "tensorboard")
 
 
-def tensorboard(*flags):
-    from tensorboard import default, program
-
-    return program.TensorBoard(default.get_plugins()).configure(["", *flags]) or True
-
-
-def some_flags(*words):
-    """Flags in the text: of the script, where one alone may leave its value out, or of others."""
-    names = {word for word in words if word.startswith("--")}
-    parsers = configurator.make_parser(READ({})), benchmark.make_parser(), get_args_parser()
-    known = [names <= parser._option_string_actions.keys() for parser in parsers]
-    return script(*words) if known[0] and len(words) > 1 else any(known)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which a person has run `python train_eval.py`, short."""
+    folder = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert train_eval.main(SHORT) == 0
+    return folder
 
 
-ACCEPTS = {  # how a command begins: whether its program takes the rest; teach it others here
-    "python train_eval.py": script,
-    "python tests/benchmark.py": lambda *flags: benchmark.make_parser().parse_args(flags),
-    "python tests/mutants.py": lambda *flags: mutants.main([*flags, "--list"]) is not None,
-    "python -m support.pictures": lambda *folder: not folder,
-    "python -m pytest": lambda *flags: flags in ((), ("-m", "slow or not slow")),
-    "ruff": lambda *words: words in (("check", "."), ("format", "--check", ".")),
-    "torchrun": lambda *x: script(*get_args_parser().parse_args(x).training_script_args),
-    "tensorboard": tensorboard,
-    "pip install -r": lambda path: (ROOT / path).exists(),
-    "pip install torch torchvision --index-url": lambda url: url.endswith("whl/cpu"),
-    "kill": lambda *words: words in (("PID",), ("-USR1", "PID")),
-    "--": some_flags,
-}
+def test_the_commands_of_a_run_work_one_after_the_other(trained, monkeypatch, capsys):
+    from support import pictures
+
+    monkeypatch.chdir(trained)
+    few = "--eval_samples 80 --bound_images 2".split()
+    run = [words[2:] for words in commands() if words[:2] == ["python", "train_eval.py"]]
+    longer = next(flags for flags in run if "--resume" in flags and "--epochs" in flags)
+    sampled = next(flags for flags in run if "--sampler" in flags)
+    assert train_eval.main([*longer[:-1], "2"]) == 0
+    assert train_eval.main(["--evaluate", *few, *sampled]) == 0
+    assert "Fréchet distance to the test set" in capsys.readouterr().out
+    assert pictures.main([]) == 0
+    names = "best_model.pt last.pt samples loss_curve.png evaluation.json tensorboard_logs"
+    assert all((trained / "checkpoints" / name).exists() for name in names.split())
+    assert all((trained / "images" / name).exists() for name in ("denoising.gif", "process.png"))
 
 
-def test_every_command_fits_its_program(capsys):
-    for words in commands():
-        begin = next((begin for begin in ACCEPTS if shlex.join(words).startswith(begin)), "")
-        assert ACCEPTS[begin](*words[0 if begin == "--" else len(begin.split()) :]), words
+def test_the_python_block_of_the_page_works(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    block = next(text for kind, text in BLOCKS if kind == "python" and "DDPM.load" in text)
+    Path("block.py").write_text(block, encoding="utf-8")
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    found = runpy.run_path("block.py")
+    assert found["images"].shape == (16, 3, 32, 32) and found["digits"].shape == (10, 3, 32, 32)
+    assert found["mixed"].shape == (2, 8, 3, 32, 32) and found["bits"].total > 0
 
 
-def test_four_commands_run_and_leave_the_files_that_readme_names(tmp_path, data_flags, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    documented = [shlex.join(words) for words in commands()]
-    for flags, short in (([], FLAGS), (["--resume"], FLAGS[:3]), (["--evaluate"], FLAGS[:3])):
-        assert shlex.join(["python", "train_eval.py", *flags]) in documented
-        assert train_eval.main([*short, *flags, *data_flags]) == 0
-    assert "python -m support.pictures" in documented and pictures.main(data_flags) == 0
-    there = [*ROOT.rglob("*"), *tmp_path.rglob("*")]
-    kinds = r"[\w./-]+(/|\.(py|md|txt|ipynb|pt|png|gif|json))"
-    names = [name for name in snippets(README) if re.fullmatch(kinds, name) and "DATE" not in name]
-    for name in names + re.findall(r"\]\((?!https:|#)([^)#]*)", README):
-        pattern = "*/" + re.sub(r"-\d(?=\.)", "", name.rstrip("/"))  # -2 of a name that is taken
-        assert any(fnmatch(path.as_posix(), pattern) for path in there), name
+def test_the_table_of_constants_has_the_values_of_both_recipes():
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (.+?) \| (.+?) \| ", README, re.M)
+    recipes = [constants(device="cpu", recipe=recipe) for recipe in ("reference", "quick")]
+    seen = 0
+    for names, *texts in rows:
+        names = re.findall(r"\w+", names)
+        if not set(names) <= recipes[0].keys() or len(texts) != 2:
+            continue
+        for text, values in zip((texts[0], texts[1].replace("the same", texts[0])), recipes):
+            value = eval(f"({text.partition(';')[0]},)")  # without what else holds
+            assert list(value) == [values[name].value for name in names], (names, text)
+            seen += 1
+    assert seen >= 20
 
 
-@pytest.mark.parametrize("page", [x for x in PAGES if "```python" in PAGES[x]])
-def test_python_blocks_run(page, tmp_path, data_flags, monkeypatch):
-    """With a small model, few digits, and a classifier that is not trained."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(data_flags[1])
-    monkeypatch.setattr(metrics, "MNIST_CLASSIFIER", tmp_path / "classifier.pt")
-    monkeypatch.setattr(metrics, "train_classifier", lambda *data, **how: metrics.Classifier(10))
-    network = tiny_unet(image_size=32, channels=3, patch_size=8, num_classes=10)
-    sizes = dict(image_size=32, channels=3, num_timesteps=1000, sample_steps=3)
-    (tmp_path / "checkpoints").mkdir()
-    tiny_ddpm(network=network, **sizes).save("checkpoints/best_model.pt")
-    for block in [body for language, body in BLOCK.findall(PAGES[page]) if language == "python"]:
-        exec(compile(block, page, "exec"), names := {})
-        for name, shape in re.findall(r"^(\w+) = .*# (\([\d, ]+\))", block, re.M):
-            assert names[name].shape == ast.literal_eval(shape), name
-    assert page == "README.md" or torch.load("classifier.pt")["head.bias"].dtype == torch.half
-
-
-def test_the_constants_of_the_recipes_are_those_of_the_script():
-    table = README[README.index("| constant |") :].split("\n\n")[0]
-    recipes = [{"recipe": "reference"}, {"recipe": "quick"}]
-    recipes += [{"recipe": "quick", "use_conditional_generation": False}]
-    for names, *cells in re.findall(r"^\| (`.*?) \| (.*?) \| (.*?) \|", table, re.M):
-        quick, _, unlabelled = cells[1].partition("; ")
-        cells = cells[0], quick.replace("the same", cells[0]), re.sub(r"^\D* ", "", unlabelled)
-        for cell, flags in zip(filter(None, cells), recipes):
-            found = READ(flags)
-            values = [found[name].value for name in re.findall(r"`(\w+)`", names)]
-            assert values == ast.literal_eval(f"[{cell}]"), (names, cell)
+def test_links_files_and_hashes_are_there():
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)#:]+)[)#]", text):
+            assert (ROOT / page).parent.joinpath(link).exists(), (page, link)
+    files = {code for code in INLINE if re.fullmatch(r"[\w/]+\.(py|md|ipynb)|\w+/", code)}
+    left = {"checkpoints/", "samples/", "run_DATE/", "tensorboard_logs/", "data/"}
+    missing = [name for name in files - left if not (ROOT / name).exists()]
+    assert [name for name in missing if not list(ROOT.glob(f"*/{name}"))] == []
+    hashes = dict(re.findall(r"`(\S+-ubyte)` \| (\w{32})", PAGES["assets/README.md"]))
+    data = datasets._read_archive(datasets.MNIST)
+    assert hashes == {path.name: hashlib.md5(text).hexdigest() for path, text in data.items()}
