@@ -42,7 +42,7 @@ def commands():
     lines = [line for text in blocks for line in text.splitlines()]
     starts = ("python ", "python3 ", "pip ", "ruff ", "torchrun ", "tensorboard ")
     lines += [code for code in INLINE if code.startswith(starts)]
-    lines += [f"python train_eval.py {code}" for code in INLINE if re.match(r"--\w+", code)]
+    lines += [f"python train_eval.py {code}" for code in INLINE if re.match(r"--(?!node)\w+", code)]
     found = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
     return [
         [PLACES.get(word, word) for word in words if word not in ("...", "--help")]
