@@ -13,7 +13,15 @@ import train_eval
 from support import configurator
 from support.datasets import FILES, read_dataset
 
-LONGEST = ("train_eval", "processes", "never_lose_a_run", "metrics", "diffusion", "machine")
+LONGEST = (
+    "processes",
+    "never_lose_a_run",
+    "train_eval",
+    "readme",
+    "machine",
+    "notebook",
+    "metrics",
+)
 
 
 def pytest_collection_modifyitems(items):

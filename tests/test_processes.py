@@ -127,6 +127,7 @@ def test_torchrun_with_several_processes_does_what_one_does(alone, flags, tmp_pa
     check_equal(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_an_evaluation_by_two_is_that_by_one_and_the_first_alone_writes(alone, tmp_path):
     figures = []
     for number in (1, 2):
@@ -151,6 +152,7 @@ def test_a_lost_process_is_one_line_and_another_number_goes_on(alone, flags, tmp
     check_equal(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_a_signal_to_any_process_is_for_all(alone, flags, tmp_path):
     signals = {0: (3, signal.SIGUSR1), 1: (9, signal.SIGTERM), 2: (6, signal.SIGUSR1)}
     patches = {rank: [(at_call, STEP, *when)] for rank, when in signals.items()}

@@ -63,7 +63,9 @@ def test_every_command_is_one_that_its_program_takes():
             assert words[0] == "install" and all((ROOT / file).is_file() for file in files)
         elif program in ("python", "python3") and words[0] != "-m":
             source = (ROOT / words[0]).read_text(encoding="utf-8")
-            if words[0] == "train_eval.py":
+            if words[0] == "train_eval.py" and len(words) == 2 and words[1].startswith("--"):
+                assert words[1] in parser._option_string_actions, words
+            elif words[0] == "train_eval.py":
                 parser.parse_args(words[1:])
             for flag in words[1:] if words[0] != "train_eval.py" else ():
                 assert not flag.startswith("--") or f'"{flag}"' in source, flag
