@@ -35,9 +35,8 @@ class Denoiser(GaussianProcess):
         channels: channels of the images.
         loss: 'mse' or 'l1' between prediction and truth, or 'vlb', the variational bound.
         min_snr_gamma: cap on the SNR that weights 'mse' (2303.09556); 0 turns the weights off.
-        label_dropout: share of the labels that training leaves out, so that the network also learns
-            'no label', which guidance needs.
-        settings: those of `GaussianProcess`, by name.
+        label_dropout: share of the labels that training leaves out, which guidance needs.
+        settings: those of `GaussianProcess`.
     """
 
     def __init__(
@@ -309,9 +308,8 @@ class DDPM(Denoiser):
                 x0 = self.extrapolate(predicted, x0_before, t_before, t, s)
                 eps = self.eps_from_x0(x0, xt, t)
             x0_before, t_before = predicted, t
-            noise = None
-            if eta:
-                noise = torch.randn(xt.shape, generator=generator, device=xt.device, dtype=xt.dtype)
+            like = {"device": xt.device, "dtype": xt.dtype}
+            noise = torch.randn(xt.shape, generator=generator, **like) if eta else None
             xt = self.step(x0, eps, t, s, eta, noise, variance_fraction)
             yield predicted, xt
 
@@ -328,8 +326,8 @@ class DDPM(Denoiser):
         Raises:
             ValueError: an argument does not fit the model or the others.
         """
-        checked = checks.mixture(self, SAMPLERS, x0, other, weights, t, y, options)
-        x0, other, weights, y, generator = checked
+        given = x0, other, weights, t, y, options
+        x0, other, weights, y, generator = checks.mixture(self, SAMPLERS, *given)
         at = torch.full((len(x0),), t, device=self.device)
         noise = self.draw_noise(2 * len(x0), generator).chunk(2)
         xt, xt_other = self.q_sample(x0, at, noise[0]), self.q_sample(other, at, noise[1])
@@ -374,8 +372,7 @@ class DDPM(Denoiser):
         """Write weights and settings to `path`, whole or not at all. `info` becomes `DDPM.info`.
 
         Raises:
-            ValueError: `info` holds something other than plain values; nothing is written.
-            OSError: the file cannot be written.
+            ValueError: `info` holds more than plain values. OSError: the file cannot be written.
         """
         network = unwrapped(self.network)
         model = {

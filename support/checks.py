@@ -1,7 +1,6 @@
-"""The doors: what a person hands in is checked here, once, where it comes in.
+"""The doors: what a person hands in is checked here, once. First the kinds, then the doors.
 
-First the kinds: each is a ValueError of one line. Then the doors, one function for each. Values of
-tensors are checked on the CPU alone: on a GPU the program would wait for them.
+Values of tensors are checked on the CPU alone: on a GPU the program would wait for them.
 """
 
 import math
@@ -240,8 +239,8 @@ def mixture(ddpm, samplers, x0, other, weights, t, y, options):
     given = dict.fromkeys(("sampler", "steps", "eta", "guidance_scale", "seed"))
     given |= dict(return_sequence=False, progress=False) | options
     given |= {"self": ddpm, "n": len(x0), "y": y, "xT": x0, "start": t}
-    y, _, generator = sampling(given, samplers)
-    return x0, other, weights, y, generator
+    y, _, draws = sampling(given, samplers)
+    return x0, other, weights, y, draws
 
 
 def bound(ddpm, x0, y, terms, seed, progress):

@@ -142,6 +142,7 @@ def test_an_evaluation_by_two_is_that_by_one_and_the_first_alone_writes(alone, t
         assert one[name] == pytest.approx(two[name], rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_a_lost_process_is_one_line_and_another_number_goes_on(alone, flags, tmp_path):
     patches = {1: [(at_call, STEP, 8, KILL)]}
     (status, _, err), (killed, *_) = run(2, tmp_path, *flags, patches=patches)
