@@ -62,7 +62,7 @@ class EMA:
             self._swap()
 
     def state_dict(self):
-        """All that `load_state_dict` needs to resume exactly."""
+        """All that `load_state_dict` needs to resume exactly. Not to be called in `applied()`."""
         self._follow()
         return {"step": self.step, "shadow": self.shadow.state_dict()}
 

@@ -371,7 +371,7 @@ def warm_up(config, model, n):
 def make_meter(run):
     """What measures the grids during training; None if there are too few images for it."""
     n = run.config.num_samples
-    with console.warning_if_it_fails("measuring grids"):
+    with console.warning_if_it_fails("measuring grids, which needs more than 64 images,"):
         classifier = load_classifier(run.config, run.train_images)
         (test, _), (train, _) = run.test_images.split(2000), run.train_images.split(n)
         return metrics.FrechetMeter(classifier, test.images, train.images)

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import io
 import itertools
+import math
 import os
 import pickle
 import resource
@@ -248,9 +249,9 @@ def test_a_restored_run_goes_on_as_if_it_had_not_stopped(tmp_path, before, after
     save_and_load(config, parts, 20)
     ends = []
     for run in (parts, a_run(tmp_path, after)[1]):
-        progress, saved = {"step": 0}, load_last(tmp_path)
-        checkpoint.restore(config, run, progress, saved)
-        assert progress == {"step": 20}
+        progress, saved = {"step": 0, "best_loss": math.inf}, load_last(tmp_path)
+        checkpoint.restore(config, run, progress, saved | {"best_loss": 0.5})
+        assert progress == {"step": 20, "best_loss": 0.5}
         assert [name for name in run if not same(run[name].state_dict(), saved[name])] == []
         for p, moments in run["optimizer"].state.items():
             assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == p.stride()

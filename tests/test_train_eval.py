@@ -411,7 +411,7 @@ def test_with_too_few_images_grids_are_not_measured(data_flags, capsys, monkeypa
     assert train_eval.make_meter(prepared(*data_flags, *enough)).real > 0
     assert capsys.readouterr().err == ""
     assert train_eval.make_meter(prepared(*data_flags, *enough, f"--{flag}", 64)) is None
-    assert "measuring grids failed" in capsys.readouterr().err
+    assert "measuring grids, which needs more than 64 images, failed" in capsys.readouterr().err
 
 
 def test_a_grid_is_drawn_before_its_step_is_saved(data_flags, tmp_path, monkeypatch, without_plots):
@@ -579,6 +579,18 @@ def test_other_options_train_and_are_measured(data_flags, tmp_path, capsys, with
     for name, value in vars(best).items():
         assert best.info["config"].get(name, value) == value, name
     assert best.info["step"] == 6 and sum(best.class_shares or [1]) == pytest.approx(1)
+
+
+def test_every_step_is_in_training_mode_after_looks_too(data_flags, tmp_path, monkeypatch):
+    modes, step = [], train_eval.train_step
+
+    def watched(run, *args):
+        modes.append(run.ddpm.training)
+        return step(run, *args)
+
+    monkeypatch.setattr(train_eval, "train_step", watched)
+    assert run(*data_flags, "--save_dir", tmp_path, "--epochs", 1, "--sample_every", 5) == 0
+    assert modes == [True] * 20
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data_flags, tmp_path, capsys):
