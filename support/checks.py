@@ -256,9 +256,6 @@ def bound(ddpm, x0, y, terms, seed, progress):
     return x0, labels(ddpm, y, len(x0)), generator(seed, ddpm.device)
 
 
-# Other doors
-
-
 def ema(averaged, decay, start, update_rate):
     """The settings of an `EMA`."""
     module("module", averaged)
