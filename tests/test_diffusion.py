@@ -645,3 +645,14 @@ def test_any_network_but_a_unet_is_given_to_load(tmp_path, make):
     again = DDPM.load(path, "cpu", other := make())
     assert again.network is other and same(dict(other.state_dict()), dict(network.state_dict()))
     refused(lambda: DDPM.load(path, "cpu", torch.nn.Conv2d(3, 3, 1)), path, "another")
+
+
+def test_an_output_of_another_shape_is_an_error_and_is_not_broadcast():
+    class Grey(nn.Module):
+        def forward(self, xt, t, y=None):
+            return xt[:, :1]
+
+    ddpm = DDPM(Grey(), image_size=8, channels=3, num_timesteps=10)
+    for call in (ddpm, lambda x0: ddpm.sample(2, xT=x0, steps=1)):
+        with pytest.raises(RuntimeError, match="shape"):
+            call(torch.zeros(2, 3, 8, 8))
