@@ -648,7 +648,7 @@ def test_any_network_but_a_unet_is_given_to_load(tmp_path, make):
 
 
 def test_an_output_of_another_shape_is_an_error_and_is_not_broadcast():
-    class Grey(nn.Module):
+    class Grey(torch.nn.Module):
         def forward(self, xt, t, y=None):
             return xt[:, :1]
 
