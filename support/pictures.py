@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from support.console import warning_if_it_fails
@@ -33,6 +32,8 @@ STRIP_ROWS, STRIP_COLUMNS, STRIP_STEPS = 3, 9, 100
 
 def write_grid(images, path, events=None, tag=None, step=None):
     """Images in [-1, 1], (N, C, H, W), as a PNG with ten columns, and in an `EventLog`."""
+    from torchvision.utils import make_grid, save_image  # here, since it takes seconds
+
     grid = make_grid((images.float().cpu() + 1) / 2, nrow=COLUMNS)
     with warning_if_it_fails("writing a picture"), whole_file(path) as partial:
         save_image(grid, partial, format="png")
@@ -118,6 +119,8 @@ def film_strip(ddpm, x0, y, path):
 
     `x0` are real images in [-1, 1], (N, C, H, W), and `y` the labels of its N samples, or None.
     """
+    from torchvision.utils import make_grid
+
     steps = min(STRIP_STEPS, ddpm.num_timesteps)
     sequence = ddpm.sample(len(x0), y, steps=steps, seed=0, return_sequence="xt")
     times = torch.tensor([*ddpm.timesteps(steps)[1:], -1], device=ddpm.device)
@@ -135,7 +138,7 @@ def film_strip(ddpm, x0, y, path):
     for axis, (title, (images, at)) in zip(figure.subplots(2), halves.items()):
         images = images.transpose(0, 1).mean(dim=2).flatten(0, 1)[:, None]  # a row for each image
         picture = make_grid(images.clamp(-1, 1).cpu(), nrow=len(at), pad_value=1)[0]
-        axis.imshow(picture, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        axis.imshow(picture.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         names = ["image" if (t := times[i].item()) < 0 else f"t = {t}" for i in at]
         width = picture.shape[1] / len(at)
         axis.set_xticks([width * (i + 0.5) for i in range(len(at))], names)
@@ -187,6 +190,8 @@ def _denoising(ddpm, frames):
     emerge. Between two steps they are drawn from q(x_u | x_s, x_t), which makes a film of few steps
     smooth; the noise, from q(x_T | x_s).
     """
+    from torchvision.utils import make_grid
+
     times = torch.tensor([t for t, _ in frames], device=ddpm.device)
     alpha_bar = ddpm.alpha_bar(times).flatten().tolist()
     noisiest = ddpm.alphas_cumprod[-1].item()

@@ -342,7 +342,7 @@ def test_an_evaluation_of_the_unet_in_bf16_mixes_no_devices(monkeypatch):
     monkeypatch.setattr(train_eval.monitor, "write_final", lambda *args: shown.extend(args))
     with PretendCuda(may_read=True):
         ddpm, images = train_eval.build(config), split(20, config)
-        assert on_cuda(*ddpm.parameters(), *ddpm.buffers())
+        assert on_cuda(*ddpm.parameters(), *ddpm.buffers(), ddpm.network(*images.batch(slice(4))))
         for layer in (ddpm.network.conv_in, ddpm.network.norm_out):
             layer.register_forward_hook(lambda layer, x, y: seen.update({type(layer): y.dtype}))
         ddpm.info = {"step": 0}
