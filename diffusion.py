@@ -51,6 +51,7 @@ class Denoiser(GaussianProcess):
         **settings,
     ):
         super().__init__(**settings)
+        checks.whole("channels", channels)
         self.image_size = image_size
         self.channels = channels
         self.image_shape = channels, image_size, image_size
@@ -395,7 +396,8 @@ class DDPM(Denoiser):
         Raises:
             ValueError: the file is missing, damaged or something else, or the network does not fit.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         checks.device(device)
         saved = checkpoint.load_checkpoint(path, ("network", "diffusion", "weights", "info"))
         if network is None and saved["network"] is None:

@@ -30,6 +30,7 @@ from timesteps import TIMESTEP_SAMPLINGS, make_timesteps
 from unet import UNET_SETTINGS, UNet
 
 RECIPES = {"reference": False, "quick": True}  # whether it is the small one
+shorthand = None  # the kind of a name that only lines below it use: no flag
 
 # machine
 device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
@@ -43,7 +44,7 @@ evaluate: bool | str = False  # only measure best_model.pt of save_dir, or with 
 # recipe
 # reference: the large network, for hours on a GPU; quick: a small one, good digits in minutes
 recipe: RECIPES = "reference" if str(device).startswith("cuda") else "quick"
-quick = RECIPES.get(recipe)
+quick: shorthand = RECIPES.get(recipe)
 seed: int = 0  # decides the run, on a CPU to the bit; change it for another run of the same kind
 
 # data
@@ -86,7 +87,7 @@ batch_size: int = 16  # images per step, of all processes together
 learning_rate: float = 1e-3 if quick else 1e-4  # peak learning rate of AdamW
 warmup_steps: int = 100 if quick else 0  # steps to rise to the peak; at most a tenth of the run
 grad_accumulation: int = 1  # parts that a batch is computed in, one by one, for less memory
-bound = loss == "vlb" or variance == "learned"
+bound: shorthand = loss == "vlb" or variance == "learned"
 # which timesteps training sees; logit-normal sees more of the middle
 timestep_sampling: TIMESTEP_SAMPLINGS = "logit-normal" if quick and not bound else "uniform"
 # how widely logit-normal spreads
@@ -100,7 +101,7 @@ ema_start: int = 0 if quick else 5000  # steps before averaging begins
 ema_update_rate: int = 1  # steps between updates of the averaged weights
 
 # sampling
-labelled = use_conditional_generation or num_clusters > 0
+labelled: shorthand = use_conditional_generation or num_clusters > 0
 sampler: SAMPLERS = "sde-dpm++" if quick else "ddpm"  # of final grids; others use sde-dpm++
 sample_steps: int = (6 if labelled else 25) if quick else 1000  # sampling steps
 timestep_spacing: SPACINGS = "trailing"  # timesteps of a short sampler; linspace goes down to 0

@@ -128,7 +128,6 @@ def process(process, beta_schedules, predictions, variances, spacings):
 def ddpm(ddpm, losses, samplers):
     """The settings of a `DDPM`, and whether its network fits them."""
     whole("image_size", ddpm.image_size)
-    whole("channels", ddpm.channels)
     choice("loss", ddpm.loss, losses)
     choice("sampler", ddpm.sampler, samplers)
     whole("sample_steps", ddpm.sample_steps, 1, ddpm.num_timesteps, ", the number of timesteps")

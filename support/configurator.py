@@ -3,8 +3,8 @@
 A constant is an annotated assignment, `epochs: int = 2  # passes over the images`, between the
 comments '# machine' and '# end of constants'. The annotation is its kind: int, float, bool, str,
 tuple (of whole numbers), `bool | str` (a switch that may name a folder), or the dictionary or tuple
-of the names that can be chosen. A comment stands behind it, or in the line above. A comment after
-an empty line names a group.
+of the names that can be chosen; None is the kind of a shorthand, which is no flag. A comment stands
+behind it, or in the line above. A comment after an empty line names a group.
 """
 
 import argparse
@@ -100,11 +100,15 @@ def read_constants(script, scope, flags):
             continue  # imports
         exec(compile(ast.Module([node], []), script, "exec"), scope)
         scope.update(flags)
+        if isinstance(node, ast.Assign):
+            raise ValueError(f"{ast.unparse(node)}: expected its kind too, as in epochs: int = 2")
         if not isinstance(node, ast.AnnAssign):
-            continue  # a shorthand of the script's own
+            continue
         headings = [i for i in range(node.lineno) if lines[i].startswith("# ")]
         group = next(lines[i] for i in reversed(headings) if not i or not lines[i - 1].strip())
         kind = eval(compile(ast.Expression(node.annotation), script, "eval"), scope)
+        if kind is None:
+            continue
         comment = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
         comment = comment or lines[node.lineno - 2]  # behind the constant, or above it
         constants[node.target.id] = (group.lstrip("# "), kind, comment.lstrip("# "))
@@ -248,20 +252,19 @@ def adopt(chosen, run, free, machine):
     own, free = chosen.names(machine), chosen.names(free)
     then = chosen.read({name: script[name] for name in own if name in script})
     flags = {name: vars(chosen.config)[name] for name in chosen.given}
-    edits = {
-        name: constant.value
-        for name, constant in then.items()
-        if name not in own and name in script and constant.value != script[name]
+    edited = {name for name, constant in then.items() if constant.value != script.get(name)}
+    edited &= script.keys() - own
+    kept = {name: saved[name] for name in saved.keys() & then.keys() - own - edited}
+    constants = chosen.read(kept | flags)
+    changed = {
+        name: constants[name].value for name in constants if name in edited | flags.keys() - own
     }
-    changed = {name: value for name, value in (edits | flags).items() if name not in own}
     for name, value in changed.items():
         if value != saved.get(name) and name not in free:
             raise ValueError(
                 f"{name} {value}: the run in {folder} has {saved.get(name)}; take the flag or the "
                 "edit back, or start another run in another --save_dir"
             )
-    kept = {name: saved[name] for name in then if name in saved and name not in own}
-    constants = chosen.read(kept | changed | {name: flags[name] for name in own & flags.keys()})
     for name, constant in constants.items():
         try:
             check_kind(name, constant.value, constant.kind)

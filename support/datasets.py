@@ -33,8 +33,8 @@ def read_dataset(name, data_dir):
     Raises:
         ValueError: a file is damaged, or the data set is neither found nor downloaded.
     """
-    raw = Path(data_dir).expanduser() / DATASETS[name] / "raw"
-    missing = [file for file in FILES if not (raw / file).exists()]
+    raw = Path(os.path.expanduser(data_dir), DATASETS[name], "raw")
+    missing = [file for file in FILES if not os.path.exists(raw / file)]
     if missing and name == "mnist" and MNIST.exists():
         found = _read_archive(MNIST)
     else:

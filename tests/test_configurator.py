@@ -20,7 +20,7 @@ device: str = "cpu"  # where
 # recipe
 # é above
 size: NAMES = "large" if device == "gpu" else "small"
-big = size == "large"
+big: None = size == "large"
 widths: tuple = (  # inside
     64 if big else 32,
     2,
@@ -74,7 +74,8 @@ def test_constants_are_read_from_the_lines_of_a_script(tmp_path):
 
 
 def test_the_constants_of_the_script_are_its_annotated_names():
-    assert list(CONSTANTS) == list(train_eval.__annotations__)
+    kinds = train_eval.__annotations__
+    assert list(CONSTANTS) == [name for name in kinds if kinds[name] is not None]
     for name, (group, kind, value, comment) in CONSTANTS.items():
         assert kind == train_eval.__annotations__[name] and value == vars(train_eval)[name]
         assert group and comment
@@ -145,6 +146,14 @@ def test_a_constant_edited_to_another_kind_is_one_line(name, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_eval, "__file__", edited(tmp_path, **{name: value}))
     assert f"error: {name} {eval(value)!r}: expected " in refused_by_the_script(capsys)
+
+
+def test_a_constant_edited_to_have_no_kind_is_one_line(capsys, monkeypatch, tmp_path):
+    source = SCRIPT.read_text("utf-8").replace("epochs: int = 2", "epochs = 2")
+    (tmp_path / "train_eval.py").write_text(source, "utf-8")
+    monkeypatch.setattr(train_eval, "__file__", str(tmp_path / "train_eval.py"))
+    words = "epochs = 2 if quick else 50: expected its kind too, as in epochs: int = 2"
+    assert words in refused_by_the_script(capsys)
 
 
 @pytest.mark.parametrize("name", OUT_OF_RANGE)
@@ -251,6 +260,8 @@ def test_a_run_of_another_machine_keeps_what_its_device_brought(tmp_path, capsys
         assert said in capsys.readouterr().out and config.epochs == (60 if said else 50)
     script = edited(tmp_path, dropout="0.0 if quick else 0.2")
     refused(lambda: adopted(run, script=script), "dropout 0.2: the run in here has 0.1")
+    run = saved("--device", "cpu", "--recipe", "reference")  # an edit is read as the run is
+    assert adopted(run, script=edited(tmp_path, epochs="5 if quick else 60")).epochs == 60
 
 
 def test_a_damaged_run_is_one_line():

@@ -54,7 +54,9 @@ def test_frames_between_two_steps_are_those_of_the_process(monkeypatch, times):
         x = ratio**0.5 * x + (1 - ratio) ** 0.5 * torch.randn(x.shape, generator=generator)
         known.insert(0, (t, x))
     seen = []  # what is handed to the grid, before it is clipped
-    monkeypatch.setattr(pictures, "make_grid", lambda x, nrow: seen.append(2 * x - 1) or x[0])
+    monkeypatch.setattr(
+        "torchvision.utils.make_grid", lambda x, nrow: seen.append(2 * x - 1) or x[0]
+    )
     pictures._denoising(process, known)
     assert len(seen) == pictures.FRAMES and torch.equal(seen[-1], known[-1][1])
     angles = torch.linspace(1, 0, pictures.FRAMES) * process.alphas_cumprod[-1].sqrt().acos()

@@ -276,3 +276,13 @@ def test_each_process_has_its_share_and_all_come_to_the_whole(tmp_path):
     assert first["largest"] == 3
     assert same(first["chunks"], processes.in_chunks(7, 3, noisy, size=2))
     assert_close(first["gradients"], [gradients(n, parts=1) for n in (7, 1)])
+
+
+def test_gpus_that_cannot_be_shared_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in dict(WORLD_SIZE="2", MASTER_ADDR="here", LOCAL_RANK="1").items():
+        monkeypatch.setenv(name, value)
+    for device in ("cuda", "cuda:0"):
+        words = f"device '{device}' for process 2 of this machine, which has 1 GPUs: expected"
+        refused(partial(processes.check_device, device), words)
+    processes.check_device("cpu")
