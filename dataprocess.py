@@ -125,30 +125,38 @@ class Images:
             for part in (picked, ~picked)
         )
 
-    def use_clusters(self, k, rounds=25):
-        """Give k clusters of similar images in place of labels: k-means on their pixels at 16x16.
+    def use_clusters(self, number, within_labels=False):
+        """Let batches tell clusters of similar images, by k-means on their pixels at 16x16.
 
-        No human label goes into them, and yet a network that is told them draws better (arXiv
-        2212.00362). `seed` decides them. Returns the shares of the clusters, a list of k numbers.
+        A network that is told them draws better, also where no human label goes into them (arXiv
+        2212.00362). Few images get fewer clusters, one for 24 images. `seed` decides them.
 
-        Raises:
-            ValueError: there are fewer images than clusters.
+        Args:
+            number: number of clusters.
+            within_labels: whether each label has its share of them. `y` then counts labels first:
+                cluster c is `num_classes + c`, and the labels themselves mean 'any cluster of it'.
+
+        Returns:
+            How often an image has a label and a cluster: a list of a row of numbers for each label,
+            or of a single row.
         """
-        checks.whole("num_clusters", k, 1, len(self), ", the number of training images")
-        # finer pixels say hardly more
-        x = F.adaptive_avg_pool2d(self.images.float()[:, None], 16).flatten(1)
-        first = np.random.default_rng(self.seed).permutation(len(x))[:k]
-        centres = x[torch.from_numpy(first).to(x.device)]
-        for _ in range(rounds):
-            # |x - c|^2 without |x|^2, which is the same for all centres
-            size = centres.square().sum(dim=1)
-            nearest = [(size - 2 * part @ centres.T).argmin(dim=1) for part in x.split(4096)]
-            self.y = torch.cat(nearest)
-            count = self.y.bincount(minlength=k)
-            sums = torch.zeros_like(centres).index_add_(0, self.y, x)
-            means = sums / count[:, None].clamp(min=1)
-            centres = torch.where(count[:, None] > 0, means, centres)
-        return (count / len(x)).tolist()
+        checks.whole("num_clusters", number)
+        groups = [torch.ones_like(self.labels, dtype=torch.bool)]
+        if within_labels:
+            groups = [self.labels == label for label in range(self.num_classes)]
+        k = max(1, min(number // len(groups), len(self) // (24 * len(groups))))
+        # finer pixels say hardly more; on the CPU, since sums on a GPU depend on their order
+        x = F.adaptive_avg_pool2d(self.images.cpu().float()[:, None], 16).flatten(1)
+        self.y, shares = torch.zeros_like(self.labels), torch.zeros(len(groups), k * len(groups))
+        for label, group in enumerate(groups):
+            here = slice(label * k, (label + 1) * k)
+            nearest = kmeans(x[group.cpu()], k, self.seed)
+            shares[label, here] = nearest.bincount(minlength=k) / len(x)
+            self.y[group] = nearest.to(self.device) + here.start
+            if not len(nearest):  # so that something can be drawn
+                shares[label, here.start] = 1 / len(x)
+        self.y += len(groups) if within_labels else 0
+        return shares.tolist()
 
     def epochs(self, batch_size, number, first=0, start=0):
         """The batches of all epochs up to `number`, from batch `start` of epoch `first` on."""
@@ -167,6 +175,21 @@ class Images:
         order = torch.from_numpy(order).to(self.device)
         for index in order.split(batch_size)[start:]:
             yield self.batch(index)
+
+
+def kmeans(x, k, seed, rounds=25):
+    """The nearest of k centres, which are means of those nearest to them: (N, D) -> int64, (N,)."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x)))
+    centres = x[order[:k]] if len(x) >= k else torch.zeros(k, x.shape[1])
+    for _ in range(rounds):
+        # |x - c|^2 without |x|^2, which is the same for all centres
+        size = centres.square().sum(dim=1)
+        nearest = [(size - 2 * part @ centres.T).argmin(dim=1) for part in x.split(4096)]
+        nearest = torch.cat(nearest)
+        count = nearest.bincount(minlength=k)[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, nearest, x)
+        centres = torch.where(count > 0, sums / count.clamp(min=1), centres)
+    return nearest
 
 
 def augment(x):

@@ -29,13 +29,16 @@ class Denoiser(GaussianProcess):
 
     Args:
         network: any module that is called as `network(xt, t, y)`; None builds `UNet()`. If its
-            attribute `num_classes` is not None, it is conditional, and the label `num_classes`
+            attribute `num_classes` is not None, it is conditional, and the class `num_classes`
             means 'no label'. With a learned variance it returns twice the channels.
         image_size: height and width of the images, in pixels.
         channels: channels of the images.
         loss: 'mse' or 'l1' between prediction and truth, or 'vlb', the variational bound.
         min_snr_gamma: cap on the SNR that weights 'mse' (2303.09556); 0 turns the weights off.
         label_dropout: share of the labels that training leaves out, which guidance needs.
+        class_shares: of a network that knows clusters: how often an image has a label and a
+            cluster, a row of numbers for each label. Its classes are the labels, then the clusters;
+            a single row has no labels. None: its classes are the labels.
         settings: those of `GaussianProcess`.
     """
 
@@ -48,6 +51,7 @@ class Denoiser(GaussianProcess):
         loss="mse",
         min_snr_gamma=0.0,
         label_dropout=0.1,
+        class_shares=None,
         **settings,
     ):
         super().__init__(**settings)
@@ -58,12 +62,24 @@ class Denoiser(GaussianProcess):
         self.loss = loss
         self.min_snr_gamma = min_snr_gamma
         self.label_dropout = label_dropout
+        self.class_shares = class_shares
         self.outputs = 2 * channels if self.variance == "learned" else channels
         if network is None:
             network = UNet(image_size=image_size, channels=channels, out_channels=self.outputs)
         self.network = network
-        # number of labels that the network knows; None if it is unconditional
+        # number of classes that the network knows; None if it is unconditional
         self.num_classes = getattr(unwrapped(network), "num_classes", None)
+        checks.denoiser(self, LOSSES)
+        label_of = torch.arange(self.num_classes or 0)  # of each class; a label's own is itself
+        if self.num_labels != self.num_classes:
+            of_cluster = torch.tensor(class_shares).argmax(dim=0)
+            label_of = torch.cat([label_of[: self.num_labels], of_cluster])
+        self.register_buffer("label_of", label_of, persistent=False)
+
+    @property
+    def num_labels(self):
+        """Number of labels that a person can ask for; None if the network knows none."""
+        return len(self.class_shares) if len(self.class_shares or ()) > 1 else self.num_classes
 
     @property
     def dtype(self):
@@ -77,23 +93,28 @@ class Denoiser(GaussianProcess):
 
         Args:
             x0: images in [-1, 1], (N, C, H, W).
-            y: labels, N integers or one for all, or None. In training mode some are left out.
+            y: labels, or clusters, N integers or one for all, or None. In training mode some are
+                left out.
 
         Raises:
             ValueError: images or labels of another type or shape.
         """
         x0 = checks.images(self, "x0", x0)
-        y = checks.labels(self, y, len(x0), no_label=True)
+        y = checks.labels(self, y, len(x0), classes=True)
         t = torch.randint(self.num_timesteps, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
         return self.losses(x0, self.drop_labels(y) if self.training else y, t, eps).mean()
 
     def drop_labels(self, y):
-        """Labels, (N,), of which a share means 'no label' (2207.12598 alg. 1). None stays None."""
+        """Labels, (N,), of which a share means 'no label' (2207.12598 alg. 1). None stays None.
+
+        The same share of clusters becomes the label that they lie in.
+        """
         if y is None:
             return None
-        dropped = torch.rand(len(y), device=y.device) < self.label_dropout
-        return torch.where(dropped, self.num_classes, y)
+        drawn = torch.rand(len(y), device=y.device)
+        y = torch.where(drawn > 1 - self.label_dropout, self.label_of[y], y)
+        return torch.where(drawn < self.label_dropout, self.num_classes, y)
 
     def losses(self, x0, y, t, eps, candidates=None):
         """The loss of each image, (N,), at timestep t, (N,), with noise eps, (N, C, H, W).
@@ -112,11 +133,12 @@ class Denoiser(GaussianProcess):
         output, variance_fraction = self._network(xt, t, y)
         losses = 0.0
         if error is not None:
-            if candidates is not None:  # the mean of those of the same label
-                images, labels = candidates
+            if candidates is not None:  # the mean of those of the same class
+                images, classes = candidates
                 allowed = None
                 if y is not None:
-                    allowed = (y[:, None] == labels) | (y[:, None] == self.num_classes)
+                    allowed = (y[:, None] == classes) | (y[:, None] == self.label_of[classes])
+                    allowed |= y[:, None] == self.num_classes
                 mean = self.posterior_mean(xt, t, *images, allowed=allowed)
                 target = self.target(mean, self.eps_from_x0(mean, xt, t), t)
             else:
@@ -173,7 +195,8 @@ class Denoiser(GaussianProcess):
             output = uncond + guidance_scale * (cond - uncond)  # 2207.12598 eq. 6, w = s - 1
             output[:, self.channels :] = cond[:, self.channels :]  # a variance is not guided
         fraction = (output[:, self.channels :] + 1) / 2 if self.variance == "learned" else None
-        return output[:, : self.channels], fraction
+        prediction = output[:, : self.channels]
+        return self.with_skip(prediction, xt, t) if self.skip_std else prediction, fraction
 
     def p_mean_variance(self, xt, t, y=None, guidance_scale=1.0):
         """Mean, (N, C, H, W), and variance of p(x_{t-1} | x_t), and x0 (DDPM sec. 3.2)."""
@@ -188,7 +211,6 @@ class DDPM(Denoiser):
     Args:
         network: see `Denoiser`.
         sampler, sample_steps, guidance_scale: the defaults of `sample`; None means all timesteps.
-        class_shares: how often `sample` draws each class where it is given no labels; None: evenly.
         settings: those of `Denoiser` and `GaussianProcess`.
 
     Raises:
@@ -202,16 +224,14 @@ class DDPM(Denoiser):
         sampler="ddpm",
         sample_steps=None,
         guidance_scale=1.0,
-        class_shares=None,
         **settings,
     ):
         super().__init__(network, **settings)
         self.sampler = sampler
         self.sample_steps = self.num_timesteps if sample_steps is None else sample_steps
         self.guidance_scale = guidance_scale
-        self.class_shares = class_shares
         self.info = {}  # what `save` was given beside the model
-        checks.ddpm(self, LOSSES, SAMPLERS)
+        checks.ddpm(self, SAMPLERS)
 
     # Sampling
 
@@ -234,7 +254,7 @@ class DDPM(Denoiser):
 
         Args:
             n: number of images.
-            y: n integers, or one for all; None draws those of a conditional model.
+            y: n labels, or one for all; None draws those of a conditional model.
             sampler: 'ddpm', 'ddim', 'dpm++' or 'sde-dpm++', DPM-Solver++ with DDPM's noise.
             steps: sampling steps, 1 to `num_timesteps`; with guidance each takes two inputs.
             eta: share of DDPM's noise in each step, 0 to 1; None means the sampler's own.
@@ -253,7 +273,7 @@ class DDPM(Denoiser):
             ValueError: an argument does not fit the model.
         """
         y, xT, generator = checks.sampling(locals(), SAMPLERS)
-        y = self.draw_labels(n, generator) if y is None else y
+        y = self.draw_classes(n, y, generator)
         xT = self.draw_noise(n, generator) if xT is None else xT
         start = self.num_timesteps - 1 if start is None else start
         if steps is None:
@@ -279,13 +299,17 @@ class DDPM(Denoiser):
         size = n, *self.image_shape
         return torch.randn(size, generator=generator, device=self.device, dtype=self.dtype)
 
-    def draw_labels(self, n, generator=None):
-        """n labels by `class_shares`, int64, (n,); None for an unconditional model."""
-        if self.num_classes is None:
-            return None
-        shares = [float(share) for share in self.class_shares or [1] * self.num_classes]
-        shares = torch.tensor(shares, device=self.device)
-        return torch.multinomial(shares, n, replacement=True, generator=generator)
+    def draw_classes(self, n, y=None, generator=None):
+        """What the network is told, int64, (n,): a class of each label, drawn by its share.
+
+        `y` are the labels, (n,); None draws them too. None for an unconditional network.
+        """
+        if self.num_classes is None or self.num_labels == self.num_classes and y is not None:
+            return y
+        shares = torch.tensor(self.class_shares or [[1] * self.num_classes], device=self.device)
+        rows = shares.sum(dim=0).expand(n, -1) if y is None else shares[y]
+        drawn = torch.multinomial(rows.float(), 1, generator=generator)[:, 0]
+        return self.num_classes - shares.shape[1] + drawn  # the labels come first
 
     @torch.no_grad()
     def walk(

@@ -57,8 +57,8 @@ use_augmentation: bool = not quick  # small random shifts, rotations and scales;
 
 # network
 use_conditional_generation: bool = quick  # train on labels too, so you can ask for a digit
-# without labels: train on so many clusters of similar images instead; 0 turns this off
-num_clusters: int = 256 if quick and not use_conditional_generation else 0
+# train on so many clusters of similar images, within the labels if it has them; 0 turns this off
+num_clusters: int = (250 if use_conditional_generation else 256) if quick else 0
 base_channels: int = 32 if quick else 128  # width of the first level; a multiple of 32
 channel_mult: tuple = (1, 2, 4) if quick else (1, 2, 4, 8)  # widths of levels / base_channels
 num_res_blocks: int = 1 if quick else 2  # residual blocks per level
@@ -73,6 +73,7 @@ patch_size: int = 2 if quick else 1  # 2 works on 2x2 patches, with a quarter of
 num_timesteps: int = 1000  # steps from image to noise
 beta_schedule: BETA_SCHEDULES = "linear"  # how the noise grows
 prediction: PREDICTIONS = "x0" if quick else "eps"  # the noise eps, the velocity v or x0
+skip_std: float = 0.2 if prediction == "x0" else 0.0  # how far x0 is off without x_t; 0: no skip
 loss: LOSSES = "mse"  # mse or l1 between prediction and truth, or vlb, the variational bound
 # extra training images that estimate the training target, E[x0 | x_t]; 0 turns this off
 target_references: int = 4096 if quick and loss == "mse" else 0
@@ -91,7 +92,7 @@ bound: shorthand = loss == "vlb" or variance == "learned"
 # which timesteps training sees; logit-normal sees more of the middle
 timestep_sampling: TIMESTEP_SAMPLINGS = "logit-normal" if quick and not bound else "uniform"
 # how widely logit-normal spreads
-timestep_std: float = 1.0 if use_conditional_generation else 0.8 if num_clusters else 0.6
+timestep_std: float = 0.9 if use_conditional_generation else 0.8 if num_clusters else 0.6
 weight_decay: float = 1e-4  # AdamW's weight decay
 adam_beta2: float = 0.95 if quick else 0.999  # decay of AdamW's average of squared gradients
 use_scheduler: bool = True  # lower the learning rate to zero over the run, along a cosine
@@ -189,8 +190,12 @@ def prepare(config, script, saved=None):
     configurator.check_together(config)
     train_images, test_images = load_images(config)
     torch.manual_seed(config.seed)
-    clusters = config.num_clusters
-    ddpm = build(config, train_images.use_clusters(clusters) if clusters else None)
+    shares = None
+    if config.num_clusters:
+        within = config.use_conditional_generation
+        shares = train_images.use_clusters(config.num_clusters, within)
+        config.num_clusters = len(shares[0])  # fewer where there are few images
+    ddpm = build(config, shares)
     how = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(ddpm.parameters(), **how)
     spread = config.num_timesteps, config.timestep_std, config.device
@@ -231,7 +236,7 @@ def split_test(test_images):
 
 
 def build(config, class_shares=None):
-    """The model of the constants, on its device; `class_shares` are those of the clusters."""
+    """The model of the constants, on its device."""
     constants = vars(config) | {"class_shares": class_shares}
     ddpm = DDPM(build_network(config), **{name: constants[name] for name in SETTINGS})
     return machine.place(ddpm, config)
@@ -239,12 +244,11 @@ def build(config, class_shares=None):
 
 def build_network(config):
     """The network of the constants; put your own here."""
+    labels = Images.num_classes if config.use_conditional_generation else 0
     constants = vars(config) | {
-        "num_classes": config.num_clusters or None,
+        "num_classes": labels + config.num_clusters or None,
         "out_channels": config.channels * (2 if config.variance == "learned" else 1),
     }
-    if config.use_conditional_generation:
-        constants["num_classes"] = Images.num_classes
     return UNet(**{name: constants[name] for name in UNET_SETTINGS})
 
 
@@ -413,7 +417,7 @@ def save_best(run, value):
 
 @torch.no_grad()
 def test_loss(config, ddpm, images):
-    """Mean loss with plain targets, without clusters, with the same noise and t each time."""
+    """Mean loss with plain targets, by labels, with the same noise and t each time."""
     n, order = len(images), torch.Generator().manual_seed(0)
     t = (torch.arange(n) * config.num_timesteps // n)[torch.randperm(n, generator=order)]
 
@@ -429,7 +433,7 @@ def test_loss(config, ddpm, images):
 
 def draw(config, ddpm, n, **how):
     """n images from the same noise each time, and their labels: the digits in turn, or None."""
-    y = torch.arange(n) % ddpm.num_classes if config.use_conditional_generation else None
+    y = torch.arange(n) % ddpm.num_labels if config.use_conditional_generation else None
 
     def images(part, seed):
         labels = None if y is None else y[part]
@@ -468,14 +472,15 @@ def measure_and_draw(config, ddpm, images, meter=None):
 def draw_grid(config, ddpm, loss, meter):
     """A grid by the config's sampler, and its film; TensorBoard gets the loss too."""
     n, generator = config.num_samples, torch.Generator(config.device).manual_seed(config.seed)
-    y = ddpm.draw_labels(n, generator)
+    y = None
     if config.use_conditional_generation:
-        y = torch.arange(n, device=config.device) % ddpm.num_classes
+        y = torch.arange(n, device=config.device) % ddpm.num_labels
+    classes = ddpm.draw_classes(n, y, generator)
     noise = ddpm.draw_noise(n, generator)
     timesteps = ddpm.timesteps(config.sample_steps)
     how = config.sampler, None, config.guidance_scale, generator
     with autocast(config):
-        walk = ddpm.walk(noise, timesteps, y, *how)
+        walk = ddpm.walk(noise, timesteps, classes, *how)
         images, frames = pictures.watch(walk, timesteps)
     monitor.write_final(config, ddpm, images, frames, loss)
     if meter and config.use_conditional_generation:

@@ -121,17 +121,17 @@ def process(process, beta_schedules, predictions, variances, spacings):
     choice("timestep_spacing", process.timestep_spacing, spacings)
     switch("zero_terminal_snr", process.zero_terminal_snr)
     whole("num_timesteps", process.num_timesteps, 2 if process.zero_terminal_snr else 1)
+    number("skip_std", process.skip_std, 0)
+    if process.skip_std and process.prediction != "x0":
+        refuse("skip_std", process.skip_std, f"0 with prediction {process.prediction!r}, not 'x0'")
     if process.zero_terminal_snr and process.prediction == "eps":
         refuse("prediction", "eps", "'v' or 'x0' with zero_terminal_snr: noise says nothing of x0")
 
 
-def ddpm(ddpm, losses, samplers):
-    """The settings of a `DDPM`, and whether its network fits them."""
+def denoiser(ddpm, losses):
+    """The settings of a `Denoiser`, and whether its network fits them."""
     whole("image_size", ddpm.image_size)
     choice("loss", ddpm.loss, losses)
-    choice("sampler", ddpm.sampler, samplers)
-    whole("sample_steps", ddpm.sample_steps, 1, ddpm.num_timesteps, ", the number of timesteps")
-    number("guidance_scale", ddpm.guidance_scale)
     number("min_snr_gamma", ddpm.min_snr_gamma, 0)
     number("label_dropout", ddpm.label_dropout, 0, 1)
     if ddpm.min_snr_gamma and (ddpm.loss != "mse" or ddpm.zero_terminal_snr):
@@ -151,16 +151,25 @@ def ddpm(ddpm, losses, samplers):
     elif known and not hasattr(ddpm.network, "num_classes"):
         expected = f"the attribute num_classes of its {type(known[0]).__name__}, or None there"
         refuse("network", type(ddpm.network).__name__, expected)
-    elif ddpm.guidance_scale != 1:
-        refuse("guidance_scale", ddpm.guidance_scale, "1: the network is unconditional")
-    shares, n = ddpm.class_shares, ddpm.num_classes or 0
-    if shares is not None:
-        if not isinstance(shares, (list, tuple)) or len(shares) != n:
-            refuse("class_shares", shares, f"a list of numbers, one for each of {n} classes")
-        for share in shares:
+    if ddpm.class_shares is not None:
+        table = np.array(ddpm.class_shares, dtype=object)
+        labels = len(table) if table.ndim == 2 and len(table) > 1 else 0
+        if table.ndim != 2 or table.shape[1] + labels != ddpm.num_classes:
+            expected = f"a row of numbers for each label, as {ddpm.num_classes} classes have"
+            refuse("class_shares", ddpm.class_shares, expected)
+        for share in table.flat:
             number("class_shares", share, 0)
-        if not sum(shares):
-            refuse("class_shares", shares, "a number above 0 for at least one class")
+        if not all(map(sum, table)):
+            refuse("class_shares", ddpm.class_shares, "a number above 0 in each row")
+
+
+def ddpm(ddpm, samplers):
+    """The settings of a `DDPM` that a `Denoiser` has not."""
+    choice("sampler", ddpm.sampler, samplers)
+    whole("sample_steps", ddpm.sample_steps, 1, ddpm.num_timesteps, ", the number of timesteps")
+    number("guidance_scale", ddpm.guidance_scale)
+    if ddpm.num_classes is None and ddpm.guidance_scale != 1:
+        refuse("guidance_scale", ddpm.guidance_scale, "1: the network is unconditional")
 
 
 def images(ddpm, name, x, n="N"):
@@ -169,8 +178,8 @@ def images(ddpm, name, x, n="N"):
     return x.to(ddpm.device, ddpm.dtype)
 
 
-def labels(ddpm, y, n, no_label=False):
-    """n labels, or one for all; None stays None. `no_label` allows `num_classes` too."""
+def labels(ddpm, y, n, classes=False):
+    """n labels, or one for all; None stays None. `classes` allows all that the network knows."""
     if y is None:
         return None
     if ddpm.num_classes is None:
@@ -182,7 +191,7 @@ def labels(ddpm, y, n, no_label=False):
     if y.ndim == 0 and y.dtype in WHOLE:
         # copied, since torch.compile makes a graph of its own for a label of stride 0
         y = y.expand(n).contiguous()
-    tensor("y", y, WHOLE, (n,), 0, ddpm.num_classes - (not no_label))
+    tensor("y", y, WHOLE, (n,), 0, ddpm.num_classes if classes else ddpm.num_labels - 1)
     return y.to(ddpm.device, torch.int64)
 
 
@@ -197,7 +206,7 @@ def prediction(ddpm, xt, t, y, scale):
     """`DDPM.predict` -> xt, t, y."""
     xt = images(ddpm, "xt", xt)
     tensor("t", t, (torch.int64,), (len(xt),), 0, ddpm.num_timesteps - 1)
-    y = labels(ddpm, y, len(xt), no_label=True)
+    y = labels(ddpm, y, len(xt), classes=True)
     guidance(ddpm, scale, y)
     return xt, t.to(ddpm.device), y
 

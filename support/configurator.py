@@ -211,11 +211,6 @@ def check_together(config):
             f"grad_accumulation {config.grad_accumulation}: expected at most batch_size "
             f"{config.batch_size}, the images that there are"
         )
-    if config.num_clusters and config.use_conditional_generation:
-        raise ValueError(
-            f"num_clusters {config.num_clusters}: clusters stand in for labels; expected 0, or "
-            "--no-use_conditional_generation"
-        )
     if config.target_references and config.loss != "mse":
         raise ValueError(
             f"target_references {config.target_references} with loss {config.loss!r}: their mean "

@@ -78,11 +78,9 @@ def warning_if_it_fails(what, errors=Exception):
 def print_start(run):
     """One screen: the data, the model, the machine, where things go and how to watch."""
     config, folder = run.config, Path(run.config.save_dir)
-    kind = "without labels"
-    if config.use_conditional_generation:
-        kind = "with labels"
-    elif config.num_clusters:
-        kind = f"with {config.num_clusters} clusters in place of labels"
+    kind = "with labels" if config.use_conditional_generation else "without labels"
+    if config.num_clusters:
+        kind += f", told {config.num_clusters} clusters"
     threads = f", {torch.get_num_threads()} threads" if config.device == "cpu" else ""
     params = sum(p.numel() for p in run.ddpm.parameters())
     print(

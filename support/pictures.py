@@ -172,6 +172,7 @@ def main(argv=None):
         noise = ddpm.draw_noise(n, generator)
         timesteps = ddpm.timesteps(ddpm.sample_steps)
         asked = torch.arange(n, device=ddpm.device) % 10 if digits else None
+        asked = ddpm.draw_classes(n, asked, generator)
         how = ddpm.sampler, None, ddpm.guidance_scale if digits else 0
         _, frames = watch(ddpm.walk(noise, timesteps, asked, *how, generator), timesteps)
         film = make_folder("images") / "denoising.gif"

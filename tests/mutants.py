@@ -136,6 +136,15 @@ FAULTS = {
     "process.py | process": {
         "linear-schedule-not-scaled": ("scale = 1000 / num_timesteps", "scale = 1.0"),
         "cosine-schedule-without-offset": ("(t + 0.008) / 1.008 * math.pi", "t * math.pi"),
+        "straight-schedule-not-of-unit-variance": (
+            "(1 - u) ** 2 / ((1 - u) ** 2 + u**2)",
+            "(1 - u) ** 2",
+        ),
+        "skip-weights-exchanged": (
+            "times(alpha_bar.sqrt(), own * xt) + noise * x0",
+            "times(alpha_bar.sqrt(), noise * xt) + own * x0",
+        ),
+        "skip-alike-for-grey-and-black": ("(1.01 - x0.clamp(-1, 1) ** 2)", "torch.ones_like(x0)"),
         "cosine-schedule-not-capped": ("f[:-1]).clamp(max=0.999)", "f[:-1])"),
         "schedule-that-stands-for-another": ('"cosine": cosine_betas', '"cosine": linear_betas'),
         "zero-terminal-snr-not-shifted": ("((root - root[-1]) * root[0]", "(root * root[0]"),
@@ -263,7 +272,15 @@ FAULTS = {
             "        output = output.view(len(inputs[0]), self.outputs, *xt.shape[2:])\n",
             "",
         ),
-        "class-shares-ignored": ("self.class_shares or [1]", "[1]"),
+        "class-shares-ignored": ("self.class_shares or [[1]", "[[1]"),
+        "clusters-drawn-whatever-the-label": ("if y is None else shares[y]", "if True else y"),
+        "clusters-numbered-without-the-labels": (
+            "self.num_classes - shares.shape[1] + drawn",
+            "drawn",
+        ),
+        "clusters-never-become-their-label": ("self.label_of[y], y)", "y, y)"),
+        "candidates-of-a-label-without-its-clusters": ("self.label_of[classes])", "classes)"),
+        "skip-not-taken": ("if self.skip_std else prediction", "if False else prediction"),
         "eta-given-is-ignored": ("eta = own_eta if eta is None else eta", "eta = own_eta"),
         "steps-from-a-lower-start-one-off": (
             "(start + 1) / self.num_timesteps",
@@ -409,8 +426,12 @@ FAULTS = {
         ),
         "few-images-not-spread": ("device=self.device) * len(self) // n", "device=self.device)"),
         "clusters-that-are-empty-become-black": (
-            "torch.where(count[:, None] > 0, means, centres)",
-            "means",
+            "torch.where(count > 0, sums / count.clamp(min=1), centres)",
+            "sums / count.clamp(min=1)",
+        ),
+        "clusters-across-labels": (
+            "if within_labels:\n            groups",
+            "if False:\n            groups",
         ),
     },
     "support/datasets.py | dataprocess": {

@@ -148,7 +148,16 @@ VALUES = {  # of each kind, some that are refused
     "t": [None, [0, 9], T + 1, T - 1, T.int(), T.float(), T[:1], T[:, None]],
     "weights": [None, 0.5, "01", ["0"], [True], [NAN], [2], [[0.5]], {0.5}, [], [HUGE]],
     "return": ["x0", 2, None, [True], torch.ones(2)],
-    "shares": [[1.0], [1, -1, 1], [1, NAN, 1], [0, 0, 0], [1, "1", 1], "abc", {1, 2, 3}, 3],
+    "shares": [
+        [[1.0]],
+        [[1, -1, 1]],
+        [[1, NAN, 1]],
+        [[0, 0, 0]],
+        [[1, "1", 1]],
+        [1, 1, 1],
+        "abc",
+        3,
+    ],
     "bytes": [None, [0], X, BYTES[0], BYTES[:0], BYTES[:, :0], BYTES.numpy()],
     "digits": [3, DIGITS[:4], DIGITS.float(), DIGITS[:, None], [0] * 5],
     "features": [None, 3, FEATURES.long(), FEATURES[0], with_value(FEATURES, NAN), FEATURES[:, :0]],
@@ -166,7 +175,7 @@ DOORS = [  # a door, its arguments of each kind
     (NEW, "size", "image_size channels sample_steps num_timesteps"),
     (NEW, "choice", "loss sampler beta_schedule"),
     (NEW, "number", "guidance_scale"),
-    (NEW, "positive", "min_snr_gamma"),
+    (NEW, "positive", "min_snr_gamma skip_std"),
     (NEW, "share", "label_dropout"),
     (NEW, "shares", "class_shares"),
     (AVERAGE, "network", "module"),
@@ -292,7 +301,14 @@ TOGETHER = [  # what does not fit together, or is just beyond a limit
     (partial(NEW, network=Wrapper(num_classes=0)), "num_classes 0: expected at least 1, or None"),
     (partial(NEW, network=Wrapper(num_classes="3")), "num_classes '3': expected a whole number"),
     (partial(tiny_ddpm, guidance_scale=2), "guidance_scale 2: expected 1", "unconditional"),
-    (partial(tiny_ddpm, class_shares=[1.0]), "class_shares [1.0]: expected", "of 0"),
+    (partial(tiny_ddpm, class_shares=[[1]]), "class_shares [[1]]: expected", "None classes"),
+    (
+        partial(NEW, class_shares=[[1, 1]] * 2),
+        "class_shares [[1, 1], [1, 1]]: expected",
+        "3 classes",
+    ),
+    (partial(NEW, class_shares=[[1], [0]]), "class_shares [[1], [0]]: expected a number above 0"),
+    (partial(NEW, skip_std=0.1), "skip_std 0.1: expected 0 with prediction 'eps', not 'x0'"),
     (partial(AVERAGE, decay=1), "ema_decay 1: expected a number from 0 to below 1"),
     (partial(TIMESTEPS, sampling="logit-normal", std=0), "timestep_std 0: expected above 0"),
     (partial(UNCONDITIONAL, X, 1), "y: this model is unconditional"),
@@ -314,7 +330,6 @@ TOGETHER = [  # what does not fit together, or is just beyond a limit
     (partial(BOUND, x0=X[:0]), "x0 of 0 images: expected at least 1"),
     (partial(BOUND, terms=1), "terms 1: expected from 2 to 10, the number of timesteps"),
     (partial(BOUND, terms=11), "terms 11: expected from 2 to 10, the number of timesteps"),
-    (partial(PICTURES.use_clusters, 6), "num_clusters 6", "from 1 to 5, the number of"),
     (partial(TRAIN, labels=DIGITS - 1), "labels with values from -1 to 3: expected at least 0"),
     (partial(metrics.frechet_distance, FEATURES[:3], FEATURES), "a of", "at least 4 images"),
     (partial(metrics.frechet_distance, FEATURES, FEATURES[:3]), "b of", "at least 4 images"),
@@ -340,7 +355,7 @@ def test_a_door_that_refuses_has_changed_nothing(tmp_path, monkeypatch):
     calls += [partial(MIX, sampler="what"), partial(MIX, seed=own, steps=0), partial(MIX, t=10)]
     calls += [partial(BOUND, seed=own, terms=99), partial(BOUND, y=3), partial(MODEL, X, 4)]
     calls += [partial(PREDICT, guidance_scale=2.0), partial(NEW, sampler="what")]
-    calls += [partial(UNet, dropout=2), partial(PICTURES.use_clusters, 6), partial(TRAIN, labels=1)]
+    calls += [partial(UNet, dropout=2), partial(TRAIN, labels=1)]
     calls += [partial(LOAD, labels=DIGITS - 1), partial(LOAD, device="abacus")]
     calls += [partial(MEASURE, labels=DIGITS[:2]), partial(TIMESTEPS, sampling="what")]
     calls += [partial(DATA, dataset="kmnist", data_dir="new", device="abacus")]
@@ -362,7 +377,9 @@ def test_images_and_numbers_of_every_precision_are_taken():
         assert MODEL(x, three).isfinite() and PREDICT(xt=x, y=3)[0].isfinite().all()  # 'no label'
         assert MIX(x0=x, weights=np.array([half]), steps=three).shape == (1, 2, 1, 8, 8)
         assert BOUND(x0=x, y=np.arange(2)[::-1], terms=three, seed=three).total > 0
-    new = NEW(num_timesteps=three, sample_steps=three, guidance_scale=half, class_shares=[1, 2, 1])
+    new = NEW(
+        num_timesteps=three, sample_steps=three, guidance_scale=half, class_shares=[[1, 2, 1]]
+    )
     assert new.sample(three, eta=half).isfinite().all()
     assert NEW(network=Wrapper(num_classes=None)).num_classes is None  # on purpose
 

@@ -129,8 +129,9 @@ KINDS = {name: dict if isinstance(c.kind, dict) else c.kind for name, c in CONST
 OUT_OF_RANGE = """
     seed=-1 train_size=0 test_size=1 image_size=0 channels=2 num_clusters=-1 base_channels=50
     channel_mult=0 num_res_blocks=0 dropout=1.5 attention_resolutions=7 time_emb_dim=0 num_heads=0
-    patch_size=3 num_timesteps=0 target_references=-1 min_snr_gamma=-1 label_dropout=2 epochs=0
-    batch_size=0 learning_rate=-1 warmup_steps=-1 ema_decay=1 grad_accumulation=0 timestep_std=-1
+    patch_size=3 num_timesteps=0 skip_std=-1 target_references=-1 min_snr_gamma=-1 label_dropout=2
+    epochs=0 batch_size=0 learning_rate=-1 warmup_steps=-1 ema_decay=1 grad_accumulation=0
+    timestep_std=-1
     weight_decay=inf adam_beta2=1 grad_clip=nan ema_start=-1 ema_update_rate=0 sample_steps=21
     guidance_scale=nan num_samples=1001 preview_steps=21 eval_samples=0 bound_images=1 bound_terms=1
     log_every=100001 sample_every=0 save_every=0
@@ -175,7 +176,6 @@ BAD_FLAGS = {
     "--resume --evaluate": "resume and evaluate: expected one of them",
     "--evaluate x --weight_decay 0": ", weight_decay: not used with --evaluate FOLDER",
     "--grad_accumulation 9": "grad_accumulation 9: expected at most batch_size 8",
-    "--num_clusters 8": "num_clusters 8: clusters stand in for labels; expected 0",
     "--loss l1": "target_references 32 with loss 'l1'",
     "--loss vlb --target_references 0 --timestep_sampling logit-normal": "with loss 'vlb'",
 }
@@ -189,7 +189,7 @@ def test_flags_that_do_not_fit_are_one_line(flags, words, capsys, tmp_path, data
 
 def test_a_run_that_is_refused_leaves_the_folder_as_it_was(capsys, tmp_path, data_flags):
     (tmp_path / "best_model.pt").write_bytes(b"of an earlier run")
-    for flag in ("--num_clusters=8", "--base_channels=50", "--epochs=0"):
+    for flag in ("--base_channels=50", "--epochs=0"):
         refused_by_the_script(capsys, *FLAGS, *data_flags, "--save_dir", tmp_path, flag)
     assert snapshot(tmp_path) == {"best_model.pt": b"of an earlier run"}
 

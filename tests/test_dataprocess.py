@@ -171,8 +171,8 @@ def test_clusters_gather_what_is_alike_whatever_its_label():
     shares = split.use_clusters(4)
     assert same(split.labels, labels) and same(split.batch(torch.arange(7))[1], split.y[:7])
     assert all(len(split.y[kinds == kind].unique()) == 1 for kind in range(4))
-    assert len(split.y.unique()) == 4 and sorted(shares) == pytest.approx([0.05, 0.15, 0.3, 0.5])
-    assert shares == pytest.approx((split.y.bincount(minlength=4) / 200).tolist())
+    assert len(split.y.unique()) == 4 and sorted(shares[0]) == pytest.approx([0.05, 0.15, 0.3, 0.5])
+    assert shares[0] == pytest.approx((split.y.bincount(minlength=4) / 200).tolist())
     assert again.use_clusters(4) == shares and same(again.y, split.y)
     assert other.use_clusters(4) and not same(other.y, split.y)
 
@@ -181,8 +181,25 @@ def test_clusters_that_stay_empty_keep_their_centres():
     """If they became black, the darkest image would move there."""
     levels = torch.tensor([200] * 100 + [100, 20]).byte()[:, None, None].expand(-1, 16, 16)
     split = Images("mnist", levels, torch.zeros(102).long())  # the seed picks three equal images
-    assert sorted(split.use_clusters(3)) == pytest.approx([0, 2 / 102, 100 / 102])
+    assert sorted(split.use_clusters(3)[0]) == pytest.approx([0, 2 / 102, 100 / 102])
     assert split.y[100] == split.y[101]
+
+
+def test_clusters_within_labels_are_numbered_after_them():
+    kinds = torch.arange(480) % 2
+    images = torch.zeros(480, 16, 16, dtype=torch.uint8)
+    images[kinds == 1, :8] = 200
+    labels = torch.tensor([7, 3])[(torch.arange(480) % 8 < 2).long()]
+    split = Images("mnist", images, labels)
+    shares = torch.tensor(split.use_clusters(250, within_labels=True))
+    assert shares.shape == (10, 20)  # few images: two clusters a label
+    for label, share in ((7, 0.75), (3, 0.25)):
+        clusters = split.y[labels == label] - 10
+        assert set(clusters.tolist()) == {2 * label, 2 * label + 1}
+        assert len(split.y[(labels == label) & (kinds == 0)].unique()) == 1
+        assert shares[label, 2 * label : 2 * label + 2].tolist() == [share / 2] * 2
+    assert (shares.sum(dim=1) > 0).all() and shares.sum() < 1.02  # a label without images too
+    assert ((shares > 0).sum(dim=1) == torch.tensor([1, 1, 1, 2, 1, 1, 1, 2, 1, 1])).all()
 
 
 def pack(files):

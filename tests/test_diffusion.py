@@ -480,7 +480,8 @@ def test_labels_are_whole_numbers_of_any_kind_one_an_image_or_one_for_all(y, exp
 
 
 @pytest.mark.parametrize(
-    "shares, expected", [(None, [1, 1, 1]), ((0, 3, 1), [0, 2.25, 0.75]), ([2.0, 0, 0], [3, 0, 0])]
+    "shares, expected",
+    [(None, [1, 1, 1]), ([(0, 3, 1)], [0, 2.25, 0.75]), ([[2.0, 0, 0]], [3, 0, 0])],
 )
 def test_without_labels_classes_are_drawn_by_their_shares(shares, expected):
     ddpm = own(num_classes=3, class_shares=shares, image_size=1)
@@ -491,10 +492,42 @@ def test_without_labels_classes_are_drawn_by_their_shares(shares, expected):
 
 
 def test_drawn_labels_can_be_guided_and_none_is_drawn_for_guidance_0():
-    ddpm = own(num_classes=3, class_shares=[0, 0, 1])
+    ddpm = own(num_classes=3, class_shares=[[0, 0, 1]])
     ddpm.sample(2, steps=1, guidance_scale=2.0)
     ddpm.sample(2, steps=1, guidance_scale=0.0)
     assert ddpm.network.labels() == [[2, 2, 3, 3], [3, 3]]
+
+
+def test_a_label_draws_its_clusters_by_their_shares():
+    """Two labels, then three clusters, of which the second label has two."""
+    ddpm = own(num_classes=5, class_shares=[[0.5, 0, 0], [0, 0.1, 0.4]], image_size=1)
+    assert (ddpm.num_labels, ddpm.label_of.tolist()) == (2, [0, 1, 0, 1, 1])
+    for y, expected in (
+        (0, [0, 0, 1, 0, 0]),
+        (1, [0, 0, 0, 0.2, 0.8]),
+        (None, [0, 0, 0.5, 0.1, 0.4]),
+    ):
+        drawn = ddpm.draw_classes(4000, None if y is None else torch.full((4000,), y))
+        shares = drawn.bincount(minlength=5) / 4000
+        assert torch.allclose(shares, torch.tensor(expected).float(), atol=0.03)
+    ddpm.sample(2, y=[0, 0], steps=1)
+    assert ddpm.network.labels() == [[2, 2]]
+    refused(lambda: ddpm.sample(1, y=2), "y with values from 2 to 2: expected from 0 to 1")
+    torch.manual_seed(0)
+    drawn = ddpm.drop_labels(torch.full((9000,), 3)).bincount(minlength=6) / 9000
+    assert torch.allclose(drawn, torch.tensor([0, 0.1, 0, 0.8, 0, 0.1]), atol=0.02)
+
+
+def test_a_label_may_be_any_candidate_of_its_clusters():
+    ddpm = own(num_classes=5, class_shares=[[0.5, 0, 0], [0, 0.1, 0.4]], prediction="x0")
+    candidates = torch.tensor([-0.5, 0.1, 0.2])[:, None, None, None].expand(3, 1, 8, 8)
+    t, x0 = torch.full((4,), 9), torch.zeros(4, 1, 8, 8)
+    losses = ddpm.losses(
+        x0, torch.tensor([1, 3, 4, 5]), t, x0, ((candidates,), torch.tensor([2, 3, 4]))
+    )
+    one = [0.1**2, 0.2**2]
+    assert losses[1:3].tolist() == pytest.approx(one)
+    assert one[0] < losses[0] < one[1] and 0 < losses[3] < one[0]
 
 
 # Interpolation
@@ -599,14 +632,16 @@ def test_a_wrapped_network_is_saved_as_what_is_inside(tmp_path, wrap):
 @pytest.mark.parametrize(
     "some",
     [
-        dict(loss="mse", min_snr_gamma=5.0, zero_terminal_snr=False, variance="fixed_large"),
-        dict(loss="l1", min_snr_gamma=0.0, zero_terminal_snr=True, variance="learned"),
+        dict(loss="mse", min_snr_gamma=5.0, zero_terminal_snr=False, variance="fixed_large")
+        | dict(prediction="x0", skip_std=0.3),
+        dict(loss="l1", min_snr_gamma=0.0, zero_terminal_snr=True, variance="learned")
+        | dict(prediction="v", skip_std=0.0),
     ],
 )
 def test_a_saved_model_comes_back_whole(tmp_path, some):
-    settings = dict(num_timesteps=50, beta_schedule="cosine", prediction="v", image_size=8)
+    settings = dict(num_timesteps=50, beta_schedule="cosine", image_size=8)
     settings |= dict(timestep_spacing="linspace", channels=1, label_dropout=0.2, sampler="ddim")
-    settings |= dict(sample_steps=4, guidance_scale=2.0, class_shares=[1.0, 0.0, 2.0]) | some
+    settings |= dict(sample_steps=4, guidance_scale=2.0, class_shares=[[1.0, 0.0, 2.0]]) | some
     info = {"epoch": 3, "config": {"epochs": 5, "channel_mult": (1, 2)}}
     ddpm = tiny_ddpm(num_classes=3, **settings)
     ddpm.save(tmp_path / "model.pt", **info)

@@ -229,6 +229,16 @@ def test_fewer_terms_estimate_the_same_bound_and_know_their_error():
         assert getattr(some, part) == pytest.approx(getattr(whole, part), abs=4 * errors)
 
 
+def test_a_skip_makes_a_network_exact_that_knows_the_mean_and_its_error_alone():
+    x0, bits = pixels(50), []
+    for skip_std in (0.0, STD / math.sqrt(1.01 - MEAN**2)):
+        ddpm = gaussian(skip_std=skip_std)
+        ddpm.network.forward = lambda xt, t, y: MEAN + 0 * xt
+        bits.append(ddpm.bits_per_dim(x0, terms=100, seed=1).total)
+    exact = gaussian().bits_per_dim(x0, terms=100, seed=1).total
+    assert bits[0] > 50 and bits[1] == pytest.approx(exact, rel=1e-4)
+
+
 def test_a_summary_has_the_means_their_error_and_the_curve():
     bits = torch.tensor([[0.5, 1.5], [1.0, 3.0], [2.0, 2.0], [4.0, 6.0]], dtype=torch.float64)
     errors = torch.tensor([[0.25, 0.25], [0.0, 0.02], [0.0, 0.0]], dtype=torch.float64)

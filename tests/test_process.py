@@ -112,6 +112,33 @@ def test_the_cosine_schedule_is_improved_ddpms():
     assert process.betas[-1] == process.betas.max() == 0.999
 
 
+def test_the_straight_schedule_is_flow_matching():
+    """(1 - u) x0 + u eps, divided by its deviation; the velocity is linear in v and x_t."""
+    process = GaussianProcess(beta_schedule="straight")
+    x0, eps = rand(2, 5, 1, 4, 4)
+    t = torch.tensor([0, 10, 499, 900, 998])
+    u = ((t + 1).double() / 1000)[:, None, None, None]
+    size = (u**2 + (1 - u) ** 2).sqrt()
+    close(process.q_sample(x0, t, eps), ((1 - u) * x0 + u * eps) / size)
+    a = process.alpha_bar(t)
+    v = a.sqrt() * eps - (1 - a).sqrt() * x0
+    close(eps - x0, (v + (2 * u - 1) * process.q_sample(x0, t, eps)) / size)
+    assert process.betas[-1] == 0.999
+
+
+def test_ddim_on_straight_paths_is_eulers_method_on_the_flow():
+    ddpm = gaussian(beta_schedule="straight", prediction="x0")
+    z = rand(5, 1, 1, 1)  # (1 - u) x0 + u eps
+    timesteps = ddpm.timesteps(10)[1:]  # u = 1 itself is cut off
+    u = [(t + 1) / 1000 for t in timesteps] + [0.0]
+    size = [math.hypot(1 - at, at) for at in u]
+    walk = ddpm.walk(z / size[0], timesteps, None, "ddim")
+    for (_, xt), now, after, scale, t in zip(walk, u, u[1:], size[1:], timesteps):
+        x0 = ddpm.network(z / math.hypot(1 - now, now), torch.full((5,), t))
+        z = z + (after - now) * (z - x0) / now  # the velocity is eps - x0
+        close(xt * scale, z)
+
+
 @pytest.mark.parametrize(
     "schedule, num_timesteps", [("linear", 20), ("linear", 100), ("linear", 4000), ("cosine", 20)]
 )
@@ -231,6 +258,23 @@ def test_every_prediction_stands_for_its_x0_and_eps(prediction):
     close(process.target(x0, eps, t), truth)
     close(process.x0_from_output(truth, xt, t), x0)
     close(process.eps_from_x0(x0, xt, t), eps)
+
+
+def test_a_skip_weighs_the_network_and_x_t_by_their_inverse_variances():
+    process, t = GaussianProcess(prediction="x0", skip_std=0.2), torch.tensor([0, 30, 500, 999])
+    guess, xt = double(0.6).expand(4, 1, 1, 1), rand(4, 1, 1, 1)
+    sigma = (1 / process.alphas_cumprod[t] - 1).sqrt()
+    d = 0.2 * math.sqrt(1.01 - 0.36)
+    for i in range(4):
+        of_image, of_network = 1 / sigma[i] ** 2, 1 / d**2
+        image = xt[i] / process.alphas_cumprod[t[i]].sqrt()
+        expected = (of_image * image + of_network * guess[i]) / (of_image + of_network)
+        close(process.with_skip(guess[i : i + 1], xt[i : i + 1], t[i : i + 1])[0], expected)
+    black = -torch.ones(1, 1, 1, 1).double()
+    of_black, of_grey = (process.with_skip(x, black + 0.01, t[:1]) for x in (black, 0.2 * black))
+    assert -1 < of_black < -0.9915 and -0.99 < of_grey < -0.987  # one of black is trusted more
+    pure = GaussianProcess(prediction="x0", skip_std=0.2, zero_terminal_snr=True)
+    close(pure.with_skip(guess, xt, t)[3], guess[3])  # x_t says nothing there
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
