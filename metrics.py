@@ -11,6 +11,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,6 +23,7 @@ from support.files import one_line
 
 SIZE = 32  # height and width of the classifier's input, in pixels
 NUM_FEATURES = 64  # width of the classifier's last hidden layer
+DRAWS = 5  # sets of real images that stand beside the samples
 NEIGHBOURS = 3  # k of precision and recall, as in 1904.06991
 VERSION = 2  # of the classifier and its training; a new number makes every cached one invalid
 MNIST_CLASSIFIER = Path(__file__).parent / "assets" / "classifier.pt"  # see assets/README.md
@@ -239,6 +241,17 @@ def nearest(images, others):
     return difference.square().mean(dim=1).sqrt(), index.cpu()
 
 
+def real_draws(images, labels, n, evenly, draws=8):
+    """Sets of n of the images, one after the other; `evenly`: equally many of each label."""
+    groups = [(labels == label).nonzero()[:, 0] for label in labels.unique()] if evenly else []
+    groups, found = groups or [torch.arange(len(labels), device=labels.device)], []
+    size = math.ceil(n / len(groups))
+    for k in range(draws):
+        index = torch.cat([group[k * size : (k + 1) * size] for group in groups])
+        found += [images[index]] if len(index) == size * len(groups) or not k else []
+    return found
+
+
 def as_bytes(images):
     """Images in [-1, 1] as a PNG keeps them, uint8."""
     return ((images + 1) * 127.5).round().clamp(0, 255).byte()
@@ -250,15 +263,15 @@ class FrechetMeter:
     Args:
         classifier: its features are compared.
         test: real images, uint8, that samples are compared with. They are read only once.
-        train: real images, uint8, in place of samples, for comparison.
+        draws: several sets of real images, uint8, each in place of samples, for comparison.
 
     Attributes:
-        real: the distance of `train`.
+        real: the mean distance of the `draws`.
     """
 
-    def __init__(self, classifier, test, train):
+    def __init__(self, classifier, test, draws):
         self.classifier, self.features = classifier, classifier.read(test)[0]
-        self.real = self(train)
+        self.real = sum(map(self, draws)) / len(draws)
 
     def __call__(self, samples):
         """The distance of samples, uint8, (N, C, H, W); N must be above the 64 features."""
@@ -273,10 +286,10 @@ def measure(classifier, samples, train, test, labels=None, seed=0):
     the result: `frechet` needs more samples than there are features (64), so also more test images;
     `precision` and `recall` need at least 4 samples.
 
-    Most figures come a second time, as `NAME_real`, for real images in place of the samples:
-    equally many images of `train`, chosen by `seed`. The classifier has learned from these, so
-    unseen digits would measure slightly worse. Only `nearest_real` and `nearest_1st_real` are of
-    test images.
+    Most figures come a second time, as `NAME_real`, for real images in place of the samples: the
+    mean of up to DRAWS sets of equally many images of `train`, chosen by `seed`. The classifier has
+    learned from these, so unseen digits would measure slightly worse. `nearest_real` and
+    `nearest_1st_real` alone are of test images.
 
     Args:
         classifier: its features are compared.
@@ -288,6 +301,7 @@ def measure(classifier, samples, train, test, labels=None, seed=0):
     Returns:
         report: a dict of plain numbers, ready for JSON:
             `samples`, the number of samples; `frechet`; `precision`; `recall`;
+            `frechet_real_std`, the standard deviation of `frechet_real` between the sets;
             `accuracy`, the share of the samples that are recognised as their label;
             `confidence`, the mean of the largest class probability;
             `digits`, the share of the samples that are recognised as each class;
@@ -304,7 +318,9 @@ def measure(classifier, samples, train, test, labels=None, seed=0):
     """
     checks.measured(samples, train, test, labels, seed)
     n, generator = len(samples), torch.Generator().manual_seed(seed)
-    real, unseen = (x[torch.randperm(len(x), generator=generator)[:n]] for x in (train, test))
+    order, order_test = (torch.randperm(len(x), generator=generator) for x in (train, test))
+    real = [train[index] for index in order.split(n)[:DRAWS] if len(index) == n]
+    unseen = test[order_test[:n]]
     report = {"samples": n} | _compare(classifier, samples, real, test, unseen)
     if labels is not None:
         report["accuracy"] = classifier.accuracy(samples, labels)
@@ -323,17 +339,25 @@ def measure(classifier, samples, train, test, labels=None, seed=0):
 def _compare(classifier, samples, real, test, unseen):
     """The figures of `measure` that need features: of samples, and of real images beside them."""
     features_test, features_unseen = (classifier.read(images)[0] for images in (test, unseen))
-    report = {}
-    for suffix, images in (("", samples), ("_real", real)):
+
+    def figures(images):
         features, probabilities = classifier.read(images)
+        found = {}
         if len(images) > features.shape[1]:
-            report["frechet" + suffix] = frechet_distance(features, features_test)
+            found["frechet"] = frechet_distance(features, features_test)
         if len(images) > NEIGHBOURS:
-            figures = precision_recall(features, features_unseen)
-            report["precision" + suffix], report["recall" + suffix] = figures
-        report["confidence" + suffix] = probabilities.max(dim=1).values.mean().item()
+            found["precision"], found["recall"] = precision_recall(features, features_unseen)
+        found["confidence"] = probabilities.max(dim=1).values.mean().item()
         counts = probabilities.argmax(dim=1).bincount(minlength=probabilities.shape[1])
-        report["digits" + suffix] = (counts.double() / len(images)).tolist()
+        found["digits"] = (counts.double() / len(images)).tolist()
+        return found
+
+    report, draws = figures(samples), [figures(images) for images in real]
+    for name in list(report):
+        report[f"{name}_real"] = np.mean([draw[name] for draw in draws], axis=0).tolist()
+    if "frechet" in report and len(draws) > 1:
+        distances = [draw["frechet"] for draw in draws]
+        report["frechet_real_std"] = float(np.std(distances, ddof=1))
     return report
 
 

@@ -23,7 +23,7 @@ from support.checkpoint import load_checkpoint, load_last, restore, save_last
 from support.configurator import input_errors
 from support.datasets import DATASETS, read_folder
 from support.files import RunFolder
-from support.machine import autocast, has_bf16
+from support.machine import COMPILE_MODES, autocast, has_bf16
 from support.processes import in_chunks, is_main, on_main
 from support.threads import Interrupt, patient_threads
 from timesteps import TIMESTEP_SAMPLINGS, make_timesteps
@@ -124,6 +124,7 @@ save_every: int = 500 if quick else 5000  # steps between saves; Ctrl-C and the 
 # hardware
 bf16: bool = has_bf16(device)  # compute in bfloat16, where that pays: GPUs since Ampere, AMX
 use_compile: bool = str(device).startswith("cuda") and not quick  # slow start, then faster steps
+compile_mode: COMPILE_MODES = "default"  # of torch.compile; reduce-overhead takes CUDA graphs
 # end of constants
 
 FIRST_LOOK, FEW_IMAGES = 200, 128  # step of the first look; images whose loss it measures
@@ -142,10 +143,9 @@ USED_FOR_A_FOLDER = {"machine", "command", "dataset", "train_size", "test_size",
 def main(argv=None):
     """Train, continue or measure. Returns 0, or 130 after Ctrl-C, 143 after SIGTERM."""
     began = time.perf_counter()
-    machine.prepare_process()
     interrupt, finished = Interrupt(processes.largest, processes.launched()), False
     try:
-        with interrupt, machine.errors_in_one_line():
+        with interrupt, machine.prepared_process(), machine.errors_in_one_line():
             with input_errors():
                 chosen = configurator.configure(__file__, globals(), LEAST, MOST, argv)
                 processes.check_device(chosen.config.device)
@@ -167,6 +167,9 @@ def main(argv=None):
 def run_training(chosen, interrupt):
     """A new run, or that of save_dir from its last.pt on. Returns whether it came to its end."""
     config, run = chosen.config, None
+    if config.resume and not any(Path(config.save_dir).glob("*.pt")):
+        print(f"nothing to resume in {config.save_dir}: a new run begins")
+        config.resume = False
     with input_errors():
         if not config.resume:  # before the folder: what is refused moves no earlier run
             run = prepare(config, chosen.script)
@@ -213,6 +216,11 @@ def prepare(config, script, saved=None):
         saved.clear()  # gigabytes, for the reference
     choosing, measuring = split_test(test_images)
     steps_per_epoch = math.ceil(len(train_images) / config.batch_size)
+    if progress["step"] > steps_per_epoch * config.epochs:
+        raise ValueError(
+            f"epochs {config.epochs}: {steps_per_epoch * config.epochs} steps, but the run in "
+            f"{config.save_dir} has done {progress['step']}; expected more epochs"
+        )
     return SimpleNamespace(
         config=config,
         constants={"config": vars(config), "script": script},
@@ -293,7 +301,7 @@ def train(run, interrupt):
                 watch.stats.check(step, rate)
             if looking:  # before the save: a run that is killed in between looks again
                 look(run, watch)
-            if saving or asked:
+            if asked or last or saving and watch.affordable("saving"):
                 with watch.doing("saving"):
                     on_main(save_last)(config, run.parts, run.constants | progress)
                 if asked == "save":
@@ -332,9 +340,9 @@ def train_step(run, model, x0, y, rate):
     t, weights = parts["timesteps"].sample(len(x0))
     eps = torch.randn_like(x0)
     losses = backward(config, model, x0, ddpm.drop_labels(y), t, eps, weights, candidates)
-    norm = torch.nn.utils.clip_grad_norm_(ddpm.parameters(), config.grad_clip or math.inf)
-    for group in parts["optimizer"].param_groups:
-        group["lr"] = rate
+    (group,) = parts["optimizer"].param_groups
+    norm = torch.nn.utils.clip_grad_norm_(group["params"], config.grad_clip or math.inf)
+    group["lr"] = rate
     parts["optimizer"].step()
     parts["optimizer"].zero_grad()
     parts["ema"].update()
@@ -357,7 +365,7 @@ def backward(config, model, x0, y, t, eps, weights, candidates=None):
     losses = []
     for part, scale in processes.micro_batches(model, len(x0), config.grad_accumulation):
         labels = None if y is None else y[part]
-        with autocast(config):
+        with autocast(config), machine.compiled_if_usual(config, len(x0)):
             found = model(x0[part], labels, t[part], eps[part], candidates)
         (scale * (weights[part] * found).sum()).backward()
         losses.append(found.detach())
@@ -378,8 +386,9 @@ def make_meter(run):
     n = run.config.num_samples
     with console.warning_if_it_fails("measuring grids, which needs more than 64 images,"):
         classifier = load_classifier(run.config, run.train_images)
-        (test, _), (train, _) = run.test_images.split(2000), run.train_images.split(n)
-        return metrics.FrechetMeter(classifier, test.images, train.images)
+        real, evenly = run.train_images, run.config.use_conditional_generation
+        draws = metrics.real_draws(real.images, real.labels, n, evenly)  # as the samples are
+        return metrics.FrechetMeter(classifier, run.test_images.split(2000)[0].images, draws)
 
 
 def look(run, watch):
@@ -431,7 +440,7 @@ def test_loss(config, ddpm, images):
     return in_chunks(n, 0, losses, size=64).double().mean().item()  # faster on a CPU than 256
 
 
-def draw(config, ddpm, n, **how):
+def draw(config, ddpm, n, advice="", **how):
     """n images from the same noise each time, and their labels: the digits in turn, or None."""
     y = torch.arange(n) % ddpm.num_labels if config.use_conditional_generation else None
 
@@ -440,7 +449,7 @@ def draw(config, ddpm, n, **how):
         with autocast(config):
             return ddpm.sample(part.stop - part.start, labels, seed=seed, **how)
 
-    return in_chunks(n, config.seed, images), y
+    return in_chunks(n, config.seed, images, advice=advice), y
 
 
 def load_best(config):
@@ -455,6 +464,9 @@ def load_best(config):
 def draw_final(run):
     """After training: the test loss of best_model.pt, and a grid by its own sampler."""
     processes.barrier()  # until it is written
+    for name in ("network", "ema", "optimizer"):  # the memory is needed for a second model
+        del run.parts[name]
+    run.ddpm = None
     ddpm = load_best(run.config)
     measure_and_draw(run.config, ddpm, run.measuring_images, run.meter)
     console.print_end(run)
@@ -504,7 +516,8 @@ def evaluate_model(chosen):
     n = min(config.eval_samples, len(train_images), len(test_images))
     how = {"sampler": config.sampler, "guidance_scale": config.guidance_scale}
     how["steps"] = config.sample_steps
-    samples, y = draw(config, ddpm, n, **how)
+    advice = "--eval_samples 2000 or --sample_steps 100 shorten it and make its figures rougher"
+    samples, y = draw(config, ddpm, n, advice, **how)
     known = {"bits_per_dim": bits.total, "bits_per_dim_error": bits.standard_error, **how}
     known |= {"seed": config.seed, "step": info["step"], "test_loss": loss}
     decisive = chosen.names(FREE_TO_EVALUATE) - {"num_samples", "preview_steps"}
@@ -519,7 +532,7 @@ def evaluate_folder(chosen):
     known = {"samples_from": str(Path(config.evaluate).resolve())}
     with input_errors():
         configurator.refuse_unused(chosen, "--evaluate FOLDER", USED_FOR_A_FOLDER)
-        samples, left_out = read_folder(config.evaluate)
+        samples, left_out = read_folder(config.evaluate, metrics.SIZE)
         console.print_left_out(left_out)
         measure(config, samples, None, *load_images(config), known)
     return True

@@ -82,7 +82,8 @@ def load_checkpoint(path, keys):
             raise zipfile.BadZipFile
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an error below says it in one line
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            # mapped: of gigabytes only what is needed is read
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; train_eval.py writes one") from None
     except IsADirectoryError:
@@ -190,12 +191,13 @@ def restore(config, parts, progress, saved):
 
 
 def match_layouts(optimizer):
-    """Give every moment of an optimiser the memory layout of its parameter.
+    """Give every moment of an optimiser the memory layout of its parameter, and its own memory.
 
     The saved run may have had another layout (channels-last). Fused AdamW on a CPU does not look at
     strides: it would combine the wrong elements.
     """
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            if isinstance(value, torch.Tensor):  # else the file stays open
+                like = parameter if value.shape == parameter.shape else value
+                moments[name] = torch.empty_like(like, dtype=value.dtype).copy_(value)

@@ -7,11 +7,10 @@ import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from support.files import one_line
-from support.machine import describe_precision
+from support.machine import describe_device, describe_precision
 
 MEASURES = {  # of metrics.measure: the words of the table
     "frechet": "Fréchet distance to the test set",
@@ -43,7 +42,7 @@ def progress_bar(**options):
         **options,
         smoothing=0.05,
         mininterval=30,
-        maxinterval=30,
+        miniters=1,  # else tqdm's own thread prints one more after a look
         file=_Lines(),
         bar_format=line + "{postfix}",
     )
@@ -81,17 +80,16 @@ def print_start(run):
     kind = "with labels" if config.use_conditional_generation else "without labels"
     if config.num_clusters:
         kind += f", told {config.num_clusters} clusters"
-    threads = f", {torch.get_num_threads()} threads" if config.device == "cpu" else ""
     params = sum(p.numel() for p in run.ddpm.parameters())
     print(
         f"data:   {config.dataset}, {len(run.train_images):,} images to train, "
         f"{len(run.test_images):,} to test\n"
         f"model:  {params:,} parameters, {kind}, predicts {config.prediction}\n"
-        f"device: {config.device}{threads}; {describe_precision(config)}\n"
+        f"device: {describe_device(config)}; {describe_precision(config)}\n"
         f"run:    recipe {config.recipe}, {run.total_steps:,} steps of {config.batch_size} images, "
         f"{run.progress['step']:,} done; PID {os.getpid()}; Ctrl-C saves and stops\n"
         f"files:  {folder / 'best_model.pt'}, {folder / 'last.pt'}, {folder / 'samples'}\n"
-        f"watch:  {tensorboard_command(config.save_dir)}"
+        f"watch:  {tensorboard_command(config.save_dir, run.progress['log'])}"
     )
 
 
@@ -109,7 +107,7 @@ def print_end(run):
         f"next:   {shell_command('--evaluate', save_dir=config.save_dir)}   (Fréchet distance, "
         f"precision and recall of {config.eval_samples:,} samples in {config.sample_steps} steps)\n"
         f"        {longer}   (train on, as long again)\n"
-        f"        {tensorboard_command(config.save_dir)}\n"
+        f"        {tensorboard_command(config.save_dir, run.progress['log'])}\n"
         "        explore.ipynb, in Jupyter or VS Code, takes the model apart in pictures\n"
         f"training steps took {run.parts['stats'].seconds / 60:.2f} minutes since this start"
     )
@@ -145,9 +143,13 @@ def print_measures(result, accuracy):
     for name, text in MEASURES.items():
         if name in result:
             real = result.get(f"{name}_real")
-            print(f"  {text:48}{result[name]:10.4f}" + ("" if real is None else f"{real:10.4f}"))
+            spread = result.get(f"{name}_real_std")
+            beside = "" if real is None else f"{real:10.3f}"
+            beside += "" if spread is None else f" +- {spread:.3f}"
+            print(f"  {text:48}{result[name]:10.3f}{beside}")
     print(
-        "real: as many training images, which the classifier learned from; nearest: test images\n"
+        "real: as many training images, which the classifier learned from, the mean of several "
+        "sets; nearest: test images\n"
         f"classifier: {result['classifier']}, {accuracy:.2%} test accuracy; compare only figures "
         "by the same"
     )
@@ -182,7 +184,15 @@ def shell_command(*flags, save_dir):
     return shlex.join(["python", "train_eval.py", *flags, *folder])
 
 
-def tensorboard_command(save_dir):
+def log_folder(save_dir, name):
+    """The folder of the log of this name: that of a run moved to run_DATE stays above it."""
+    here, above = (
+        Path(folder, "tensorboard_logs", name) for folder in (save_dir, Path(save_dir, ".."))
+    )
+    return above if above.exists() and not here.exists() else here
+
+
+def tensorboard_command(save_dir, name=""):
     """The command that shows a run, ready to paste; without its last flag, only ten grids."""
-    folder = Path(save_dir) / "tensorboard_logs"
+    folder = log_folder(save_dir, name).parent if name else Path(save_dir, "tensorboard_logs")
     return shlex.join(["tensorboard", f"--logdir={folder}", "--samples_per_plugin", "images=1000"])

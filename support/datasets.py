@@ -112,19 +112,20 @@ def _download(name, raw, missing):
         socket.setdefaulttimeout(timeout)
 
 
-def read_folder(folder):
-    """Read all PNGs of a folder and its subfolders, sorted by path.
+def read_folder(folder, size):
+    """Read all PNGs of a folder and its subfolders, sorted by path; hidden ones are left out.
 
     Each PNG becomes the RGB picture that a person sees. 16 bits become 8: grey levels are rounded,
-    v / 257, and for colours Pillow keeps the high byte. Links to folders are not followed.
+    v / 257, and for colours Pillow keeps the high byte. Links to folders are not followed. Larger
+    pictures are resized to `size` pixels of height and width, so that many fit the memory.
 
     Returns:
         The images, uint8, (N, 3, H, W), and a sorted list of the relative paths of what was left
         out: files that are not PNGs, and links to folders.
 
     Raises:
-        ValueError: there is no folder or no PNG in it, or a PNG is unreadable, has another size
-            than the first one, has transparent pixels, or is animated.
+        ValueError: there is no folder or no PNG in it, it holds the grids of a run, or a PNG is
+            unreadable, has another size than the first one, has transparent pixels, or is animated.
     """
     path("evaluate", folder)
 
@@ -133,25 +134,37 @@ def read_folder(folder):
 
     pngs, left_out = [], []
     for here, folders, files in os.walk(folder, onerror=refuse) if os.path.isdir(folder) else ():
+        folders[:] = [name for name in folders if not name.startswith(".")]
         links = [name for name in folders if os.path.islink(os.path.join(here, name))]
-        for name in files + links:
+        for name in [name for name in files if not name.startswith(".")] + links:
             kept = name in files and name.lower().endswith(".png")
             (pngs if kept else left_out).append(Path(here, name).relative_to(folder))
     if not pngs:
-        found = "no PNG is in it" if os.path.isdir(folder) else "there is no such folder"
+        found = "there is no such folder" if not os.path.exists(folder) else "it is a file"
+        found = "no PNG is in it" if os.path.isdir(folder) else found
         raise ValueError(
             f"evaluate {str(folder)!r}: expected a folder of PNGs, one per image; {found}"
         )
     pngs.sort(key=lambda png: png.parts)
-    images = []
+    if any(png.name in ("real.png", "final.png") for png in pngs):
+        raise ValueError(
+            f"evaluate {str(folder)!r}: holds the grids of a run; expected a PNG for each image"
+        )
+    images, shape = [], None
     for png in pngs:
-        images.append(read_png(Path(folder, png)))
-        if images[-1].shape != images[0].shape:
-            size, expected = (f"{x.shape[2]}x{x.shape[1]}" for x in (images[-1], images[0]))
+        image = read_png(Path(folder, png))
+        shape = shape or image.shape
+        if image.shape != shape:
+            found, expected = (f"{width}x{height}" for _, height, width in (image.shape, shape))
             raise ValueError(
-                f"{printable(Path(folder, png))}: {size} pixels; expected {expected}, the size of "
+                f"{printable(Path(folder, png))}: {found} pixels; expected {expected}, the size of "
                 f"{printable(pngs[0])}"
             )
+        if max(shape) > size:
+            image = torch.nn.functional.interpolate(
+                image[None], size=(size, size), mode="bilinear", antialias=True
+            )[0]
+        images.append(image)
     return torch.stack(images), sorted(map(Path.as_posix, left_out))
 
 

@@ -1,5 +1,6 @@
 """Whole files, since they get their names last; a run's folder and its lock; words for messages."""
 
+import errno
 import os
 import socket
 import time
@@ -40,7 +41,7 @@ def whole_file(path, previous=None):
 
 
 def flush(path):
-    """Have the system write a file, or the names in a folder, to the disk."""
+    """Have the system write a file, or the names in a folder, to the disk, if it can be asked."""
     folder = os.path.isdir(path)
     try:
         descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
@@ -48,8 +49,9 @@ def flush(path):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError:
-        if not folder:  # which not every system can open
+    except OSError as error:
+        refused = error.errno in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # some network drives
+        if not folder and not refused:  # not every system can open a folder
             raise
 
 

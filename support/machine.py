@@ -1,14 +1,18 @@
 """What a run needs of the machine: device, precision, memory layout, compiler, one-line errors."""
 
 import ctypes
+import shutil
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from support.files import one_line
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
 
 
 def has_bf16(device):
@@ -38,12 +42,32 @@ def describe_precision(config):
     return "fp32, " + ("as asked" if pays else "since bf16 does not pay on this device")
 
 
+def describe_device(config):
+    """The device for a person: a card with its memory; a CPU, its threads and a hidden card."""
+    if torch.device(config.device).type == "cuda":
+        card = torch.cuda.get_device_properties(config.device)
+        return f"{config.device}, {card.name} of {card.total_memory / 1e9:.0f} GB"
+    hidden = torch.version.cuda is None and shutil.which("nvidia-smi")
+    advice = " (there is a card, but this torch has no CUDA: see pytorch.org)" if hidden else ""
+    return f"{config.device}, {torch.get_num_threads()} threads{advice}"
+
+
+def compiled_if_usual(config, n):
+    """Inside, a batch of another size than usual is not compiled.
+
+    Else torch would go on with one graph for all sizes, which is slower.
+    """
+    odd = config.use_compile and n != config.batch_size
+    return torch.compiler.set_stance("force_eager") if odd else nullcontext()
+
+
 def place(module, config):
     """Move a module to the config's device, in the layout that its convolutions are fast in."""
     # On a CPU GroupNorm is several times slower channels-last, and so is SiLU where two layouts
-    # meet.
-    cpu = torch.device(config.device).type == "cpu"
-    layout = torch.contiguous_format if cpu else torch.channels_last
+    # meet; on a GPU without TF32, convolutions in float32 are (pytorch#50036).
+    fast = torch.device(config.device).type == "cuda"
+    fast = fast and (config.bf16 or torch.cuda.get_device_capability(config.device) >= (8, 0))
+    layout = torch.channels_last if fast else torch.contiguous_format
     return module.to(config.device, memory_format=layout)
 
 
@@ -56,21 +80,25 @@ def compile_network(config, ddpm, warm_up=None):
     """`torch.compile` the network and try it. If that fails, a line says so and the run goes on.
 
     It tries inference with the number of images of a grid, and `warm_up(n)`, which trains on n
-    images, for both sizes of a batch: with a second size, torch makes one graph for all.
+    images.
     """
     if not config.use_compile:
         return
-    ddpm.network.compile()
-    sizes = (config.batch_size, config.train_size % config.batch_size)
+    began = time.perf_counter()
+    ddpm.network.compile(mode=config.compile_mode)
+    print("compiling the network, which can take minutes ...")
     try:
         with torch.random.fork_rng([ddpm.device] if ddpm.device.type == "cuda" else []):
-            for n in filter(None, sizes if warm_up else ()):
-                warm_up(n)
+            if warm_up:
+                warm_up(config.batch_size)
             with autocast(config):
                 ddpm.sample(config.num_samples, None if ddpm.num_classes is None else 0, steps=1)
+        print(f"compiled in {time.perf_counter() - began:.0f} seconds")
     except Exception as error:  # compilers fail in too many ways to list
         ddpm.network.compile(disable=True)
-        print(f"torch.compile failed ({one_line(error)}); going on without it", file=sys.stderr)
+        lines = [line for line in str(error).splitlines() if "Error" in line]  # of a compiler's
+        reason = lines[-1].strip() if lines else one_line(error)
+        print(f"torch.compile failed ({reason}); going on without it", file=sys.stderr)
     ddpm.zero_grad()
 
 
@@ -94,14 +122,21 @@ def evaluating(module):
             part.training = mode
 
 
-def prepare_process():
-    """Settings of the process: fast products, memory that is kept, a console for all texts."""
+@contextmanager
+def prepared_process():
+    """Inside: fast products, memory that is kept, a console for all texts, at once."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
     torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16, on GPUs that have it
     torch.backends.cudnn.benchmark = True
     keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):  # on some consoles 'é' would otherwise end the run
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", line_buffering=True)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def keep_freed_memory():
@@ -128,11 +163,12 @@ def errors_in_one_line():
                 f"({one_line(error)}); --resume goes on, with any number of processes"
             ) from None
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not memory and "DefaultCPUAllocator" not in str(error):  # torch's words for a CPU's
+        # the words for it of torch on a CPU, and of cuDNN and cuBLAS
+        if not memory and not any(w in str(error) for w in ("DefaultCPUAllocator", "ALLOC_FAILED")):
             raise
         raise SystemExit(
-            f"train_eval.py: out of memory ({one_line(error)}); try a smaller --batch_size or "
-            "--base_channels"
+            f"train_eval.py: out of memory ({one_line(error)}); try --grad_accumulation 2 or more, "
+            "or a smaller --batch_size or --base_channels"
         ) from None
     except OSError as error:  # a full disk, most likely
         raise SystemExit(f"train_eval.py: {error}; what was saved before is whole") from None

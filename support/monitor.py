@@ -13,6 +13,7 @@ import torch
 from support.console import (
     MEASURES,
     at_a_terminal,
+    log_folder,
     print_measures,
     progress_bar,
     warning_if_it_fails,
@@ -40,11 +41,11 @@ class Monitor:
         self.config, self.progress, self.writes = config, progress, writes
         self.samples_dir = make_folder(Path(config.save_dir) / "samples")
         step = progress["step"]
-        self.events = EventLog(config.save_dir, progress["log"], step + 1 if step else None, writes)
+        self.events = EventLog(config.save_dir, progress["log"], step + 1 if step else 0, writes)
         self.bar = progress_bar(
             total=images, initial=seen, unit="img", desc="training", disable=not writes
         )
-        self.stats, self.shown, self.announced = stats, {}, False
+        self.stats, self.shown, self.announced, self.done = stats, {}, False, {}
         stats.clock = time.perf_counter()
 
     def __enter__(self):
@@ -62,6 +63,10 @@ class Monitor:
     def log(self, rate):
         """The statistics since the last call: to TensorBoard, the bar and the loss curve."""
         step, scalars = self.progress["step"], self.stats.read(self.progress["step"], rate)
+        if self.config.device.startswith("cuda"):
+            peak = torch.cuda.max_memory_allocated(self.config.device) / 1e9
+            scalars["train/peak_memory_gb"] = peak
+            self.show(peak_gb=peak)
         for tag, value in scalars.items():
             self.events.add("scalar", tag, value, step)
         self.show(loss=scalars["train/batch_loss"])
@@ -75,9 +80,16 @@ class Monitor:
     @contextmanager
     def doing(self, what):
         """The bar says what the run does inside, when it does not train."""
+        began = time.perf_counter()
         self.bar.set_description_str(what, refresh=at_a_terminal())
         yield
         self.bar.set_description_str("training", refresh=False)
+        self.done[what] = time.perf_counter(), time.perf_counter() - began
+
+    def affordable(self, what, share=0.02):
+        """Whether it took less than a second when it was done last, or this share of the time."""
+        end, seconds = self.done.get(what, (0.0, 0.0))
+        return seconds < 1 or seconds < share * (time.perf_counter() - end)
 
     def log_config(self, ddpm, real):
         """The constants, for TensorBoard's pages Text and HParams; a grid of real images."""
@@ -136,7 +148,8 @@ class EventLog:
     """
 
     def __init__(self, save_dir, name, purge_step=None, writes=True):
-        self.folder = Path(save_dir) / "tensorboard_logs" / name
+        self.folder = log_folder(save_dir, name)
+        # With one, even 0, a session begins there: readers forget what was logged beyond it.
         self.purge_step, self.writers, self.works = purge_step, {}, writes
         self.hook, threading.excepthook = threading.excepthook, self._quiet
 
@@ -286,12 +299,13 @@ def write_final(config, ddpm, images, frames, test_loss):
 
     `frames` are the noisy images on the way, see `pictures.write_denoising`. All files are new.
     """
-    path = unused(make_folder(Path(config.save_dir) / "samples") / "final.png")
     with EventLog(config.save_dir, ddpm.info["log"]) as events:
-        write_grid(images, path, events, "final", ddpm.info["step"])
         events.add("scalar", "final/test_loss", test_loss, ddpm.info["step"])
-    write_denoising(ddpm, frames, unused(path.with_name("denoising.gif")))
-    print(f"model: {Path(config.save_dir) / 'best_model.pt'}   samples: {path}")
+        with warning_if_it_fails("writing a picture"):  # the folder of another person
+            path = unused(make_folder(Path(config.save_dir) / "samples") / "final.png")
+            write_grid(images, path, events, "final", ddpm.info["step"])
+            write_denoising(ddpm, frames, unused(path.with_name("denoising.gif")))
+            print(f"model: {Path(config.save_dir) / 'best_model.pt'}   samples: {path}")
 
 
 def report(config, measured, known, info=None, own=True):
@@ -308,22 +322,25 @@ def report(config, measured, known, info=None, own=True):
     print_measures(result, accuracy)  # first, in case that a file cannot be written
     pairs = pairs.float() / 127.5 - 1
     save_dir, name = Path(config.save_dir), ""
+    everything = {"dataset": config.dataset, "classifier_accuracy": accuracy, **known, **result}
     if not info:
         name = f"_{Path(config.evaluate).resolve().name[:100]}"
-    path = unused(save_dir / f"evaluation{name}.json")
-    picture = unused(make_folder(save_dir / "samples") / f"nearest{name}.png")
-    everything = {"dataset": config.dataset, "classifier_accuracy": accuracy, **known, **result}
-    if info:
-        with EventLog(save_dir, info["log"]) as events:
-            part = "." if own else path.stem
-            if not own:
-                events.add_hparams(vars(config), part)
-            for tag in dict.fromkeys((*FINAL, *MEASURES)):
-                if tag in everything:
-                    events.add("scalar", f"final/{tag}", everything[tag], info["step"], part=part)
-            write_grid(pairs, picture, events, "nearest", info["step"])
-    else:
-        write_grid(pairs, picture)
-    plain = {name: None if value != value else value for name, value in everything.items()}
-    write_text(path, json.dumps(plain, indent=2) + "\n")  # JSON has no NaN
-    print(f"measures: {path}   nearest pairs: {picture}")
+    with warning_if_it_fails("writing the measures"):
+        path = unused(save_dir / f"evaluation{name}.json")
+        plain = {name: None if value != value else value for name, value in everything.items()}
+        write_text(path, json.dumps(plain, indent=2) + "\n")  # JSON has no NaN
+        picture = unused(make_folder(save_dir / "samples") / f"nearest{name}.png")
+        if info:
+            with EventLog(save_dir, info["log"]) as events:
+                part = "." if own else path.stem
+                if not own:
+                    events.add_hparams(vars(config), part)
+                for tag in dict.fromkeys((*FINAL, *MEASURES)):
+                    if tag in everything:
+                        events.add(
+                            "scalar", f"final/{tag}", everything[tag], info["step"], part=part
+                        )
+                write_grid(pairs, picture, events, "nearest", info["step"])
+        else:
+            write_grid(pairs, picture)
+        print(f"measures: {path}   nearest pairs: {picture}")

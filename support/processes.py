@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import sys
+import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -17,9 +18,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 from support import checks
+from support.console import progress_bar
 
 
 def world():
@@ -56,6 +57,8 @@ def check_device(device):
             f"device {device!r} for process {local_rank + 1} of this machine, which has {gpus} "
             "GPUs: expected cuda, and at most one process a GPU, or cpu"
         )
+    if launched() and device == "cuda" and not dist.is_nccl_available():
+        raise ValueError("device 'cuda' for several processes: needs NCCL, which this torch lacks")
     checks.device(device)
 
 
@@ -199,24 +202,31 @@ def micro_batches(model, n, parts):
                 yield part, scale
 
 
-def in_chunks(n, seed, compute, size=100):
+def in_chunks(n, seed, compute, size=100, advice=""):
     """Compute something of n images in chunks, of which each process computes every N-th.
 
     Args:
         n: number of images.
         seed: decides the seeds of the chunks.
         compute: called with a slice of the images and a seed; returns a tensor, images first.
-        size: images in a chunk. Many chunks have a progress bar at a terminal.
+        size: images in a chunk. Many chunks have a progress bar.
+        advice: what to print if all chunks take more than ten minutes.
 
     Returns:
         The results one after the other, (n, ...), on the CPU of every process.
     """
     rank, number = world()
     found, mine = {}, range(rank, math.ceil(n / size), number)
-    quiet = True if rank or len(mine) < 8 else None  # None: where there is no terminal
-    for k in tqdm(mine, disable=quiet, leave=False):
+    hidden, began = rank > 0 or len(mine) < 8, time.perf_counter()
+    bar = progress_bar(desc="evaluating", total=n, unit="img", leave=False, disable=hidden, delay=2)
+    for k in mine:
         own_seed = int(np.random.SeedSequence((seed, k)).generate_state(1)[0])
         found[k] = compute(slice(k * size, min(n, (k + 1) * size)), own_seed).cpu()
+        bar.update(number * size)
+        minutes = (time.perf_counter() - began) * len(mine) / 60
+        if advice and not rank and len(found) == 1 and minutes > 10:
+            print(f"this takes about {minutes:.0f} minutes; {advice}", flush=True)
+    bar.close()
     if number > 1:
         everywhere = [None] * number
         dist.all_gather_object(everywhere, found)

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -21,17 +22,30 @@ def patient_threads():
     """
     done, variables = threading.Event(), {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
     linux = sys.platform == "linux" and not variables & os.environ.keys()
+    before = torch.get_num_threads()
+    if linux:
+        torch.set_num_threads(min(before, _cores()))
     if linux and torch.get_num_threads() > 1:
         threading.Thread(target=_watch_others, args=(done,), daemon=True).start()
     try:
         yield
     finally:
         done.set()
+        torch.set_num_threads(before)
+
+
+def _cores(quota="/sys/fs/cgroup/cpu.max"):
+    """The cores that this process may use, also in a container with a quota of their time."""
+    cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):  # no such file; no number but "max"
+        time_, period = Path(quota).read_text().split()
+        cores = min(cores, max(1, int(time_) // int(period)))
+    return cores
 
 
 def _watch_others(done, pause=1.0):
     """Until `done` is set, see every `pause` seconds whether others need the cores we use."""
-    cores, idle_threads = len(os.sched_getaffinity(0)), None
+    cores, idle_threads = _cores(), None
     before = _core_seconds()
     while before is not None and not done.wait(pause) and (now := _core_seconds()) is not None:
         others = now[0] - before[0] - (now[1] - before[1])
@@ -73,11 +87,12 @@ def _add_threads(number, done):
 
 
 class Interrupt:
-    """Ctrl-C, SIGTERM and SIGUSR1 while a run goes on, as a context manager.
+    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 while a run goes on, as a context manager.
 
-    Ctrl-C and SIGTERM end the block by KeyboardInterrupt, but inside `after_the_step` the first is
-    only a request, which `asked` reports. SIGUSR1 asks for a save. In a thread other than the main
-    one Python allows no handlers, so there it does nothing.
+    Ctrl-C, SIGTERM and SIGHUP (of a lost terminal, unless `nohup` ignores it) end the block by
+    KeyboardInterrupt, but inside `after_the_step` the first is only a request, which `asked`
+    reports. SIGUSR1 asks for a save. In a thread other than the main one Python allows no handlers,
+    so there it does nothing.
 
     Args:
         agree: makes one number of those of all processes of the run.
@@ -89,7 +104,7 @@ class Interrupt:
             SIGTERM.
     """
 
-    SAVE = getattr(signal, "SIGUSR1", None)  # Windows has none
+    SAVE, HANGUP = (getattr(signal, name, None) for name in ("SIGUSR1", "SIGHUP"))  # not on Windows
 
     def __init__(self, agree=int, repeated=False):
         self.agree, self.repeated = agree, repeated
@@ -102,8 +117,9 @@ class Interrupt:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for signum in filter(None, (signal.SIGINT, signal.SIGTERM, self.SAVE)):
-                self.before[signum] = signal.signal(signum, self._handle)
+            for signum in filter(None, (signal.SIGINT, signal.SIGTERM, self.HANGUP, self.SAVE)):
+                if signum != self.HANGUP or signal.getsignal(signum) != signal.SIG_IGN:
+                    self.before[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *exception):
@@ -125,10 +141,10 @@ class Interrupt:
 
     def asked(self):
         """What a process of the run was asked for: 'stop', 'save' or None."""
-        asked = self.agree(self.signum or int(self.save))
+        asked = self.agree(2 * self.signum + self.save)  # as one number, for all processes
         self.save = False
-        if asked > 1:  # SIGINT is 2 and SIGTERM 15
-            self.signum = asked
+        if asked > 1:
+            self.signum = asked // 2
         return "stop" if asked > 1 else "save" if asked else None
 
     @contextmanager

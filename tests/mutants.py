@@ -224,8 +224,8 @@ FAULTS = {
     },
     "diffusion.py | diffusion": {
         "labels-mostly-dropped": (
-            "y.device) < self.label_dropout",
-            "y.device) > self.label_dropout",
+            "torch.where(drawn < self.label_dropout",
+            "torch.where(drawn > self.label_dropout",
         ),
         "labels-dropped-at-evaluation": (
             "self.drop_labels(y) if self.training else y",
@@ -534,7 +534,7 @@ FAULTS = {
             'if process.zero_terminal_snr and process.prediction == "eps":',
             "if False:",
         ),
-        "label-one-too-large-taken": ("ddpm.num_classes - (not no_label))", "ddpm.num_classes)"),
+        "label-one-too-large-taken": ("else ddpm.num_labels - 1)", "else ddpm.num_labels)"),
     },
     "support/checks.py | diffusion": {
         "seed-of-sampling-ignored": (".manual_seed(int(seed))", ""),
