@@ -11,8 +11,7 @@ import pytest
 import torch
 from tiny import MEAN, STD, gaussian, same
 
-from likelihood import _intervals, bound_terms, discrete_log_likelihood, prior_term, summarise
-from process import GaussianProcess
+from likelihood import _intervals, bound_terms, discrete_log_likelihood, summarise
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 gaussian = partial(gaussian, prediction="x0")
@@ -122,14 +121,6 @@ def test_the_bound_is_the_prior_and_the_kl_and_the_decoder():
         a = ddpm.alphas_cumprod[t].item()
         deviation = STD * math.sqrt((1 - a) / (a * STD**2 + 1 - a))
         assert bits.rmse[i].item() == pytest.approx(127.5 * deviation, rel=0.04)
-
-
-def test_the_prior_is_the_kl_divergence_from_pure_noise():
-    process, x0 = GaussianProcess(4), torch.tensor([-1.0, 0.0, 0.5])[:, None, None, None]
-    process.alphas_cumprod[-1] = a = 0.3
-    last = torch.distributions.Normal(math.sqrt(a) * x0.flatten(), math.sqrt(1 - a))
-    kl = torch.distributions.kl_divergence(last, torch.distributions.Normal(0.0, 1.0))
-    torch.testing.assert_close(prior_term(process, x0), kl.double() / math.log(2))
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 2])
