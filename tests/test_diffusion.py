@@ -108,9 +108,7 @@ def test_min_snr_weights_are_those_of_the_process():
 @pytest.mark.parametrize(
     "prediction, labelled, channels", [("eps", True, 1), ("v", True, 3), ("x0", False, 1)]
 )
-def test_an_averaged_target_is_the_mean_of_the_candidates_by_their_likelihood(
-    prediction, labelled, channels
-):
+def test_an_averaged_target_is_the_likely_mean_of_candidates(prediction, labelled, channels):
     """Candidates of the image's own label; where that was dropped, all of them."""
     ddpm = own(prediction=prediction, num_classes=2 if labelled else None, channels=channels)
     (x0, eps), (images, _) = batch(6, channels=channels), batch(8, seed=1)

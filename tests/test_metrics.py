@@ -261,9 +261,7 @@ def test_colour_is_noticed_where_the_grey_is_right(measured, real):
     assert measured(coloured)["colour"] == pytest.approx(20 * (2 / 3) ** 0.5, rel=1e-6)
 
 
-def test_copies_of_training_images_move_what_tells_of_memory_and_nothing_else(
-    mnist, measured, real
-):
+def test_copies_of_training_images_move_what_tells_of_memory_alone(mnist, measured, real):
     report, before = measured(mnist[0].images[1000:1400]), real[2]
     assert report["copies"] == 1 and report["nearest"] == 0 and report["nearest_1st"] == 0
     assert report["frechet"] < 2 * before["frechet"]
@@ -277,9 +275,7 @@ def test_swapped_labels_move_accuracy_alone(measured, real):
     assert report == {name: value for name, value in before.items() if name != "accuracy"}
 
 
-def test_the_pairs_are_the_samples_nearest_to_training_images_each_with_its_neighbour(
-    mnist, classifier, real
-):
+def test_the_pairs_are_the_nearest_samples_each_with_its_neighbour(mnist, classifier, real):
     samples, train = real[0][:30].clone(), mnist[0].images[:3000]
     samples[17] = train[3]
     _, pairs = measure(classifier, samples, train, mnist[1].images[:1000])
@@ -303,14 +299,10 @@ def test_the_seed_chooses_the_real_images(mnist, classifier, real):
     assert first["frechet_real"] != other["frechet_real"]
 
 
-def test_the_meter_reads_the_real_images_once_and_gives_the_same_distance(
-    mnist, classifier, real, monkeypatch
-):
+def test_the_meter_reads_the_real_images_once(mnist, classifier, real, monkeypatch):
     train, test = (split.images[:1000] for split in mnist)
     meter = metrics.FrechetMeter(classifier, test, train)
     assert meter.real == frechet_distance(classifier.read(train)[0], classifier.read(test)[0])
     read, once = [], classifier.read
-    monkeypatch.setattr(
-        classifier, "read", lambda images: (read.append(len(images)), once(images))[1]
-    )
+    monkeypatch.setattr(classifier, "read", lambda x: read.append(len(x)) or once(x))
     assert meter(real[0]) == real[2]["frechet"] and read == [400]

@@ -57,9 +57,7 @@ def test_heads_cost_no_parameter_and_adaptive_norm_doubles_the_projections():
     "patch_size, resolutions, blocks",
     [(1, (), 0), (1, (8, 16), 10), (1, (32, 4), 10), (4, (8,), 5)],
 )
-def test_attention_stands_at_the_resolutions_named_and_in_the_middle(
-    patch_size, resolutions, blocks
-):
+def test_attention_stands_where_named_and_in_the_middle(patch_size, resolutions, blocks):
     with torch.device("meta"):
         network = UNet(attention_resolutions=resolutions, patch_size=patch_size)
         watched = [watch(m) for m in network.modules() if isinstance(m, Attention)]
@@ -105,12 +103,9 @@ def test_a_new_network_predicts_zero_and_its_blocks_are_the_identity():
 
 
 @pytest.mark.parametrize("patch_size, channels, outputs", [(2, 3, 3), (4, 1, 2)])
-def test_patches_become_channels_and_channels_patches_each_pixel_in_its_place(
-    patch_size, channels, outputs
-):
-    network = tiny_unet(
-        image_size=16, channels=channels, patch_size=patch_size, out_channels=outputs
-    )
+def test_patches_become_channels_and_channels_patches(patch_size, channels, outputs):
+    settings = dict(channels=channels, patch_size=patch_size, out_channels=outputs)
+    network = tiny_unet(image_size=16, **settings)
     given, made = watch(network.conv_in)[0], watch(network.conv_out)[1]
     xt, t = noisy(network)
     prediction = network(xt, t)
