@@ -256,6 +256,11 @@ def bound(ddpm, x0, y, terms, seed, progress):
     tensor("x0", x0, FLOATS, ("N", *ddpm.image_shape), -1, 1)
     if not len(x0):
         raise ValueError("x0 of 0 images: expected at least 1")
+    if terms is not None:
+        most = ddpm.num_timesteps
+        whole("terms", terms, min(2, most), most, ", the number of timesteps")
+    switch("progress", progress)
+    y, generator_ = labels(ddpm, y, len(x0)), generator(seed, ddpm.device)
     levels = (x0.double() + 1) * 127.5
     off = (levels - levels.round()).abs().max().item()
     if off > 255 * torch.finfo(x0.dtype).eps + 1e-3:
@@ -263,12 +268,7 @@ def bound(ddpm, x0, y, terms, seed, progress):
             f"x0 up to {off:.2f} grey levels off the 256 of a PNG: a bound in bits needs these; "
             "load_data(augment=False) gives them"
         )
-    if terms is not None:
-        most = ddpm.num_timesteps
-        whole("terms", terms, min(2, most), most, ", the number of timesteps")
-    switch("progress", progress)
-    x0 = x0.to(ddpm.device, ddpm.dtype)
-    return x0, labels(ddpm, y, len(x0)), generator(seed, ddpm.device)
+    return x0.to(ddpm.device, ddpm.dtype), y, generator_
 
 
 def ema(averaged, decay, start, update_rate):

@@ -112,7 +112,7 @@ def _download(name, raw, missing):
         socket.setdefaulttimeout(timeout)
 
 
-def read_folder(folder, size):
+def read_folder(folder, size=math.inf):
     """Read all PNGs of a folder and its subfolders, sorted by path; hidden ones are left out.
 
     Each PNG becomes the RGB picture that a person sees. 16 bits become 8: grey levels are rounded,

@@ -13,15 +13,7 @@ import train_eval
 from support import configurator
 from support.datasets import FILES, read_dataset
 
-LONGEST = (
-    "processes",
-    "never_lose_a_run",
-    "train_eval",
-    "readme",
-    "machine",
-    "notebook",
-    "metrics",
-)
+LONGEST = "processes never_lose_a_run train_eval readme machine notebook metrics".split()
 
 
 def pytest_collection_modifyitems(items):

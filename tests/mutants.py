@@ -222,6 +222,9 @@ FAULTS = {
         "extrapolated-x0-remembered": ("t_before = predicted, t", "t_before = x0, t"),
         "extrapolated-x0-with-the-old-eps": (" eps = self.eps_from_x0(x0, xt, t)\n", " pass\n"),
     },
+    "diffusion.py | likelihood": {
+        "vlb-not-times-timesteps": ("bound_weight * self.num_timesteps *", "bound_weight *"),
+    },
     "diffusion.py | diffusion": {
         "labels-mostly-dropped": (
             "torch.where(drawn < self.label_dropout",
@@ -242,7 +245,6 @@ FAULTS = {
             '"mse": (torch.square, 0.001)',
             '"mse": (torch.square, 0.01)',
         ),
-        "vlb-not-times-timesteps": ("bound_weight * self.num_timesteps *", "bound_weight *"),
         "min-snr-weights-ignored": ("            if self.min_snr_gamma:", "            if False:"),
         "x0-not-clipped": (
             "self.x0_from_output(output, xt, t).clamp(-1, 1)",

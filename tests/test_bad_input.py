@@ -5,7 +5,9 @@ for each argument, which show that the door asks. tests/test_dataprocess.py has 
 pictures, tests/test_checkpoint.py damaged checkpoints, tests/test_configurator.py the flags.
 """
 
+import itertools
 import math
+import re
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -163,101 +165,51 @@ VALUES = {  # of each kind, some that are refused
     "features": [None, 3, FEATURES.long(), FEATURES[0], with_value(FEATURES, NAN), FEATURES[:, :0]],
 }
 DOORS = [  # a door, its arguments of each kind
-    (GaussianProcess, "size", "num_timesteps"),
-    (GaussianProcess, "choice", "beta_schedule prediction variance timestep_spacing"),
-    (GaussianProcess, "switch", "zero_terminal_snr"),
-    (UNet, "size", "image_size channels base_channels num_res_blocks time_emb_dim patch_size"),
-    (UNet, "size", "num_heads num_classes out_channels"),
-    (UNet, "sizes", "channel_mult attention_resolutions"),
-    (UNet, "share", "dropout"),
-    (UNet, "switch", "adaptive_norm"),
-    (NEW, "network", "network"),
-    (NEW, "size", "image_size channels sample_steps num_timesteps"),
-    (NEW, "choice", "loss sampler beta_schedule"),
-    (NEW, "number", "guidance_scale"),
-    (NEW, "positive", "min_snr_gamma skip_std"),
-    (NEW, "share", "label_dropout"),
-    (NEW, "shares", "class_shares"),
-    (AVERAGE, "network", "module"),
-    (AVERAGE, "share", "decay"),
-    (AVERAGE, "count", "start"),
-    (AVERAGE, "size", "update_rate"),
-    (TIMESTEPS, "choice", "sampling"),
-    (TIMESTEPS, "size", "num_timesteps"),
-    (TIMESTEPS, "positive", "std"),
-    (TIMESTEPS, "device", "device"),
-    (partial(MODEL, x0=X), "images", "x0"),
-    (partial(MODEL, x0=X), "labels", "y"),
-    (PREDICT, "images", "xt"),
-    (PREDICT, "t", "t"),
-    (PREDICT, "labels", "y"),
-    (PREDICT, "number", "guidance_scale"),
-    (SAMPLE, "size", "n steps"),
-    (SAMPLE, "choice", "sampler"),
-    (SAMPLE, "share", "eta"),
-    (SAMPLE, "number", "guidance_scale"),
-    (SAMPLE, "images", "xT"),
-    (SAMPLE, "labels", "y"),
-    (SAMPLE, "seed", "seed"),
-    (SAMPLE, "count", "start"),
-    (SAMPLE, "switch", "progress"),
-    (SAMPLE, "return", "return_sequence"),
-    (MIX, "images", "x0 other"),
-    (MIX, "weights", "weights"),
-    (MIX, "count", "t"),
-    (MIX, "labels", "y"),
-    (MIX, "seed", "seed"),
-    (MIX, "number", "guidance_scale"),
-    (MIX, "size", "steps"),
-    (BOUND, "images", "x0"),
-    (BOUND, "labels", "y"),
-    (BOUND, "size", "terms"),
-    (BOUND, "seed", "seed"),
-    (BOUND, "switch", "progress"),
-    (MODEL.save, "path", "path"),
-    (DDPM.load, "path", "path"),
-    (partial(DDPM.load, path="none"), "device", "device"),
-    (DATA, "choice", "dataset"),
-    (DATA, "path", "data_dir"),
-    (DATA, "size", "image_size channels train_size test_size"),
-    (DATA, "switch", "augment"),
-    (DATA, "seed", "seed"),
-    (DATA, "device", "device"),
-    (lambda num_clusters: PICTURES.use_clusters(num_clusters), "size", "num_clusters"),
-    (lambda evaluate: read_folder(evaluate), "path", "evaluate"),
-    (TRAIN, "bytes", "images"),
-    (TRAIN, "digits", "labels"),
-    (TRAIN, "seed", "seed"),
-    (TRAIN, "size", "epochs"),
-    (TRAIN, "device", "device"),
-    (LOAD, "bytes", "images"),
-    (LOAD, "digits", "labels"),
-    (LOAD, "path", "folder"),
-    (LOAD, "device", "device"),
-    (READER.read, "bytes", "images"),
-    (partial(READER.accuracy, images=BYTES, labels=DIGITS), "bytes", "images"),
-    (partial(READER.accuracy, images=BYTES, labels=DIGITS), "digits", "labels"),
-    (partial(metrics.frechet_distance, a=FEATURES, b=FEATURES), "features", "a b"),
-    (
-        partial(metrics.precision_recall, samples=FEATURES, real=FEATURES),
-        "features",
-        "samples real",
-    ),
-    (partial(metrics.precision_recall, samples=FEATURES, real=FEATURES), "size", "k"),
-    (partial(metrics.nearest, images=BYTES, others=BYTES), "bytes", "images others"),
-    (MEASURE, "bytes", "samples train test"),
-    (MEASURE, "digits", "labels"),
-    (MEASURE, "seed", "seed"),
+    (GaussianProcess, "size: num_timesteps; switch: zero_terminal_snr"),
+    (GaussianProcess, "choice: beta_schedule prediction variance timestep_spacing"),
+    (UNet, "size: image_size channels base_channels num_res_blocks time_emb_dim patch_size"),
+    (UNet, "size: num_heads num_classes out_channels; share: dropout; switch: adaptive_norm"),
+    (UNet, "sizes: channel_mult attention_resolutions"),
+    (NEW, "network: network; size: image_size channels sample_steps num_timesteps"),
+    (NEW, "choice: loss sampler beta_schedule; number: guidance_scale"),
+    (NEW, "positive: min_snr_gamma skip_std"),
+    (NEW, "share: label_dropout; shares: class_shares"),
+    (AVERAGE, "network: module; share: decay; count: start; size: update_rate"),
+    (TIMESTEPS, "choice: sampling; size: num_timesteps; positive: std; device: device"),
+    (partial(MODEL, x0=X), "images: x0; labels: y"),
+    (PREDICT, "images: xt; t: t; labels: y; number: guidance_scale"),
+    (SAMPLE, "size: n steps; choice: sampler; share: eta; number: guidance_scale; images: xT"),
+    (SAMPLE, "labels: y; seed: seed; count: start; switch: progress; return: return_sequence"),
+    (MIX, "images: x0 other; weights: weights; count: t; labels: y; seed: seed"),
+    (MIX, "number: guidance_scale; size: steps"),
+    (BOUND, "images: x0; labels: y; size: terms; seed: seed; switch: progress"),
+    (MODEL.save, "path: path"),
+    (DDPM.load, "path: path"),
+    (partial(DDPM.load, path="none"), "device: device"),
+    (DATA, "choice: dataset; path: data_dir; switch: augment; seed: seed; device: device"),
+    (DATA, "size: image_size channels train_size test_size"),
+    (lambda num_clusters: PICTURES.use_clusters(num_clusters), "size: num_clusters"),
+    (lambda evaluate: read_folder(evaluate), "path: evaluate"),
+    (TRAIN, "bytes: images; digits: labels; seed: seed; size: epochs; device: device"),
+    (LOAD, "bytes: images; digits: labels; path: folder; device: device"),
+    (READER.read, "bytes: images"),
+    (partial(READER.accuracy, images=BYTES, labels=DIGITS), "bytes: images; digits: labels"),
+    (partial(metrics.frechet_distance, a=FEATURES, b=FEATURES), "features: a b"),
+    (partial(metrics.precision_recall, FEATURES, FEATURES), "size: k"),
+    (partial(metrics.precision_recall, samples=FEATURES), "features: real"),
+    (partial(metrics.precision_recall, real=FEATURES), "features: samples"),
+    (partial(metrics.nearest, images=BYTES, others=BYTES), "bytes: images others"),
+    (MEASURE, "bytes: samples train test; digits: labels; seed: seed"),
 ]
 
 
-@pytest.mark.parametrize("call, kind, names", DOORS, ids=name_of)
-def test_an_argument_that_does_not_fit_is_one_line_with_its_name(call, kind, names):
-    for name in names.split():
-        for value in VALUES[kind]:
+@pytest.mark.parametrize("call, arguments", DOORS, ids=name_of)
+def test_an_argument_that_does_not_fit_is_one_line_with_its_name(call, arguments):
+    for kind, names in re.findall(r"(\w+): ([\w ]+)", arguments):
+        words = "cannot be used here" if kind == "device" else "expected"
+        for name, value in itertools.product(names.split(), VALUES[kind]):
             shown = "" if isinstance(value, (list, tuple)) or name == "y" else text_of(value)
-            words = "cannot be used here" if kind == "device" else "expected"
-            refused(lambda n=name, v=value: call(**{n: v}), f"{name} {shown}", words)
+            refused(partial(call, **{name: value}), f"{name} {shown}", words)
 
 
 class Wrapper(nn.Module):
@@ -274,22 +226,13 @@ ZERO = dict(zero_terminal_snr=True, prediction="v")
 TOGETHER = [  # what does not fit together, or is just beyond a limit
     (partial(GaussianProcess, 1, **ZERO), "num_timesteps 1: expected at least 2"),
     (partial(GaussianProcess, zero_terminal_snr=True), "zero_terminal_snr", "'eps'", "'v' or 'x0'"),
-    (
-        partial(UNet, attention_resolutions=(7,)),
-        "attention_resolutions 7: expected",
-        "32, 16, 8, 4",
-    ),
-    (partial(UNet, attention_resolutions=(32,), patch_size=2), "attention_resolutions 32"),
+    (partial(UNet, attention_resolutions=(32,), patch_size=2), "attention_resolutions 32: exp"),
     (partial(UNet, base_channels=48), "base_channels 48: expected a multiple of 32"),
-    (partial(UNet, image_size=28), "image_size 28: expected a multiple of 8"),
     (partial(UNet, patch_size=8), "image_size 32: expected a multiple of 64"),
     (partial(UNet, channel_mult=()), "channel_mult (): expected", "each of 1 to 30 levels"),
     (partial(UNet, channel_mult=(1,) * 31), "channel_mult (1, 1, ", "of 1 to 30 levels"),
     (partial(UNet, num_heads=3), "num_heads 3: expected a divisor of 256", "attention at 16"),
-    (
-        partial(UNet, attention_resolutions=[], num_heads=5),
-        "num_heads 5: expected a divisor of 1024",
-    ),
+    (partial(UNet, attention_resolutions=[], num_heads=5), "num_heads 5: expected a divisor"),
     (partial(UNet, dropout=1.0), "dropout 1: expected a probability from 0 to below 1"),
     (partial(NEW, image_size=16), "image_size 16: expected 8, as in the network"),
     (partial(NEW, channels=3), "channels 3: expected 1, as in the network"),
@@ -311,7 +254,6 @@ TOGETHER = [  # what does not fit together, or is just beyond a limit
     (partial(NEW, skip_std=0.1), "skip_std 0.1: expected 0 with prediction 'eps', not 'x0'"),
     (partial(AVERAGE, decay=1), "ema_decay 1: expected a number from 0 to below 1"),
     (partial(TIMESTEPS, sampling="logit-normal", std=0), "timestep_std 0: expected above 0"),
-    (partial(UNCONDITIONAL, X, 1), "y: this model is unconditional"),
     (partial(UNCONDITIONAL.sample, 2, 1), "y: this model is unconditional"),
     (partial(UNCONDITIONAL.sample, 2, guidance_scale=2), "guidance_scale 2: expected 0 or 1"),
     (partial(PREDICT, guidance_scale=2.0), "guidance_scale 2.0: expected 0 or 1", "give y"),
@@ -329,10 +271,8 @@ TOGETHER = [  # what does not fit together, or is just beyond a limit
     (partial(BOUND, x0=X + 1.01), "x0 with values from 1.0", "expected from -1 to 1"),
     (partial(BOUND, x0=X[:0]), "x0 of 0 images: expected at least 1"),
     (partial(BOUND, terms=1), "terms 1: expected from 2 to 10, the number of timesteps"),
-    (partial(BOUND, terms=11), "terms 11: expected from 2 to 10, the number of timesteps"),
     (partial(TRAIN, labels=DIGITS - 1), "labels with values from -1 to 3: expected at least 0"),
     (partial(metrics.frechet_distance, FEATURES[:3], FEATURES), "a of", "at least 4 images"),
-    (partial(metrics.frechet_distance, FEATURES, FEATURES[:3]), "b of", "at least 4 images"),
     (partial(metrics.frechet_distance, FEATURES, FEATURES[:, :2]), "b of", "(N, 3)"),
     (partial(metrics.precision_recall, FEATURES[:3], FEATURES), "samples of", "at least 4 images"),
     (partial(metrics.precision_recall, FEATURES, FEATURES, 9), "samples of", "at least 10 images"),
@@ -365,9 +305,8 @@ def test_a_door_that_refuses_has_changed_nothing(tmp_path, monkeypatch):
     for call in calls:
         refused(call)
         assert (snapshot("."), torch.get_rng_state().tolist(), own.get_state().tolist()) == before
-        assert [part.training for part in MODEL.modules()] == modes and len(
-            list(Path().iterdir())
-        ) == 1
+        assert [part.training for part in MODEL.modules()] == modes
+        assert len(list(Path().iterdir())) == 1
     MODEL.eval()
 
 
@@ -385,22 +324,17 @@ def test_images_and_numbers_of_every_precision_are_taken():
 
 
 STATES = {  # what else may be in the file of a model
-    "a list": lambda s: [s],
-    "no weights": lambda s: {name: s[name] for name in s if name != "weights"},
+    "no weights": lambda s: s.pop("weights"),
     "weights of another shape": lambda s: s["weights"].update({"conv_in.bias": torch.ones(7)}),
     "one weight less": lambda s: s["weights"].popitem(),
     "one weight more": lambda s: s["weights"].update(x=torch.ones(1)),
-    "weights that are none": lambda s: s.update(weights=None),
-    "weights in a list": lambda s: s.update(weights=[torch.ones(1)]),
     "weights without names": lambda s: s.update(weights={0: torch.ones(1)}),
     "a weight of text": lambda s: s["weights"].update({"conv_in.bias": "x"}),
-    "a network of text": lambda s: s.update(network="UNet"),
     "no network": lambda s: s.update(network=None),
     "a network of odd width": lambda s: s["network"].update(base_channels=33),
     "a network of other settings": lambda s: s["network"].update(new=1),
     "unknown settings": lambda s: s["diffusion"].update(new=1),
     "settings that do not fit": lambda s: s["diffusion"].update(loss="huber"),
-    "settings of text": lambda s: s.update(diffusion="x"),
     "no settings": lambda s: s.update(diffusion=None),
     "info of text": lambda s: s.update(info="x"),
 }
@@ -411,8 +345,8 @@ def test_a_file_that_holds_another_model_is_one_line(tmp_path, kind):
     path = tmp_path / "model.pt"
     MODEL.save(path)
     state = torch.load(path, weights_only=True)
-    changed = STATES[kind](state)
-    save_checkpoint(path, changed if type(changed) in (list, dict) else state)
+    STATES[kind](state)
+    save_checkpoint(path, state)
     before = snapshot(tmp_path)
     refused(lambda: DDPM.load(path, "cpu"), f"{path}: ")
     assert snapshot(tmp_path) == before

@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 import pickle
-import resource
 import signal
 import sys
 import zipfile
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import refused, same, snapshot
+from tiny import full_disk, refused, same, snapshot
 from torch import nn
 
 from ema import EMA
@@ -138,13 +137,10 @@ def test_a_rename_that_is_refused_is_tried_again_for_a_while(tmp_path, monkeypat
 
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
     save_checkpoint(tmp_path / "a.pt", {"weights": torch.zeros(100_000)})
-    before, limits = snapshot(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        for size in (300_000, 1000, 0):  # the system refuses to write more into a file
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    before = snapshot(tmp_path)
+    for size in (300_000, 1000, 0):
+        with full_disk(size):
             not_written(tmp_path / "a.pt")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     for path in (tmp_path / "missing" / "a.pt", tmp_path):
         assert "the disk is full" not in not_written(path)
     assert snapshot(tmp_path) == before

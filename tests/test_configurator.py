@@ -158,10 +158,12 @@ def test_a_constant_edited_to_have_no_kind_is_one_line(capsys, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("name", OUT_OF_RANGE)
-def test_a_value_out_of_range_is_one_line(name, capsys, tmp_path, data_flags):
+def test_a_value_out_of_range_is_one_line_and_the_folder_stays(name, capsys, tmp_path, data_flags):
+    (tmp_path / "best_model.pt").write_bytes(b"of an earlier run")
     flag = f"--{name}={OUT_OF_RANGE[name]}"
     line = refused_by_the_script(capsys, *FLAGS, *data_flags, "--save_dir", tmp_path, flag)
     assert f"{name} " in line and OUT_OF_RANGE[name] in line and "expected" in line
+    assert snapshot(tmp_path) == {"best_model.pt": b"of an earlier run"}
     assert OUT_OF_RANGE.keys() == {name for name in KINDS if KINDS[name] in (int, float, tuple)}
 
 
@@ -169,7 +171,6 @@ BAD_FLAGS = {
     "--epoch 3": "--epoch: unknown; did you mean --epochs?",
     "--no_use_scheduler": "did you mean --no-use_scheduler?",
     "--zz\nzz": r"--zz\nzz: unknown; --help lists the flags",
-    "--epochs many": "argument --epochs: invalid int value: 'many'",
     "--channel_mult 1,x": "argument --channel_mult: invalid integers value: '1,x'",
     "--recipe fast": "argument --recipe: invalid choice: 'fast'",
     "--device abacus": "device 'abacus'",
@@ -185,13 +186,6 @@ BAD_FLAGS = {
 def test_flags_that_do_not_fit_are_one_line(flags, words, capsys, tmp_path, data_flags):
     flags = [*data_flags, "--save_dir", tmp_path, *flags.split(" ")]
     assert words in refused_by_the_script(capsys, *FLAGS, *flags)
-
-
-def test_a_run_that_is_refused_leaves_the_folder_as_it_was(capsys, tmp_path, data_flags):
-    (tmp_path / "best_model.pt").write_bytes(b"of an earlier run")
-    for flag in ("--base_channels=50", "--epochs=0"):
-        refused_by_the_script(capsys, *FLAGS, *data_flags, "--save_dir", tmp_path, flag)
-    assert snapshot(tmp_path) == {"best_model.pt": b"of an earlier run"}
 
 
 def test_flags_are_of_every_kind():

@@ -59,16 +59,6 @@ def test_the_shadow_equals_the_weights_up_to_start_and_not_a_step_longer():
     assert after == pytest.approx(3 * 2 / 11 + 14 * 9 / 11)  # the first decay is (1 + 1) / (10 + 1)
 
 
-def test_before_start_the_module_samples_with_its_own_weights():
-    module = module_at(9.0)
-    ema = EMA(module, start=3)
-    for step in range(3):
-        set_to(module, step)
-        ema.update()
-        with ema.applied():
-            assert module.weight[0, 0] == step
-
-
 @pytest.mark.parametrize("start, update_rate", [(0, 1), (4, 3)])
 def test_the_decay_ramps_up_to_its_value_and_only_every_so_many_steps(start, update_rate):
     module, decay = module_at(1.0), 0.5

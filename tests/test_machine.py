@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import configured
-from tiny import FLAGS, tiny_ddpm, tiny_unet
+from tiny import FLAGS, OwnNetwork, tiny_ddpm, tiny_unet
 from torch import nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -151,25 +151,10 @@ def cuda_without_a_driver(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
 
 
-class Tiny(nn.Module):
-    """The least network with parameters, a buffer and labels: (xt, t, y) -> prediction."""
-
-    def __init__(self, channels=1, out_channels=1, num_classes=None):
-        super().__init__()
-        self.num_classes = num_classes
-        self.conv = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.register_buffer("scale", torch.ones(1))
-        self.labels = None if num_classes is None else nn.Embedding(num_classes + 1, out_channels)
-
-    def forward(self, xt, t, y=None):
-        h = self.scale * self.conv(xt) + t[:, None, None, None] / 8
-        return h if y is None else h + self.labels(y)[:, :, None, None]
-
-
 def tiny(conditional=True, **settings):
-    """A DDPM of a `Tiny`, with ten timesteps and grey images of 8x8 pixels, on the device."""
+    """A DDPM of an `OwnNetwork`, with ten timesteps and grey images of 8x8 pixels, on CUDA."""
     outputs = 1 + (settings.get("variance") == "learned")
-    network = Tiny(1, outputs, 10 if conditional else None)
+    network = OwnNetwork(1, outputs, 10 if conditional else None)
     return tiny_ddpm(network=network, **settings).to("cuda")
 
 
@@ -194,9 +179,9 @@ def split(n, config, augment=False):
 
 
 def prepare(config, monkeypatch, n=12):
-    """`train_eval.prepare` with so many images and a `Tiny`, and the model as a run trains it."""
+    """`train_eval.prepare` with so many images and an `OwnNetwork`, and the model to train."""
     known = 10 if config.use_conditional_generation else config.num_clusters or None
-    network, cluster = Tiny(config.channels, config.channels, known), Images.use_clusters
+    network, cluster = OwnNetwork(config.channels, config.channels, known), Images.use_clusters
     splits = split(n, config, config.use_augmentation), split(10, config)
     monkeypatch.setattr(train_eval, "build_network", lambda config: network)
     monkeypatch.setattr(train_eval, "load_images", lambda config: splits)
@@ -354,24 +339,28 @@ def test_an_evaluation_of_the_unet_in_bf16_mixes_no_devices(monkeypatch):
         assert samples.device.type == "cpu" and samples.dtype == torch.float32 and len(y) == 6
 
 
-@pytest.mark.parametrize("device", ("cpu", "cuda"))
-def test_metrics_mix_no_devices(device, monkeypatch):
-    """Samples on either device, the rest on the GPU; the classifier trains, but for `backward`."""
+@pytest.mark.parametrize("places", ("0111", "1000", "0110", "1111"))
+def test_metrics_mix_no_devices(places, monkeypatch):
+    """Samples, labels, training and test images each on the CPU or on the GPU, with the classifier.
+
+    It trains, but for `backward`.
+    """
     forked = []
     monkeypatch.setattr(torch.random, "fork_rng", lambda on: nullcontext(forked.append(on)))
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)
     with PretendCuda(may_read=True):
-        train, test = (torch.zeros(n, 8, 8, dtype=torch.uint8, device="cuda") for n in (90, 80))
-        classifier = metrics.train_classifier(train, batch(90)[1], device="cuda", epochs=1)
+        on = [("cpu", "cuda")[int(place)] for place in places]
+        samples, labels = batch(70, on[0])[0].byte(), batch(70, on[1])[1]
+        train, test = (batch(n, place)[0].byte() for n, place in zip((90, 80), on[2:]))
+        classifier = metrics.train_classifier(train, batch(90, on[1])[1], device="cuda", epochs=1)
         assert on_cuda(*classifier.parameters(), *classifier.buffers()) and forked == [["cuda"]]
-        samples, labels = batch(70, device)[0].byte(), batch(70, device)[1]
         report, pairs = metrics.measure(classifier, samples, train, test, labels)
         assert report["frechet"] == 0 and report["accuracy"] == 1 and len(pairs) == 20
         found = *classifier.read(samples), *metrics.nearest(samples, train)
         assert all(x.device.type == "cpu" and len(x) == 70 for x in found)
         assert metrics.FrechetMeter(classifier, test, train)(samples) == 0
-        here, there = torch.zeros(9, 4, device=device), torch.zeros(9, 4, device="cuda")
-        assert metrics.frechet_distance(here, there) == 0 and metrics.precision_recall(here, there)
+        a, b = (torch.zeros(9, 4, device=place) for place in on[1:3])
+        assert metrics.frechet_distance(a, b) == 0 and metrics.precision_recall(a, b)
 
 
 # torch.compile
@@ -409,7 +398,7 @@ def test_the_network_is_one_graph_that_fits_any_number_of_images(compiler):
 
 
 def compiled_run(flags, monkeypatch):
-    """A run of a `Tiny` on the CPU that compiles at once, its model, and what warms it up."""
+    """A run on the CPU that compiles at once, its model, and what warms it up."""
     sizes = "--batch_size 16 --num_samples 100 --train_size 300 --bound_images 300"
     config = configure(f"--use_compile --target_references 0 {sizes} {flags}", "cpu")
     run, model = prepare(config, monkeypatch, 300)

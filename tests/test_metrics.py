@@ -5,8 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import refused, same
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 import metrics
 from dataprocess import load_data
@@ -26,17 +24,6 @@ def random_cov(dim, seed):
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(dim, 2 * dim, generator=generator, dtype=torch.float64)
     return a @ a.T / dim
-
-
-def test_frechet_distance_of_gaussians_with_covariances_that_commute():
-    """|m_a - m_b|^2 + sum over axes of the squared difference of standard deviations."""
-    mean_a, mean_b = torch.tensor([[0, 1, 2, 3], [1, 1, 0, 5]]).double()
-    std_a, std_b = torch.tensor([[1, 2, 0.5, 3], [2, 1, 0.5, 4]]).double()
-    turn = torch.linalg.qr(random_cov(4, 0)).Q  # both in the same rotated axes
-    a = gaussian(50, mean_a, turn @ torch.diag(std_a**2) @ turn.T)
-    b = gaussian(70, mean_b, turn @ torch.diag(std_b**2) @ turn.T, seed=1)
-    expected = (mean_a - mean_b).square().sum() + (std_a - std_b).square().sum()
-    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-9)
 
 
 def test_frechet_distance_of_gaussians_in_general_is_symmetric():
@@ -88,15 +75,6 @@ def test_nearest_finds_copies_and_measures_grey_levels():
     assert same(index, picked) and same(distance, torch.zeros(600).double())
     distance, index = nearest(others[picked, None].expand(-1, 3, -1, -1) + 10, others)
     assert same(index, picked) and torch.allclose(distance, torch.full((600,), 10.0).double())
-
-
-def test_nearest_of_even_images_is_counted_by_hand():
-    images, others = (
-        torch.tensor(levels, dtype=torch.uint8)[:, None, None].expand(-1, 32, 32)
-        for levels in ([10, 70, 130, 200], [0, 30, 90, 160, 255])
-    )
-    distance, index = nearest(images, others)
-    assert index.tolist() == [0, 2, 3, 3] and distance.tolist() == pytest.approx([10, 20, 30, 40])
 
 
 def test_as_bytes_rounds_to_the_nearest_level():
@@ -283,19 +261,11 @@ def test_colour_is_noticed_where_the_grey_is_right(measured, real):
     assert measured(coloured)["colour"] == pytest.approx(20 * (2 / 3) ** 0.5, rel=1e-6)
 
 
-def test_copies_of_training_images_move_what_tells_of_memory_and_nothing_else(
-    mnist, measured, real
-):
+def test_copies_of_training_images_move_what_tells_of_memory_alone(mnist, measured, real):
     report, before = measured(mnist[0].images[1000:1400]), real[2]
     assert report["copies"] == 1 and report["nearest"] == 0 and report["nearest_1st"] == 0
     assert report["frechet"] < 2 * before["frechet"]
     assert report["precision"] > before["precision"] - 0.1
-
-
-def test_duplicates_move_recall(measured, real):
-    samples, _, before = real
-    report = measured(samples[:40].repeat(10, 1, 1))
-    assert report["recall"] < before["recall"] / 2 and report["copies"] < 0.05
 
 
 def test_swapped_labels_move_accuracy_alone(measured, real):
@@ -305,9 +275,7 @@ def test_swapped_labels_move_accuracy_alone(measured, real):
     assert report == {name: value for name, value in before.items() if name != "accuracy"}
 
 
-def test_the_pairs_are_the_samples_nearest_to_training_images_each_with_its_neighbour(
-    mnist, classifier, real
-):
+def test_the_pairs_are_the_nearest_samples_each_with_its_neighbour(mnist, classifier, real):
     samples, train = real[0][:30].clone(), mnist[0].images[:3000]
     samples[17] = train[3]
     _, pairs = measure(classifier, samples, train, mnist[1].images[:1000])
@@ -331,70 +299,10 @@ def test_the_seed_chooses_the_real_images(mnist, classifier, real):
     assert first["frechet_real"] != other["frechet_real"]
 
 
-def test_the_meter_reads_the_real_images_once_and_gives_the_same_distance(
-    mnist, classifier, real, monkeypatch
-):
+def test_the_meter_reads_the_real_images_once(mnist, classifier, real, monkeypatch):
     train, test = (split.images[:1000] for split in mnist)
     meter = metrics.FrechetMeter(classifier, test, train)
     assert meter.real == frechet_distance(classifier.read(train)[0], classifier.read(test)[0])
     read, once = [], classifier.read
-    monkeypatch.setattr(
-        classifier, "read", lambda images: (read.append(len(images)), once(images))[1]
-    )
+    monkeypatch.setattr(classifier, "read", lambda x: read.append(len(x)) or once(x))
     assert meter(real[0]) == real[2]["frechet"] and read == [400]
-
-
-# Devices: a mode that plays a GPU, computes on the CPU, and refuses what a GPU refuses
-
-
-class OnGpu(torch.Tensor):
-    __torch_dispatch__ = None  # the mode does it
-
-    def __new__(cls, data):
-        settings = dict(strides=data.stride(), dtype=data.dtype, device="meta")
-        self = cls._make_wrapper_subclass(cls, data.shape, **settings)
-        self.data_on_cpu = data
-        return self
-
-
-class Gpu(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, leaves = dict(kwargs or {}), tree_leaves((args, kwargs))
-        gpu = {isinstance(x, OnGpu) for x in leaves if isinstance(x, torch.Tensor) and x.ndim}
-        index = func is torch.ops.aten.index.Tensor and isinstance(args[0], OnGpu)
-        free = index or func is torch.ops.aten._to_copy.default
-        assert free or len(gpu) < 2, f"{func}: tensors on two devices"
-        here = True in gpu
-        if kwargs.get("device"):
-            here, kwargs["device"] = kwargs["device"].type == "meta", torch.device("cpu")
-        args, kwargs = tree_map_only(OnGpu, lambda x: x.data_on_cpu, (args, kwargs))
-        result = func(*args, **kwargs)
-        return tree_map_only(torch.Tensor, OnGpu, result) if here else result
-
-
-def on_devices(function, where, *sets):
-    """What a function says of tensors, of which those with a 1 are on the GPU."""
-    with Gpu():
-        return function(*(x.to("meta") if gpu == "1" else x for x, gpu in zip(sets, where)))
-
-
-@pytest.mark.parametrize("where", ["1000", "0110", "0001", "1111"])
-def test_samples_and_real_images_may_be_on_different_devices(mnist, real, where):
-    classifier = load_classifier("mnist", *boxes(4), "unused")
-    coloured = real[0][:70, None].expand(-1, 3, -1, -1)
-    sets = coloured, mnist[0].images[:200], mnist[1].images[:100], real[1][:70]
-
-    def report(*sets):
-        return measure(classifier, *sets)
-
-    assert same(on_devices(report, where, *sets), on_devices(report, "0000", *sets))
-
-
-@pytest.mark.parametrize("where", ["01", "10", "11"])
-def test_each_measure_takes_any_mixture_of_devices(where):
-    a, b = torch.rand(2, 40, 5)
-    with pytest.raises(AssertionError, match="two devices"):
-        on_devices(torch.add, "01", a, b)  # so the mode does refuse
-    for function in (frechet_distance, precision_recall, nearest):
-        sets = [(255 * x[:, None]).byte() for x in (a, b)] if function is nearest else [a, b]
-        assert same(on_devices(function, where, *sets), on_devices(function, "00", *sets))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import configured
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import FLAGS, tiny_ddpm
+from tiny import FLAGS, full_disk, tiny_ddpm
 
 from support import console, monitor
 from support.monitor import EventLog, Monitor, RunningStats
@@ -121,17 +121,11 @@ def test_statistics_go_on_after_a_resume_if_entries_have_the_same_distance(every
 
 
 def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, capsys, monkeypatch):
-    resource = pytest.importorskip("resource")
     monkeypatch.setattr(console, "WARNED", set())
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, before[1]))
-    try:
-        with EventLog(tmp_path, "log") as log:
-            for step in range(5):
-                log.add("image", "noise", torch.rand(3, 100, 100), step)
-                time.sleep(0.1)  # a thread of its own writes
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with full_disk(9_000), EventLog(tmp_path, "log") as log:
+        for step in range(5):
+            log.add("image", "noise", torch.rand(3, 100, 100), step)
+            time.sleep(0.1)  # a thread of its own writes
     err = capsys.readouterr().err
     assert err.count("TensorBoard's log failed (OSError") == 1 and "Traceback" not in err
 

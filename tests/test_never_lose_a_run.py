@@ -28,9 +28,9 @@ from support import pictures
 from support.checkpoint import load_checkpoint, load_last
 from support.files import RunFolder
 
-STEPS = 24  # two epochs of 12; looks at 7, 14, 21 and 24, saves at 5, 10, 15, 20 and 24
+STEPS = 24  # two epochs of 12; looks at 15 and 24, saves at 5, 10, 15, 20 and 24
 RUN = FLAGS + "--use_augmentation --dropout 0.1 --timestep_sampling importance".split()
-RUN += "--train_size 96 --log_every 3 --sample_every 7 --save_every 5".split()
+RUN += "--train_size 96 --log_every 3 --sample_every 15 --save_every 5".split()
 RESUME = "--resume --device cpu --no-bf16".split()
 STEP, KILL = "train_eval.train_step", signal.SIGKILL
 SERVER = multiprocessing.get_context("forkserver")
@@ -134,8 +134,8 @@ def whole(flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     status, _, err = run(folder, *flags)
     assert status == 0, err
-    assert len(load_last(folder)["test_curve"]) == 4
-    assert len(list(folder.glob("samples/step_*.png"))) == 4
+    assert [step for step, _ in load_last(folder)["test_curve"]] == [15, STEPS]
+    assert len(list(folder.glob("samples/step_*.png"))) == 2
     return folder
 
 
@@ -169,7 +169,7 @@ def test_five_kills_change_no_bit(flags, whole, tmp_path):
     kills = {
         "in the middle of writing": ("torch.save", 2, KILL, "last.pt.partial", "half written"),
         "between the renames": ("os.replace", 2, KILL, "last.pt"),
-        "after them": ("os.replace", 1, KILL, "last.pt", "after"),
+        "after them, and after a look": ("os.replace", 1, KILL, "last.pt", "after"),
         "in a step": (STEP, draw.randint(1, 3), KILL, "", "before", draw.uniform(1e-3, 0.05)),
         "while it loads": ("train_eval.load_last", 1, KILL, "", "", draw.uniform(1e-3, 0.05)),
     }
@@ -185,16 +185,12 @@ def test_five_kills_change_no_bit(flags, whole, tmp_path):
     check_same(tmp_path, whole)
 
 
-@pytest.mark.parametrize(
-    "signum, target, call, step",
-    [(signal.SIGINT, STEP, 13, 13), (signal.SIGTERM, "train_eval.test_loss", 8, STEPS)],
-    ids=["Ctrl-C in a step", "SIGTERM in the last look"],
-)
-def test_a_stopped_run_goes_on_to_the_same_bits(flags, whole, tmp_path, signum, target, call, step):
-    status, out, err = run(tmp_path, *flags, patches=[(at_call, target, call, signum)])
-    assert status == 128 + signum and "Traceback" not in err, err
-    assert f"stopped at step {step}; everything is saved" in out and "--resume" in out
-    assert load_last(tmp_path)["step"] == step and leftovers(tmp_path) == []
+def test_a_run_stopped_in_its_last_look_goes_on_to_the_same_bits(flags, whole, tmp_path):
+    patches = [(at_call, "train_eval.test_loss", 4, signal.SIGTERM)]
+    status, out, err = run(tmp_path, *flags, patches=patches)
+    assert status == 143 and "Traceback" not in err, err
+    assert f"stopped at step {STEPS}; everything is saved" in out and "--resume" in out
+    assert load_last(tmp_path)["step"] == STEPS and leftovers(tmp_path) == []
     status, _, err = run(tmp_path, *RESUME)
     assert status == 0, err
     check_same(tmp_path, whole)
@@ -225,42 +221,13 @@ def limit_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
 
-def test_a_full_disk_is_one_line_and_what_was_saved_is_whole(flags, whole, tmp_path):
+def test_a_full_disk_is_one_line_and_what_was_saved_is_whole(flags, tmp_path):
     full = (at_call, "train_eval.save_last", 2, limit_files)
     status, _, err = run(tmp_path, *flags, patches=[full])
     lines = [line for line in err.splitlines() if line.startswith("train_eval.py: ")]
     assert status == 1 and len(lines) == 1 and "Traceback" not in err, err
     assert f"{tmp_path / 'last.pt'}: cannot be written" in lines[0], lines
     assert load_last(tmp_path)["step"] == 5 and leftovers(tmp_path) == []
-    status, _, err = run(tmp_path, *RESUME)
-    assert status == 0, err
-    check_same(tmp_path, whole)
-
-
-def test_a_damaged_last_pt_costs_some_steps(whole, tmp_path):
-    folder = Path(shutil.copytree(whole, tmp_path / "run"))
-    for name in ("final.png", "denoising.gif"):  # a second grid would get another name
-        (folder / "samples" / name).unlink()
-    with open(folder / "last.pt", "r+b") as file:
-        file.seek(os.path.getsize(file.name) // 2)
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 1]))
-    status, _, err = run(folder, *RESUME)
-    first, second = err.splitlines()[:2]
-    assert status == 0 and first.startswith(f"{folder / 'last.pt'}: "), err
-    assert second == f"going on from {folder / 'last.previous.pt'}, saved at step 20"
-    check_same(folder, whole)
-
-
-def test_a_diverged_run_leaves_its_checkpoints_alone(whole, tmp_path):
-    folder = Path(shutil.copytree(whole, tmp_path / "run"))
-    before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
-    longer = "--epochs 4 --learning_rate 1e30 --save_every 1000".split()
-    status, _, err = run(folder, *RESUME, *longer)
-    assert status == 3 and "Traceback" not in err, err
-    assert "Training has diverged and stops" in err and "learning rate" in err
-    assert len(before) == 3 and {p.name: p.read_bytes() for p in folder.glob("*.pt")} == before
 
 
 def test_a_folder_that_another_run_uses_is_left_alone(flags, tmp_path):
@@ -273,14 +240,9 @@ def test_a_folder_that_another_run_uses_is_left_alone(flags, tmp_path):
         assert snapshot(tmp_path) == before
 
 
-def test_a_new_run_moves_the_earlier_one_aside_and_a_kill_in_that_is_made_good(
-    flags, whole, tmp_path
-):
+def test_a_new_run_moves_the_earlier_one_aside(flags, whole, tmp_path):
     folder = Path(shutil.copytree(whole, tmp_path / "run"))
     before = {n: b for n, b in snapshot(folder).items() if not n.startswith("tensorboard_logs")}
-    rename = "pathlib.Path.rename"
-    status, _, err = run(folder, *flags, patches=[(at_call, rename, 3, KILL)])
-    assert status == -KILL and len(list(folder.glob("run_*.moving/*"))) == 2, err
     status, out, err = run(folder, *flags, patches=[(at_call, STEP, 1, signal.SIGTERM)])
     assert status == 143 and load_last(folder)["step"] == 1, err
     (aside,) = folder.glob("run_*")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
-from tiny import snapshot, tiny_ddpm
+from tiny import full_disk, snapshot, tiny_ddpm
 
 from process import GaussianProcess
 from support import console, pictures
@@ -115,19 +115,13 @@ def test_the_loss_curve_needs_no_look(tmp_path, capsys):
 
 
 def test_pictures_that_cannot_be_written_are_one_warning(tmp_path, capsys, monkeypatch):
-    """A full disk: the system refuses to write more into a file."""
-    resource = pytest.importorskip("resource")
     write_grid(torch.rand(100, 3, 32, 32), path := tmp_path / "step_0000001.png")
-    before, files = resource.getrlimit(resource.RLIMIT_FSIZE), snapshot(tmp_path)
+    files, noise = snapshot(tmp_path), [(-1, torch.randn(10, 1, 32, 32))]
     monkeypatch.setattr(console, "WARNED", set())
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
-    try:
+    with full_disk(1_000):
         write_grid(torch.rand(100, 3, 32, 32), path)
         write_training_film(tmp_path)
-        noise = [(-1, torch.randn(10, 1, 32, 32))]
         write_denoising(GaussianProcess(), noise, tmp_path / "denoising.gif")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert capsys.readouterr().err.count("writing a picture failed (OSError") == 1
     assert snapshot(tmp_path) == files
     path.write_bytes(b"damaged")

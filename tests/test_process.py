@@ -1,10 +1,8 @@
 """The Gaussian process as a student uses it, without a UNet, held to closed forms.
 
 For pixels that are independent normals N(MEAN, STD^2), x_t is normal too, and the best possible
-prediction is known: with a = alphas_cumprod[t],
-    E[x0 | x_t] = MEAN + sqrt(a) STD^2 / (a STD^2 + 1 - a) (x_t - sqrt(a) MEAN).
-With it in place of a network every sampler is linear in its noises, so that mean and variance of
-its samples have a closed form.
+prediction is known (`tiny.Exact`). With it in place of a network every sampler is linear in its
+noises, so that mean and variance of its samples have a closed form.
 """
 
 import math
@@ -12,36 +10,16 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tiny import MEAN, STD, gaussian, truth
 
-from diffusion import DDPM
 from process import PREDICTIONS, SPACINGS, VARIANCES, GaussianProcess
 
-MEAN, STD = 0.3, 0.1  # so that clipping to [-1, 1] never bites
 # eta and order of each sampler
 SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2), "sde-dpm++": (1.0, 2)}
 
 
-class Oracle(torch.nn.Module):
-    """The best possible network for pixels N(MEAN, STD^2)."""
-
-    def __init__(self, process):
-        super().__init__()
-        self.prediction, self.alphas_cumprod = process.prediction, process.alphas_cumprod
-
-    def forward(self, xt, t, y=None):
-        a = self.alphas_cumprod[t][:, None, None, None]
-        x0 = MEAN + a.sqrt() * STD**2 / (a * STD**2 + 1 - a) * (xt - a.sqrt() * MEAN)
-        eps = (xt - a.sqrt() * x0) / (1 - a).sqrt()
-        v = a.sqrt() * eps - (1 - a).sqrt() * x0
-        return {"x0": x0, "eps": eps, "v": v}[self.prediction]
-
-
 def double(*rows):
     return torch.tensor(rows, dtype=torch.float64)
-
-
-def gaussian(size=1, **settings):
-    return DDPM(Oracle(GaussianProcess(**settings)), image_size=size, channels=1, **settings)
 
 
 def moments_by_hand(process, timesteps, eta, order=1):
@@ -254,9 +232,9 @@ def test_every_prediction_stands_for_its_x0_and_eps(prediction):
     process, t = GaussianProcess(prediction=prediction), torch.tensor([0, 3, 500, 999])
     x0, eps = rand(2, 4, 1, 4, 4)
     xt, a = process.q_sample(x0, t, eps), process.alphas_cumprod[t][:, None, None, None]
-    truth = {"eps": eps, "x0": x0, "v": a.sqrt() * eps - (1 - a).sqrt() * x0}[prediction]
-    close(process.target(x0, eps, t), truth)
-    close(process.x0_from_output(truth, xt, t), x0)
+    output = truth(prediction, a, x0, eps)
+    close(process.target(x0, eps, t), output)
+    close(process.x0_from_output(output, xt, t), x0)
     close(process.eps_from_x0(x0, xt, t), eps)
 
 
@@ -350,15 +328,6 @@ def test_a_step_with_the_truth_has_the_noise_of_the_timestep_it_goes_to(eta):
     close(of_noise, eta * small.sqrt())  # and none on the image
 
 
-def test_an_x0_that_is_linear_in_log_snr_is_extrapolated_to_the_midpoint():
-    process, (before, t, s) = GaussianProcess(), torch.tensor([[800, 999], [500, 600], [300, 0]])
-    log_snr = [(process.alpha_bar(u) / (1 - process.alpha_bar(u))).log() for u in (before, t, s)]
-    x0_before, x0, x0_middle = (
-        0.3 + 0.1 * at for at in (log_snr[0], log_snr[1], (log_snr[1] + log_snr[2]) / 2)
-    )
-    close(process.extrapolate(x0, x0_before, before, t, s), x0_middle)
-
-
 def test_timesteps_fall_evenly_from_the_start():
     trailing, even = (GaussianProcess(10, timestep_spacing=name) for name in SPACINGS)
     assert trailing.timesteps(5) == [9, 7, 5, 3, 1] and trailing.timesteps(1) == [9]
@@ -426,7 +395,7 @@ def test_with_all_timesteps_the_samples_are_distributed_as_the_data(sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_drawn_images_have_the_exact_mean_and_variance(sampler):
-    ddpm, (eta, order) = gaussian(size=8), SAMPLERS[sampler]
+    ddpm, (eta, order) = gaussian(), SAMPLERS[sampler]
     images = ddpm.sample(250, sampler=sampler, steps=20, seed=1).double()
     mean, variance = moments_by_hand(ddpm, ddpm.timesteps(20), eta, order)
     deviations = 4 / math.sqrt(images.numel())
@@ -454,34 +423,3 @@ def test_the_deterministic_samplers_converge_to_the_exact_flow_at_their_order(sa
     slopes = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
     assert slopes == pytest.approx([order] * 3, abs=0.5), slopes
     assert order - 0.15 < slopes[-1] < order + 0.35, slopes
-
-
-def test_a_network_and_loops_of_ones_own_train_and_sample_in_twenty_lines():
-    """The network is a straight line from x_t to the prediction for each timestep: it is exact."""
-    torch.manual_seed(0)
-    process, network = GaussianProcess(10, prediction="v"), torch.nn.Embedding(10, 2)
-    optimizer = torch.optim.Adam(network.parameters())
-
-    def predict(xt, t):
-        slope, offset = network(t).T[..., None, None, None]
-        return slope * xt + offset
-
-    for step in range(300):
-        optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / 300)
-        (x0, eps), t = torch.randn(2, 1000, 1, 1, 1), torch.randint(10, (1000,))
-        x0 = MEAN + STD * x0
-        error = predict(process.q_sample(x0, t, eps), t) - process.target(x0, eps, t)
-        optimizer.zero_grad()
-        error.square().mean().backward()
-        optimizer.step()
-
-    xt = torch.randn(20_000, 1, 1, 1)
-    with torch.no_grad():
-        for i, j in pairwise([*process.timesteps(10), -1]):
-            t, s = torch.full((20_000,), i), torch.full((20_000,), j)
-            x0 = process.x0_from_output(predict(xt, t), xt, t)
-            eps, noise = process.eps_from_x0(x0, xt, t), torch.randn(xt.shape)
-            xt = process.step(x0, eps, t, s, eta=1.0, noise=noise)
-    mean, variance = moments_by_hand(process, process.timesteps(10), 1.0)
-    assert xt.mean().item() == pytest.approx(mean, abs=0.01)
-    assert xt.std().item() == pytest.approx(math.sqrt(variance), rel=0.1)

@@ -111,10 +111,13 @@ def check_equal(folder, other):
         assert abs(x - y).max() <= 1, name
 
 
-SLOW = [pytest.param(*numbers, marks=pytest.mark.slow) for numbers in ((1, 3), (2, 1))]
+def test_two_processes_do_what_one_does(alone, flags, tmp_path):
+    finish(2, tmp_path, *flags)
+    check_equal(tmp_path, alone)
 
 
-@pytest.mark.parametrize("agents, each", [(1, 2), *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("agents, each", [(1, 3), (2, 1)])
 def test_torchrun_with_several_processes_does_what_one_does(alone, flags, tmp_path, agents, each):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={each}"]
     command += [f"--nnodes={agents}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]

@@ -1,5 +1,6 @@
-"""What many tests share: the smallest network, model and run, and three ways to compare."""
+"""What many tests share: the smallest networks, models and run, and ways to compare."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from diffusion import DDPM
 from unet import UNet
+
+MEAN, STD = 0.3, 0.1  # of the pixels of `gaussian`; clipping to [-1, 1] never bites
 
 # The smallest run of the script: 20 steps an epoch, some seconds. Later flags replace earlier ones.
 FLAGS = (
@@ -39,6 +42,72 @@ def tiny_ddpm(num_classes=None, network=None, **settings):
         shape = {name: settings[name] for name in ("image_size", "channels")}
         network = tiny_unet(num_classes=num_classes, out_channels=outputs, **shape)
     return DDPM(network, **settings).eval()
+
+
+class OwnNetwork(torch.nn.Module):
+    """The least network of one's own: parameters, a buffer, and labels if it has `num_classes`."""
+
+    def __init__(self, channels=1, out_channels=1, num_classes=10):
+        super().__init__()
+        self.num_classes = num_classes
+        self.conv = torch.nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.labels = num_classes and torch.nn.Embedding(num_classes + 1, out_channels)
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, xt, t, y=None):
+        h = self.scale * self.conv(xt) + t[:, None, None, None] / 8
+        return h if y is None else h + self.labels(y)[:, :, None, None]
+
+
+def truth(prediction, a, x0, eps):
+    """What a network should predict, by the papers; `a` is alphas_cumprod at t, (N, 1, 1, 1)."""
+    return {"eps": eps, "x0": x0, "v": a.sqrt() * eps - (1 - a).sqrt() * x0}[prediction]
+
+
+class Exact(torch.nn.Module):
+    """The best possible network for pixels N(means[y], STD^2); the last label is 'no label'.
+
+    With a = alphas_cumprod[t], E[x0 | x_t] = mean + sqrt(a) STD^2 / (a STD^2 + 1 - a) (x_t -
+    sqrt(a) mean). `places`, if any, says for each t where a learned variance lies, from -1 to 1.
+    """
+
+    def __init__(self, means, places):
+        super().__init__()
+        self.means, self.places = torch.tensor(means, dtype=torch.float64), places
+        self.num_classes = len(means) - 1 or None
+
+    def forward(self, xt, t, y=None):
+        a = self.alphas_cumprod[t][:, None, None, None]
+        mean = self.means[torch.zeros_like(t) if y is None else y][:, None, None, None]
+        x0 = mean + a.sqrt() * STD**2 / (a * STD**2 + 1 - a) * (xt - a.sqrt() * mean)
+        output = truth(self.prediction, a, x0, (xt - a.sqrt() * x0) / (1 - a).sqrt())
+        if self.places is None:
+            return output
+        return torch.cat([output, self.places(t)[:, :, None, None].expand(xt.shape)], dim=1)
+
+
+def gaussian(means=(MEAN,), place=None, num_timesteps=1000, **settings):
+    """A DDPM of the `Exact` network; with a `place` its variance is learned."""
+    places = None
+    if place is not None:
+        settings["variance"], places = "learned", torch.nn.Embedding(num_timesteps, 1)
+        torch.nn.init.constant_(places.weight, place)
+    network = Exact(means, places)
+    ddpm = tiny_ddpm(network=network, num_timesteps=num_timesteps, **settings)
+    network.prediction, network.alphas_cumprod = ddpm.prediction, ddpm.alphas_cumprod
+    return ddpm
+
+
+@contextmanager
+def full_disk(size):
+    """Inside, the system refuses to write more than so many bytes into a file."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def same(a, b):
