@@ -246,9 +246,9 @@ def real_draws(images, labels, n, evenly, draws=8):
     groups = [(labels == label).nonzero()[:, 0] for label in labels.unique()] if evenly else []
     groups, found = groups or [torch.arange(len(labels), device=labels.device)], []
     size = math.ceil(n / len(groups))
-    for k in range(draws):
+    for k in range(max(1, min(draws, min(map(len, groups)) // size))):
         index = torch.cat([group[k * size : (k + 1) * size] for group in groups])
-        found += [images[index]] if len(index) == size * len(groups) or not k else []
+        found.append(images[index[:n]])
     return found
 
 

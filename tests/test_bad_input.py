@@ -30,7 +30,7 @@ from timesteps import make_timesteps
 from unet import UNet
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400  # no float holds the last
-X, T = torch.zeros(2, 1, 8, 8), torch.tensor([0, 9])
+X, T = torch.full((2, 1, 8, 8), 1 / 255), torch.tensor([0, 9])
 BYTES, DIGITS = torch.zeros(5, 8, 8, dtype=torch.uint8), torch.arange(5)
 MODEL = tiny_ddpm(3)  # ten timesteps, labels 0 to 2
 

@@ -125,7 +125,9 @@ def test_the_recipe_and_other_lines_decide_those_below_them(flags, expected):
 WRONG = {int: ['"3"', "2.5", "True", "None"], float: ['"1e-3"', "True", 'float("nan")', "1e999"]}
 WRONG |= {bool: ["1", '"True"', "None"], str: ["None", '""', '"a\\0b"'], tuple: ["[8]", "(8.0,)"]}
 WRONG |= {bool | str: ["3"], dict: ['"Quick"', "None", "3"]}
-KINDS = {name: dict if isinstance(c.kind, dict) else c.kind for name, c in CONSTANTS.items()}
+KINDS = {
+    name: dict if isinstance(c.kind, (dict, tuple)) else c.kind for name, c in CONSTANTS.items()
+}
 OUT_OF_RANGE = """
     seed=-1 train_size=0 test_size=1 image_size=0 channels=2 num_clusters=-1 base_channels=50
     channel_mult=0 num_res_blocks=0 dropout=1.5 attention_resolutions=7 time_emb_dim=0 num_heads=0

@@ -349,8 +349,8 @@ def test_a_png_is_read_as_a_person_sees_it(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_png_without_a_definite_picture_is_refused(kind, tmp_path):
-    (content, reason), path = REFUSED[kind], tmp_path / ".b.png"
-    (tmp_path / ".a.png").write_bytes(GOOD)
+    (content, reason), path = REFUSED[kind], tmp_path / "b.png"
+    (tmp_path / "a.png").write_bytes(GOOD)
     content(path) if callable(content) else path.write_bytes(content)
     refused(lambda: read_folder(tmp_path), f"{path}: not a readable PNG", reason)
 
@@ -362,17 +362,29 @@ def test_a_folder_and_its_subfolders_are_read_in_the_order_of_their_paths(tmp_pa
     for i, name in enumerate(names):
         (tmp_path / name).write_bytes(png("L", i))
     (tmp_path / "link.png").symlink_to("b.png")
-    for name in (".hidden", "b.png.txt", "deep/png"):
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in (".hidden", ".ipynb_checkpoints/c.png", "b.png.txt", "deep/png"):
         (tmp_path / name).write_text("not an image")
     (tmp_path / "linked.png").symlink_to("deep")  # a folder
     images, left_out = read_folder(str(tmp_path))
-    assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 2]
-    assert left_out == [".hidden", "b.png.txt", "deep/png", "linked.png"]
+    assert images[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5, 2]
+    assert left_out == ["b.png.txt", "deep/png", "linked.png"]
+
+
+def test_large_pictures_are_resized_when_they_are_read(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (64, 96), (9, 99, 199)).save(tmp_path / f"{name}.png")
+    images, _ = read_folder(tmp_path, 32)
+    assert images.shape == (2, 3, 32, 32) and images[0, :, 5, 5].tolist() == [9, 99, 199]
 
 
 def test_a_folder_that_cannot_be_measured_is_refused(tmp_path, monkeypatch):
     refused(lambda: read_folder(tmp_path), tmp_path, "no PNG is in it")
     refused(lambda: read_folder(tmp_path / "missing"), "there is no such folder")
+    refused(lambda: read_folder(__file__), "it is a file")
+    (tmp_path / "real.png").write_bytes(GOOD)
+    refused(lambda: read_folder(tmp_path), "holds the grids of a run")
+    (tmp_path / "real.png").unlink()
     (tmp_path / "a.png").write_bytes(png("L", *range(32)))
     (tmp_path / "b\n.png").write_bytes(png("L", *range(28)))
     refused(lambda: read_folder(tmp_path), "b\\n.png", "28x1 pixels; expected 32x1", "of a.png")

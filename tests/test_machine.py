@@ -178,15 +178,22 @@ def split(n, config, augment=False):
     return Images("mnist", images, torch.arange(n) % 10, config.channels, augment, 0, config.device)
 
 
+def cluster(images, number, within_labels, cluster=Images.use_clusters):
+    """`Images.use_clusters` with shares of 1, since those of the pretended GPU read as zeros."""
+    return [[1.0] * len(row) for row in cluster(images, number, within_labels)]
+
+
 def prepare(config, monkeypatch, n=12):
     """`train_eval.prepare` with so many images and an `OwnNetwork`, and the model to train."""
-    known = 10 if config.use_conditional_generation else config.num_clusters or None
-    network, cluster = OwnNetwork(config.channels, config.channels, known), Images.use_clusters
+
+    def network(config):
+        labels = 10 if config.use_conditional_generation else 0
+        return OwnNetwork(config.channels, config.channels, labels + config.num_clusters or None)
+
     splits = split(n, config, config.use_augmentation), split(10, config)
-    monkeypatch.setattr(train_eval, "build_network", lambda config: network)
+    monkeypatch.setattr(train_eval, "build_network", network)
     monkeypatch.setattr(train_eval, "load_images", lambda config: splits)
-    # the shares of clusters would read as zeros
-    monkeypatch.setattr(Images, "use_clusters", lambda self, k: cluster(self, k) and [1.0] * k)
+    monkeypatch.setattr(Images, "use_clusters", cluster)
     run = train_eval.prepare(config, {})
     return run, processes.parallel(run.ddpm).train()
 
@@ -358,7 +365,7 @@ def test_metrics_mix_no_devices(places, monkeypatch):
         assert report["frechet"] == 0 and report["accuracy"] == 1 and len(pairs) == 20
         found = *classifier.read(samples), *metrics.nearest(samples, train)
         assert all(x.device.type == "cpu" and len(x) == 70 for x in found)
-        assert metrics.FrechetMeter(classifier, test, train)(samples) == 0
+        assert metrics.FrechetMeter(classifier, test, [train[:70]])(samples) == 0
         a, b = (torch.zeros(9, 4, device=place) for place in on[1:3])
         assert metrics.frechet_distance(a, b) == 0 and metrics.precision_recall(a, b)
 
@@ -419,18 +426,17 @@ UNLABELLED = "--no-use_conditional_generation --num_clusters 0 --guidance_scale 
 def test_a_run_compiles_no_more_graphs_than_it_needs(flags, compiler, monkeypatch):
     """Each graph costs a large network a minute, and after eight of them torch stops compiling.
 
-    Training needs two: one for full batches, and one of any size for the last batch of an epoch.
-    Inference needs one: torch has seen several sizes then, and makes a graph for any size. Neither
-    what a batch is for nor the step of a sampler may ask for another.
+    Training needs one, for full batches: the last of an epoch is not compiled. Inference needs two,
+    see the next test. Neither what a batch is for nor the step of a sampler may ask for another.
     """
     run, model, warm_up = compiled_run(flags, monkeypatch)
     machine.compile_network(run.config, run.ddpm, warm_up)
-    assert compiler.graphs == ["training", "training", "inference"]
+    assert compiler.graphs == ["training", "inference"]
     for x0, y in run.train_images.epochs(16, 1, 0, 17):
         train_eval.train_step(run, model, x0, y, 0.1)
     with run.parts["ema"].applied():
         evaluate(run)
-    assert compiler.graphs == ["training", "training", "inference"]
+    assert compiler.graphs == ["training", "inference", "inference"]
 
 
 def test_an_evaluation_compiles_no_more_graphs_than_it_needs(compiler, monkeypatch):
@@ -523,10 +529,11 @@ def test_the_process_is_prepared_on_any_console_and_keeps_freed_memory(monkeypat
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(reconfigure=lambda **x: asked.append(x)))
     monkeypatch.setattr(sys, "stderr", object())  # a stream of somebody else's making
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    machine.prepare_process()
-    assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.benchmark
-    torch.set_float32_matmul_precision(precision)
-    assert asked == [(-1, 2**30), (-3, 2**25), {"errors": "replace"}]
+    with machine.prepared_process():
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.benchmark
+    assert torch.get_float32_matmul_precision() == precision
+    assert not torch.backends.cudnn.benchmark
+    assert asked == [(-1, 2**30), (-3, 2**25), {"errors": "replace", "line_buffering": True}]
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # another C library
     machine.keep_freed_memory()
 
@@ -534,8 +541,12 @@ def test_the_process_is_prepared_on_any_console_and_keeps_freed_memory(monkeypat
 def test_what_ends_a_run_is_said_in_one_line():
     for error, words in (
         (OSError(28, "No space"), "[Errno 28] No space; what was saved before is whole"),
-        (torch.OutOfMemoryError("CUDA.\nmore"), "out of memory (OutOfMemoryError: CUDA.); try a"),
-        (MemoryError(), "out of memory (MemoryError: ); try a smaller --batch_size or --base_chan"),
+        (torch.OutOfMemoryError("CUDA.\nmore"), "out of memory (OutOfMemoryError: CUDA.); try --"),
+        (
+            MemoryError(),
+            "out of memory (MemoryError: ); try --grad_accumulation 2 or more, or a sm",
+        ),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), "out of memory (RuntimeError: CUBLAS_"),
         (RuntimeError("[gloo] closed"), "another process of the run has ended, or cannot be rea"),
     ):
         with pytest.raises(SystemExit) as caught, machine.errors_in_one_line():

@@ -68,7 +68,7 @@ def test_the_load_is_that_of_all_programs_and_of_this_one(monkeypatch):
         threads._watch_others(threading.Event(), pause=0.01)  # comes back
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_a_request_and_the_second_an_order(signum, capfd):
     before, interrupt = signal.getsignal(signum), threads.Interrupt()
     with pytest.raises(KeyboardInterrupt), interrupt, interrupt.after_the_step():
@@ -80,6 +80,22 @@ def test_the_first_signal_is_a_request_and_the_second_an_order(signum, capfd):
     assert capfd.readouterr().err.count("stopping after this step") == 1
     with pytest.raises(KeyboardInterrupt), threads.Interrupt():  # while nothing is trained
         signal.raise_signal(signum)
+
+
+def test_a_lost_terminal_is_nothing_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with threads.Interrupt() as interrupt, interrupt.after_the_step():
+        signal.raise_signal(signal.SIGHUP)
+        assert interrupt.asked() is None
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("text, cores", [("150000 100000", 1), ("max 100000", 3), ("", 3)])
+def test_a_containers_quota_counts(text, cores, tmp_path, monkeypatch):
+    (tmp_path / "cpu.max").write_text(text)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    assert threads._cores(tmp_path / "cpu.max") == cores
+    assert threads._cores(tmp_path / "missing") == 3
 
 
 def test_a_save_is_asked_for_once_and_a_stop_comes_first():
@@ -96,5 +112,5 @@ def test_another_process_may_be_asked_and_another_thread_has_no_signals():
         with threads.Interrupt(agree=lambda number: max(number, answers.pop())) as interrupt:
             return signal.getsignal(signum), [interrupt.asked() for _ in "123"], interrupt.status
 
-    found = ThreadPoolExecutor().submit(elsewhere, [15, 1, 0]).result()
+    found = ThreadPoolExecutor().submit(elsewhere, [30, 1, 0]).result()
     assert found == (signal.getsignal(signal.SIGINT), [None, "save", "stop"], 143)
