@@ -341,7 +341,7 @@ def test_an_evaluation_of_the_unet_in_bf16_mixes_no_devices(monkeypatch):
 
 @pytest.mark.parametrize("places", ("0111", "1000", "0110", "1111"))
 def test_metrics_mix_no_devices(places, monkeypatch):
-    """Samples, labels, training and test images each on the CPU or on the GPU, with the classifier.
+    """Samples, labels, training and test images on either device, the classifier on the GPU.
 
     It trains, but for `backward`.
     """
