@@ -413,6 +413,10 @@ FAULTS = {
         ),
         "samples-cut-not-rounded-to-bytes": ("* 127.5).round().clamp", "* 127.5).clamp"),
     },
+    "metrics.py | machine | metrics_mix": {
+        "samples-left-on-their-device": ("images.to(others.device)", "images"),
+        "features-left-on-their-device": ("    samples = samples.to(real)\n", ""),
+    },
     "dataprocess.py | dataprocess": {
         "augmentation-in-the-test-split": ("augment and not splits", "augment"),
         "augmentation-after-normalisation": (
