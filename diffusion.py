@@ -198,12 +198,6 @@ class Denoiser(GaussianProcess):
         prediction = output[:, : self.channels]
         return self.with_skip(prediction, xt, t) if self.skip_std else prediction, fraction
 
-    def p_mean_variance(self, xt, t, y=None, guidance_scale=1.0):
-        """Mean, (N, C, H, W), and variance of p(x_{t-1} | x_t), and x0 (DDPM sec. 3.2)."""
-        x0, _, variance_fraction = self.denoise(xt, t, y, guidance_scale)
-        mean, _ = self.q_posterior(x0, xt, t)
-        return mean, self.log_variance(t, t - 1, variance_fraction).exp().to(xt.dtype), x0
-
 
 class DDPM(Denoiser):
     """A denoising diffusion probabilistic model: samples, bits per dimension, files.
@@ -409,11 +403,11 @@ class DDPM(Denoiser):
         checkpoint.save_checkpoint(path, model)
 
     @classmethod
-    def load(cls, path, device=None, network=None):
+    def load(cls, path=None, device=None, network=None):
         """The model that `save` wrote, in evaluation mode.
 
         Args:
-            path: the file.
+            path: the file; None means checkpoints/best_model.pt, else the trained one in assets/.
             device: where to put it; None means the GPU if there is one.
             network: what to load the weights into; None builds the saved one, a `UNet`.
 
@@ -423,6 +417,7 @@ class DDPM(Denoiser):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         checks.device(device)
+        path = checkpoint.best_model("checkpoints") if path is None else path
         saved = checkpoint.load_checkpoint(path, ("network", "diffusion", "weights", "info"))
         if network is None and saved["network"] is None:
             raise ValueError(f"{path}: its network is no UNet; give load() the network")

@@ -19,7 +19,7 @@ from diffusion import DDPM, LOSSES, SAMPLERS, SETTINGS
 from ema import EMA
 from process import BETA_SCHEDULES, PREDICTIONS, SPACINGS, VARIANCES
 from support import configurator, console, machine, monitor, pictures, processes
-from support.checkpoint import load_checkpoint, load_last, restore, save_last
+from support.checkpoint import best_model, load_checkpoint, load_last, restore, save_last
 from support.configurator import input_errors
 from support.datasets import DATASETS, read_folder
 from support.files import RunFolder
@@ -40,6 +40,8 @@ data_dir: str = "data"  # folder of the data; what is neither there nor in asset
 save_dir: str = "checkpoints"  # folder for everything that a run leaves
 resume: bool = False  # continue the run in save_dir from its last.pt
 evaluate: bool | str = False  # only measure best_model.pt of save_dir, or with FOLDER its PNGs
+sample: int = 0  # only draw so many images with it, a PNG each, into samples/drawn
+digits: tuple = ()  # labels that --sample asks for in turn; (): all, in turn
 
 # recipe
 # reference: the large network, for hours on a GPU; quick: a small one, good digits in minutes
@@ -130,6 +132,7 @@ compile_mode: COMPILE_MODES = "default"  # of torch.compile; reduce-overhead tak
 FIRST_LOOK, FEW_IMAGES = 200, 128  # step of the first look; images whose loss it measures
 # Smallest values, where a whole number of 1 or another of 0 is not the smallest; largest ones.
 LEAST = dict.fromkeys(("seed", "num_clusters", "target_references", "warmup_steps", "ema_start"), 0)
+LEAST |= {"sample": 0}
 LEAST |= dict.fromkeys(("test_size", "bound_images", "bound_terms"), 2)
 MOST = {"adam_beta2": 0.99999, "num_samples": 1000, "log_every": 100_000}
 OF_THE_MACHINE = {"machine", "command", "hardware"}  # groups that a saved run does not keep
@@ -154,6 +157,8 @@ def main(argv=None):
                     finished = evaluate_folder(chosen)
                 elif chosen.config.evaluate:
                     finished = evaluate_model(chosen)
+                elif chosen.config.sample:
+                    finished = draw_files(chosen)
                 else:
                     finished = run_training(chosen, interrupt)
                 if finished:
@@ -442,7 +447,10 @@ def test_loss(config, ddpm, images):
 
 def draw(config, ddpm, n, advice="", **how):
     """n images from the same noise each time, and their labels: the digits in turn, or None."""
-    y = torch.arange(n) % ddpm.num_labels if config.use_conditional_generation else None
+    y = None
+    if config.use_conditional_generation:
+        digits = torch.tensor(config.digits or range(ddpm.num_labels))
+        y = digits[torch.arange(n) % len(digits)]
 
     def images(part, seed):
         labels = None if y is None else y[part]
@@ -453,8 +461,8 @@ def draw(config, ddpm, n, advice="", **how):
 
 
 def load_best(config):
-    """The model of best_model.pt, in the network of the constants."""
-    path = Path(config.save_dir) / "best_model.pt"
+    """The model of best_model.pt, or that in assets/, in the network of the constants."""
+    path = best_model(config.save_dir)
     ddpm = machine.place(DDPM.load(path, config.device, build_network(config)), config)
     ddpm.timestep_spacing = config.timestep_spacing
     machine.compile_network(config, ddpm)
@@ -500,15 +508,36 @@ def draw_grid(config, ddpm, loss, meter):
         print(f"final grid: {read:.0%} of {n} read as the digit asked for")
 
 
+def adopt_best(chosen):
+    """The constants of the run of best_model.pt, and its `info`."""
+    path = best_model(chosen.config.save_dir)
+    info = load_checkpoint(path, ("info",))["info"]
+    if not {"config", "script", "step", "log"} <= info.keys():
+        raise ValueError(f"{path}: not written by train_eval.py; load it with DDPM.load")
+    config = configurator.adopt(chosen, info, FREE_TO_EVALUATE, OF_THE_MACHINE)
+    configurator.check_together(config)
+    return config, info
+
+
+def draw_files(chosen):
+    """Draw `sample` images with best_model.pt: PNGs in a new folder, and a grid. Returns True."""
+    with input_errors():
+        config, _ = adopt_best(chosen)
+        ddpm = load_best(config)
+        if config.digits and not config.use_conditional_generation:
+            raise ValueError(f"digits {config.digits}: the model was trained without labels")
+        if config.digits and not 0 <= min(config.digits) <= max(config.digits) < ddpm.num_labels:
+            raise ValueError(f"digits {config.digits}: expected labels below {ddpm.num_labels}")
+    how = {"sampler": config.sampler, "guidance_scale": config.guidance_scale}
+    images, y = draw(config, ddpm, config.sample, steps=config.sample_steps, **how)
+    on_main(monitor.write_files)(config, images, y)
+    return True
+
+
 def evaluate_model(chosen):
     """Measure best_model.pt of save_dir: test loss, bits per dimension, samples. Returns True."""
-    path = Path(chosen.config.save_dir) / "best_model.pt"
     with input_errors():
-        info = load_checkpoint(path, ("info",))["info"]
-        if not {"config", "script", "step", "log"} <= info.keys():
-            raise ValueError(f"{path}: not written by train_eval.py; load it with DDPM.load")
-        config = configurator.adopt(chosen, info, FREE_TO_EVALUATE, OF_THE_MACHINE)
-        configurator.check_together(config)
+        config, info = adopt_best(chosen)
         train_images, test_images = load_images(config)
         ddpm = load_best(config)
     loss = measure_and_draw(config, ddpm, split_test(test_images)[1])

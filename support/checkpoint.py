@@ -15,6 +15,7 @@ from support import checks
 from support.files import one_line, shown, whole_file
 from support.machine import unwrapped
 
+STORED = Path(__file__).parent.parent / "assets" / "quick.pt"  # a run of the quick recipe
 LAST = ("config", "script", "step", "rng", "network", "ema", "optimizer", "timesteps", "stats")
 PLAIN = (torch.Tensor, nn.Parameter, str, int, float, bool, type(None))  # what a checkpoint holds
 
@@ -110,6 +111,15 @@ def load_checkpoint(path, keys):
     return saved
 
 
+def best_model(save_dir):
+    """The path of best_model.pt of a run's folder; without one, that of the model in assets/."""
+    path = Path(save_dir, "best_model.pt")
+    if not path.exists() and STORED.exists():
+        print(f"no run in {save_dir}: this is assets/{STORED.name}, a run of the quick recipe")
+        return STORED
+    return path
+
+
 def _is_whole_zip(path):
     """Whether a file is a zip archive, as `torch.save` writes it, without a damaged part."""
     try:
@@ -201,3 +211,16 @@ def match_layouts(optimizer):
             if isinstance(value, torch.Tensor):  # else the file stays open
                 like = parameter if value.shape == parameter.shape else value
                 moments[name] = torch.empty_like(like, dtype=value.dtype).copy_(value)
+
+
+def main(argv=None):
+    """`python -m support.checkpoint [MODEL]`: store a model, halved, as assets/quick.pt."""
+    (path,) = (sys.argv[1:] if argv is None else argv) or ["checkpoints/best_model.pt"]
+    saved = load_checkpoint(path, ("weights",))
+    saved["weights"] = {name: value.half() for name, value in saved["weights"].items()}
+    save_checkpoint(STORED, saved)
+    print(f"{STORED}: {STORED.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

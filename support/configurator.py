@@ -75,8 +75,9 @@ def configure(script, scope, least, most, argv):
         limits = least.get(name, int(constant.kind is int)), most.get(name, math.inf)
         check_kind(name, constant.value, constant.kind, *limits)
     config = argparse.Namespace(**values_of(constants))
-    if config.resume and config.evaluate:
-        raise ValueError("resume and evaluate: expected one of them; --evaluate does not train")
+    asked = [name for name in ("resume", "evaluate", "sample") if vars(config).get(name)]
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)}: expected one of them; only --resume trains")
     config.save_dir = os.path.expanduser(config.save_dir)
     return Chosen(config, set(given), values_of(read({})), read)
 

@@ -196,9 +196,6 @@ def test_guidance_is_uncond_plus_s_times_the_difference_but_not_of_a_variance(sc
     assert fraction[:, 0, 0, 0].tolist() == pytest.approx([(p + 1) / 2 for p in place])
     assert ddpm.network.labels() == [{0: [2, 2], 1: [0, 1]}.get(scale, [0, 1, 2, 2])]  # one batch
     assert same(ddpm.predict(xt, t, [0, 1], scale), (x0, eps))
-    mean, variance, p_x0 = ddpm.p_mean_variance(xt, t, y, scale)
-    assert torch.equal(p_x0, x0) and torch.equal(mean, ddpm.q_posterior(x0, xt, t)[0])
-    torch.testing.assert_close(variance, ddpm.log_variance(t, t - 1, fraction).exp().float())
 
 
 def test_the_networks_output_comes_in_float32_and_in_one_layout():

@@ -310,7 +310,7 @@ def test_samplers_and_the_bound_never_wait_for_the_device(sampler, variance):
             assert ddpm.sample(5, y, guidance_scale=0, **how).dtype == torch.float32
             options = dict(y=y, guidance_scale=2.0, seed=3, steps=1)
             assert on_cuda(ddpm.interpolate(x0, x0 + 1, [0, 0.5, 1], 4, **options))
-            assert on_cuda(*ddpm.predict(x0, y, y, 2.0), *ddpm.p_mean_variance(x0, y, y))
+            assert on_cuda(*ddpm.predict(x0, y, y, 2.0), *ddpm.denoise(x0, y, y)[:2])
             assert on_cuda(*likelihood.bound_terms(ddpm, x0, y, 2, generator))
 
 
