@@ -505,7 +505,7 @@ FAULTS = {
             'divmod(progress["step"], run.steps_per_epoch)',
             'progress["step"] // run.steps_per_epoch, 0',
         ),
-        "ctrl-c-not-saved": ("if saving or asked:", "if saving:"),
+        "ctrl-c-not-saved": ("if asked or last or saving and", "if last or saving and"),
     },
     "train_eval.py | train_eval | best_model or lowest_test or test_loss_is or digits_in_turn": {
         "best-loss-not-remembered": (
