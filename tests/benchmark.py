@@ -57,7 +57,14 @@ from support.threads import patient_threads  # noqa: E402
 
 # A parameter, float32: read, written; gradient written, read; two moments and shadow read, written.
 STEP_BYTES = 40
-H100 = {"bf16": 989e12, "copy": 3.35e12, "memory": 80e9}  # dense, HBM3: data sheet
+# On a card, with bf16: casts 12, copies in bf16 6, norm and clipping 12, AdamW 28, EMA 12.
+CARD_BYTES = 70
+CARDS = {  # operations a second of dense products, bytes a second: data sheets
+    "H100, bf16": (989e12, 3.35e12),
+    "RTX 4090, bf16": (165e12, 1.01e12),
+    "RTX 3060, bf16": (25e12, 0.36e12),
+    "T4, float32": (8.1e12, 0.32e12),
+}
 COLUMNS = {
     "what": "{}",
     "ms": "{:.4g}",
@@ -599,23 +606,24 @@ class Bench:
         )
 
     def on_paper(self):
-        """The reference on an H100: counts over the data sheet's numbers, nothing measured."""
-        for batch in (16, 128):
-            config = changed(self.reference, batch_size=batch, bf16=True)
+        """The reference on cards: counts over the data sheets' numbers, nothing measured."""
+        for batch, (card, (rate, width)) in itertools.product((16, 128), CARDS.items()):
+            config = changed(self.reference, batch_size=batch, bf16="bf16" in card)
             operations, moved, params, saved = count("ours", config)
-            compute, memory = operations / H100["bf16"], moved / H100["copy"]
+            moved += (CARD_BYTES - STEP_BYTES) * params
+            compute, memory = operations / rate, moved / width
             seconds, steps = max(compute, memory), math.ceil(60_000 / batch) * 50
             times = f"{1e3 * compute:.3g} ms products, {1e3 * memory:.3g} ms memory"
             note = f"{times} ({moved / 1e9:.3g} GB); 50 epochs {steps * seconds / 3600:.2g} h"
             self.row(
-                "reference on one H100 card, on paper",
-                f"batch {batch}",
+                "reference on one card, on paper",
+                f"{card}, batch {batch}",
                 ms=1e3 * seconds,
                 images_s=batch / seconds,
                 params_m=params / 1e6,
                 gflop=operations / 1e9,
                 ceiling=compute / seconds,
-                of="bf16",
+                of=card.partition(", ")[2],
                 peak_mb=(20 * params + saved) / 1e6,
                 note=note,
             )

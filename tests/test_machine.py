@@ -500,14 +500,25 @@ def test_the_precision_is_said_with_its_reason(monkeypatch):
         assert machine.describe_precision(SimpleNamespace(device="", bf16=bf16)).startswith(words)
 
 
-@pytest.mark.parametrize("device, bf16", (("cpu", False), ("cpu", True), ("cuda:1", True)))
-def test_a_module_is_placed_in_its_fast_layout(device, bf16):
+@pytest.mark.parametrize(
+    "device, bf16, capability",
+    [
+        ("cpu", False, None),
+        ("cpu", True, None),
+        ("cuda:1", True, (7, 5)),
+        ("cuda:1", False, (7, 5)),
+        ("cuda:1", False, (8, 0)),
+    ],
+)
+def test_a_module_is_placed_in_its_fast_layout(device, bf16, capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config, kind = SimpleNamespace(device=device, bf16=bf16), torch.device(device).type
     with PretendCuda(may_read=True):
         checks.device(device)
         module = nn.Conv2d(3, 4, 3)
         assert machine.place(module, config) is module and module.weight.device.type == kind
-        fast = torch.contiguous_format if kind == "cpu" else torch.channels_last
+        plain = kind == "cpu" or not bf16 and capability < (8, 0)  # pytorch#50036
+        fast = torch.contiguous_format if plain else torch.channels_last
         assert module.weight.is_contiguous(memory_format=fast)
     with machine.autocast(config):
         assert torch.is_autocast_enabled(kind) == bf16

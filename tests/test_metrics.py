@@ -301,6 +301,17 @@ def test_the_seed_chooses_the_real_images(mnist, classifier, real):
     assert first["frechet_real"] != other["frechet_real"]
 
 
+def test_real_draws_are_of_the_labels_as_the_samples_are():
+    labels = torch.tensor([0] * 30 + [1] * 70)
+    draws = metrics.real_draws(torch.arange(100), labels, 20, evenly=True)
+    assert [len(draw) for draw in draws] == [20] * 3 and len(torch.cat(draws).unique()) == 60
+    assert all((labels[draw] == 0).sum() == 10 for draw in draws)
+    draws = metrics.real_draws(torch.arange(100), labels, 30, evenly=False)
+    assert torch.cat(draws).tolist() == [*range(90)]
+    (few,) = metrics.real_draws(torch.arange(100), labels, 90, evenly=True)
+    assert len(few) == 75  # all that there are of the first label
+
+
 def test_the_meter_reads_the_real_images_once(mnist, classifier, real, monkeypatch):
     train, test = (split.images[:1000] for split in mnist)
     meter = metrics.FrechetMeter(classifier, test, [train[:500], train[500:]])

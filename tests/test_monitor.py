@@ -80,6 +80,32 @@ def test_a_resumed_run_replaces_what_came_after_its_last_save(tmp_path):
     assert log_of(tmp_path)[1]["train/batch_loss"] == {4: 1, 8: 2, 12: 4, 16: 5}
 
 
+def test_a_run_that_moved_to_its_own_folder_goes_on_with_its_log(tmp_path):
+    """Only its first half is there: `run_DATE` is inside the folder of all logs."""
+    moved = tmp_path / "run_DATE"
+    with watch_of(tmp_path) as watch:
+        four_steps(watch, 2.0)
+    with watch_of(moved, step=4) as watch:
+        four_steps(watch, 1.0)
+    assert log_of(tmp_path)[1]["train/batch_loss"] == {4: 2.0, 8: 1.0}
+    assert not (moved / "tensorboard_logs").exists()
+    command = console.tensorboard_command(moved, "log")
+    assert os.path.samefile(
+        shlex.split(command)[1].partition("=")[2], tmp_path / "tensorboard_logs"
+    )
+
+
+def test_what_took_long_is_done_again_when_it_has_paid_off(tmp_path, monkeypatch):
+    watch, now = watch_of(tmp_path), [0.0]
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: now[0])
+    for seconds, rest, again in ((0.9, 0, True), (10, 499, False), (10, 501, True)):
+        with watch.doing("saving"):
+            now[0] += seconds
+        now[0] += rest
+        assert watch.affordable("saving") == again
+    assert watch.affordable("evaluating")
+
+
 def test_statistics_are_means_over_the_steps_and_by_quartile_of_t(monkeypatch):
     stats, one = some_stats(), torch.ones(1)
     monkeypatch.setattr(time, "perf_counter", lambda: stats.clock + 2.0)

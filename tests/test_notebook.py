@@ -59,13 +59,14 @@ def folder(tmp_path, monkeypatch, data_flags):
 def test_the_notebook_runs_on_a_model_alone(folder, monkeypatch):
     network = tiny_unet(num_classes=10, image_size=16, patch_size=8)
     ddpm = tiny_ddpm(network=network, image_size=16, num_timesteps=200, sample_steps=4)
-    config = {"dataset": "mnist", "train_size": 100, "test_size": 80}
+    config = {"dataset": "mnist", "train_size": 100, "test_size": 80, "num_clusters": 0}
+    config["use_conditional_generation"] = True
     ddpm.save("checkpoints/best_model.pt", config=config, step=7, test_loss=0.5)
     _, cells, expected = read()
     text, drawn = run_here(cells, monkeypatch)
     parameters = sum(p.numel() for p in ddpm.network.parameters())
     assert f"{parameters:,} parameters" in text and "step 7, loss of some test images 0.5" in text
-    assert text.count("This cell needs checkpoints/last.pt") == text.count("This cell needs") == 1
+    assert text.count("This cell needs last.pt") == text.count("This cell needs") == 1
     assert drawn == expected - 1
 
 

@@ -3,6 +3,7 @@
 torchrun takes seconds to start, so all tests but one fork processes with the variables it sets.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -230,6 +231,15 @@ def test_each_chunk_has_a_seed_of_its_own_that_the_run_and_its_place_decide(caps
     assert not torch.equal(found, processes.in_chunks(7, 4, noisy, size=2))
 
 
+def test_chunks_that_will_take_long_are_announced(monkeypatch, capsys):
+    now = itertools.count(0, 100)  # each look at the clock takes 100 seconds
+    monkeypatch.setattr(processes, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    for number, said in ((7, 1), (6, 0)):
+        processes.in_chunks(number, 0, lambda part, seed: torch.zeros(1), size=1, advice="less")
+        out = capsys.readouterr().out
+        assert out.count("this takes about 12 minutes; less\n") == out.count("minutes") == said
+
+
 def gradients(n, parts):
     """Losses, and the gradients of their weighted mean as a step of training gets them."""
     generator, ddpm = torch.Generator().manual_seed(0), tiny_ddpm()
@@ -288,4 +298,7 @@ def test_gpus_that_cannot_be_shared_are_refused(monkeypatch):
     for device in ("cuda", "cuda:0"):
         words = f"device '{device}' for process 2 of this machine, which has 1 GPUs: expected"
         refused(partial(processes.check_device, device), words)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(processes.dist, "is_nccl_available", lambda: False)
+    refused(partial(processes.check_device, "cuda"), "device 'cuda'", "needs NCCL")
     processes.check_device("cpu")

@@ -22,7 +22,7 @@ from torchvision.utils import make_grid
 import metrics
 import train_eval
 from diffusion import DDPM
-from support import console, pictures, processes
+from support import checkpoint, console, pictures, processes
 from support.monitor import Monitor
 from timesteps import UniformSampler
 
@@ -190,6 +190,23 @@ def test_another_seed_is_another_run(data_flags):
 
     assert same(start(0), start(0))
     assert not any(map(same, start(0), start(1)))
+
+
+def test_one_command_begins_a_run_or_resumes_it(data_flags, tmp_path, capsys, without_plots):
+    flags = [*data_flags, "--save_dir", tmp_path / "new", "--resume", "--epochs", 1]
+    assert run(*flags) == 0
+    assert f"nothing to resume in {tmp_path / 'new'}: a new run begins" in capsys.readouterr().out
+    assert run(*flags) == 0
+    out = capsys.readouterr().out
+    assert "nothing to resume" not in out and "20 steps of 8 images, 20 done" in out
+
+
+def test_a_run_is_not_made_shorter_than_it_is(trained, tmp_path, capsys):
+    shutil.copytree(trained.folder, tmp_path / "run")
+    with pytest.raises(SystemExit):
+        again(tmp_path / "run", *trained.flags[:2], "--resume", "--epochs", 1)
+    assert "epochs 1: 20 steps, but the run in" in (line := capsys.readouterr().err)
+    assert "has done 40; expected more epochs" in line and line.count("\n") == 1
 
 
 def test_a_finished_run_can_be_made_longer(trained, tmp_path, capsys, without_plots):
@@ -517,6 +534,63 @@ def test_a_model_and_a_folder_of_its_samples_measure_alike(trained, tmp_path, ca
     assert of_folder == {name: of_model[name] for name in of_folder}
     assert {"frechet", "precision", "nearest", "copies"} < of_folder.keys()
     assert (tmp_path / "measured" / "samples" / "nearest_mine.png").exists()
+
+
+def test_samples_become_files_that_measure_as_their_model_does(trained, tmp_path, capsys):
+    shutil.copytree(trained.folder, tmp_path / "run")
+    data, drawn = trained.flags[:2], tmp_path / "run" / "samples" / "drawn"
+    for _ in range(2):
+        assert again(tmp_path / "run", *data, "--sample", 70, "--guidance_scale", 1.5) == 0
+    names = sorted(path.name for path in drawn.iterdir())
+    assert names[:2] == ["00000_0.png", "00001_1.png"] and len(names) == 70
+    assert (
+        Image.open(drawn / names[0]).size == (16, 16)
+        and (tmp_path / "run/samples/drawn.png").exists()
+    )
+    again_ = drawn.with_name("drawn-2")
+    assert all((drawn / name).read_bytes() == (again_ / name).read_bytes() for name in names)
+    assert again(tmp_path / "run", *data, "--sample", 4, "--digits", "3,1") == 0
+    names = [path.name for path in drawn.with_name("drawn-3").iterdir()]
+    assert sorted(names) == ["00000_3.png", "00001_1.png", "00002_3.png", "00003_1.png"]
+    flags = ["--evaluate", "--eval_samples", 70, "--guidance_scale", 1.5]
+    assert again(tmp_path / "run", *data, *flags) == 0
+    sizes = "--train_size 160 --test_size 80 --image_size 16".split()
+    assert again(tmp_path / "run", *data, *sizes, "--evaluate", drawn) == 0
+    files = [tmp_path / "run" / f"evaluation{name}.json" for name in ("", "_drawn")]
+    of_model, of_files = (json.loads(path.read_text()) for path in files)
+    assert of_files["frechet"] == of_model["frechet"]
+    with pytest.raises(SystemExit):
+        again(tmp_path / "run", *data, "--sample", 4, "--digits", "3,10")
+    assert "digits (3, 10): expected labels below 10" in capsys.readouterr().err
+
+
+def test_measures_are_printed_though_the_folder_cannot_be_written(
+    trained, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(trained.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "samples")
+    (tmp_path / "run" / "samples").write_text("in the way")
+    monkeypatch.setattr(console, "WARNED", set())
+    assert again(tmp_path / "run", *trained.flags[:2], "--evaluate") == 0
+    out, err = capsys.readouterr()
+    assert "Fréchet distance to the test set" in out and "bits per dimension" in out
+    assert "writing the measures failed" in err and "writing a picture failed" in err
+
+
+def test_without_a_run_the_stored_model_is_taken(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint, "STORED", tmp_path / "assets" / "quick.pt")
+    (tmp_path / "assets").mkdir()
+    checkpoint.main([str(trained.folder / "best_model.pt")])
+    whole, stored = trained.folder / "best_model.pt", checkpoint.STORED
+    assert stored.stat().st_size < 0.7 * whole.stat().st_size
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    best, half = DDPM.load(whole, "cpu"), DDPM.load(device="cpu")
+    assert "no run in checkpoints: this is assets/quick.pt" in capsys.readouterr().out
+    assert half.info == best.info and half.dtype == torch.float32
+    torch.testing.assert_close(half.sample(4, seed=0), best.sample(4, seed=0), rtol=0, atol=0.05)
+    assert again("mine", *trained.flags[:2], "--sample", 2) == 0
+    assert len([*(tmp_path / "mine" / "samples" / "drawn").iterdir()]) == 2
 
 
 # Other runs, to their end and to a table of measures
