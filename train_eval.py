@@ -445,12 +445,17 @@ def test_loss(config, ddpm, images):
     return in_chunks(n, 0, losses, size=64).double().mean().item()  # faster on a CPU than 256
 
 
+def asked_labels(config, n):
+    """The digits in turn, int64, (n,), or None for a model without labels."""
+    if not config.use_conditional_generation:
+        return None
+    digits = torch.tensor(config.digits or range(Images.num_classes))
+    return digits[torch.arange(n) % len(digits)]
+
+
 def draw(config, ddpm, n, advice="", **how):
     """n images from the same noise each time, and their labels: the digits in turn, or None."""
-    y = None
-    if config.use_conditional_generation:
-        digits = torch.tensor(config.digits or range(ddpm.num_labels))
-        y = digits[torch.arange(n) % len(digits)]
+    y = asked_labels(config, n)
 
     def images(part, seed):
         labels = None if y is None else y[part]
@@ -492,10 +497,8 @@ def measure_and_draw(config, ddpm, images, meter=None):
 def draw_grid(config, ddpm, loss, meter):
     """A grid by the config's sampler, and its film; TensorBoard gets the loss too."""
     n, generator = config.num_samples, torch.Generator(config.device).manual_seed(config.seed)
-    y = None
-    if config.use_conditional_generation:
-        y = torch.arange(n, device=config.device) % ddpm.num_labels
-    classes = ddpm.draw_classes(n, y, generator)
+    y = asked_labels(config, n)
+    classes = ddpm.draw_classes(n, None if y is None else y.to(config.device), generator)
     noise = ddpm.draw_noise(n, generator)
     timesteps = ddpm.timesteps(config.sample_steps)
     how = config.sampler, None, config.guidance_scale, generator
@@ -524,13 +527,9 @@ def draw_files(chosen):
     with input_errors():
         config, _ = adopt_best(chosen)
         ddpm = load_best(config)
-        if config.digits and not config.use_conditional_generation:
-            raise ValueError(f"digits {config.digits}: the model was trained without labels")
-        if config.digits and not 0 <= min(config.digits) <= max(config.digits) < ddpm.num_labels:
-            raise ValueError(f"digits {config.digits}: expected labels below {ddpm.num_labels}")
     how = {"sampler": config.sampler, "guidance_scale": config.guidance_scale}
     images, y = draw(config, ddpm, config.sample, steps=config.sample_steps, **how)
-    on_main(monitor.write_files)(config, images, y)
+    on_main(pictures.write_files)(config, metrics.as_bytes(images), y)
     return True
 
 

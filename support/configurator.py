@@ -205,6 +205,10 @@ def check_together(config):
             f"preview_steps {config.preview_steps}: expected at most num_timesteps "
             f"{config.num_timesteps}"
         )
+    if config.digits and not config.use_conditional_generation:
+        raise ValueError(f"digits {config.digits}: the model was trained without labels")
+    if not all(0 <= digit <= 9 for digit in config.digits):
+        raise ValueError(f"digits {config.digits}: expected labels from 0 to 9")
     if config.channels not in (1, 3):
         raise ValueError(f"channels {config.channels}: expected 1 (grey) or 3 (RGB)")
     if config.grad_accumulation > config.batch_size:

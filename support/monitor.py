@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from support.console import (
     MEASURES,
@@ -307,17 +306,6 @@ def write_final(config, ddpm, images, frames, test_loss):
             write_grid(images, path, events, "final", ddpm.info["step"])
             write_denoising(ddpm, frames, unused(path.with_name("denoising.gif")))
             print(f"model: {Path(config.save_dir) / 'best_model.pt'}   samples: {path}")
-
-
-def write_files(config, images, y):
-    """Images in [-1, 1], (N, C, H, W), as PNGs with their number and label, and as a grid."""
-    folder = make_folder(unused(Path(config.save_dir) / "samples" / "drawn"))
-    for k, image in enumerate(((images + 1) * 127.5).round().clamp(0, 255).byte()):
-        name = f"{k:05}.png" if y is None else f"{k:05}_{y[k]}.png"
-        grey_or_rgb = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-        Image.fromarray(grey_or_rgb.cpu().numpy()).save(folder / name)
-    write_grid(images[:100], folder.with_name(f"{folder.name}.png"))
-    print(f"{len(images)} images: {folder}   first hundred: {folder}.png")
 
 
 def report(config, measured, known, info=None, own=True):

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from support.console import warning_if_it_fails
-from support.files import make_folder, one_line, whole_file
+from support.files import make_folder, one_line, unused, whole_file
 
 COLUMNS, ROWS, README_ROWS = 10, 10, 6  # of a film: images in a row; rows
 MOST_PIXELS, FRAMES, LAST_TIME = 400, 32, 2000  # width and height; frames; ms of the last frame
@@ -39,6 +39,17 @@ def write_grid(images, path, events=None, tag=None, step=None):
         save_image(grid, partial, format="png")
     if events is not None:
         events.add("image", tag, grid.clamp(0, 1), step)
+
+
+def write_files(config, images, y):
+    """Images, uint8, (N, C, H, W), as PNGs with their number and label, and a grid of some."""
+    folder = make_folder(unused(Path(config.save_dir) / "samples" / "drawn"))
+    for k, image in enumerate(images.cpu()):
+        name = f"{k:05}.png" if y is None else f"{k:05}_{y[k]}.png"
+        grey_or_rgb = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+        Image.fromarray(grey_or_rgb.numpy()).save(folder / name)
+    write_grid(images[:100] / 127.5 - 1, f"{folder}.png")
+    print(f"{len(images)} images: {folder}   the first of them: {folder}.png")
 
 
 def write_training(config, progress):

@@ -441,6 +441,11 @@ FAULTS = {
         ),
     },
     "support/datasets.py | dataprocess": {
+        "hidden-folders-measured": (
+            'folders[:] = [name for name in folders if not name.startswith(".")]',
+            "pass",
+        ),
+        "grids-measured-as-images": ('png.name in ("real.png", "final.png")', "False"),
         "labels-of-the-archive-exchanged": (
             "archive.extractfile(name).read() for name in FILES",
             "archive.extractfile(of).read() for name, of in zip(FILES, (FILES * 3)[::3])",
@@ -522,6 +527,14 @@ FAULTS = {
         ),
         "grids-with-new-noise-each-time": ("labels, seed=seed, **how", "labels, seed=None, **how"),
     },
+    "train_eval.py | train_eval | one_command or shorter or samples_become": {
+        "nothing-to-resume-is-an-error": ("if config.resume and not any(", "if False and not any("),
+        "run-made-shorter-than-it-is": (
+            'if progress["step"] > steps_per_epoch',
+            "if 0 > steps_per_epoch",
+        ),
+        "digits-that-were-asked-for-ignored": ("config.digits or range", "range"),
+    },
     "train_eval.py | train_eval | evaluation_measures or measure_alike": {
         "evaluation-ignores-its-spacing": (
             "ddpm.timestep_spacing = config.timestep_spacing",
@@ -533,6 +546,7 @@ FAULTS = {
         ),
     },
     "support/checks.py | bad_input": {
+        "bound-of-augmented-images": ("if off > 255 *", "if False and off > 255 *"),
         "infinite-number-taken": ("not size <= sys.float_info.max or not low", "not low"),
         "unknown-name-taken": ("not isinstance(value, str) or value not in choices", "False"),
         "tensor-of-another-shape-taken": ("a != b for a, b", "False for a, b"),
@@ -610,6 +624,12 @@ FAULTS = {
     "support/machine.py | diffusion | wrapped": {
         "one-wrapper-alone-is-unwrapped": ("while isinstance(network,", "if isinstance(network,"),
     },
+    "support/machine.py | machine | fast_layout": {
+        "channels-last-on-old-cards": ("fast and (config.bf16 or", "fast and (True or"),
+    },
+    "support/machine.py | machine | more_graphs": {
+        "odd-batches-compiled-too": ("config.use_compile and n != config.batch_size", "False"),
+    },
     "support/machine.py | machine | evaluation_leaves": {
         "parts-not-put-back-into-training-mode": ("part.training = mode", "pass"),
     },
@@ -626,6 +646,12 @@ FAULTS = {
         "chunks-of-a-rank-shifted": ("range(rank, math.ceil", "range(2 * rank, math.ceil"),
     },
     "support/threads.py | threads": {
+        "lost-terminal-ends-the-run": ("self.HANGUP, self.SAVE)):", "self.SAVE)):"),
+        "nohup-not-heeded": ("signal.getsignal(signum) != signal.SIG_IGN", "True"),
+        "quota-of-a-container-ignored": (
+            "cores = min(cores, max(1, int(time_)",
+            "max(1, int(time_)",
+        ),
         "second-ctrl-c-ignored": ("if again or self.immediate:", "if self.immediate:"),
         "save-asked-for-again-and-again": (
             "        self.save = False\n        if asked",
@@ -633,7 +659,17 @@ FAULTS = {
         ),
         "signal-handlers-not-put-back": ("signal.signal(signum, handler)\n", "pass\n"),
     },
+    "support/console.py | monitor": {
+        "moved-run-begins-another-log": (
+            "return above if above.exists() and",
+            "return above if False and",
+        ),
+    },
     "support/monitor.py | monitor": {
+        "slow-saves-as-often-as-quick-ones": (
+            "seconds < 1 or seconds < share",
+            "True or seconds < share",
+        ),
         "quartiles-off": (
             "quartile = t * 4 // self.num_timesteps",
             "quartile = (t - 1).clamp(min=0) * 4 // self.num_timesteps",

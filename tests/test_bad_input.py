@@ -270,6 +270,7 @@ TOGETHER = [  # what does not fit together, or is just beyond a limit
     (partial(MIX, t=10), "t 10: expected from 0 to 9, a timestep"),
     (partial(BOUND, x0=X + 1.01), "x0 with values from 1.0", "expected from -1 to 1"),
     (partial(BOUND, x0=X[:0]), "x0 of 0 images: expected at least 1"),
+    (partial(BOUND, x0=X + 0.001), "x0 up to 0.13 grey levels off the 256 of a PNG"),
     (partial(BOUND, terms=1), "terms 1: expected from 2 to 10, the number of timesteps"),
     (partial(TRAIN, labels=DIGITS - 1), "labels with values from -1 to 3: expected at least 0"),
     (partial(metrics.frechet_distance, FEATURES[:3], FEATURES), "a of", "at least 4 images"),

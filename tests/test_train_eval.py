@@ -561,7 +561,7 @@ def test_samples_become_files_that_measure_as_their_model_does(trained, tmp_path
     assert of_files["frechet"] == of_model["frechet"]
     with pytest.raises(SystemExit):
         again(tmp_path / "run", *data, "--sample", 4, "--digits", "3,10")
-    assert "digits (3, 10): expected labels below 10" in capsys.readouterr().err
+    assert "digits (3, 10): expected labels from 0 to 9" in capsys.readouterr().err
 
 
 def test_measures_are_printed_though_the_folder_cannot_be_written(
