@@ -69,7 +69,7 @@ class Images:
         num_classes: labels are 0 to 9.
         images: grey, uint8, (N, image_size, image_size).
         labels: int64, (N,).
-        y: what batches give as labels: `labels`, or clusters in their place, see `use_clusters`.
+        y: what batches give as labels: `labels`, or clusters, see `use_clusters`.
     """
 
     num_classes = 10
@@ -129,10 +129,10 @@ class Images:
         """Let batches tell clusters of similar images, by k-means on their pixels at 16x16.
 
         A network that is told them draws better, also where no human label goes into them (arXiv
-        2212.00362). Few images get fewer clusters, one for 24 images. `seed` decides them.
+        2212.00362). There is at most one for 24 images. `seed` decides them.
 
         Args:
-            number: number of clusters.
+            number: number of clusters; within labels a multiple of the number of labels.
             within_labels: whether each label has its share of them. `y` then counts labels first:
                 cluster c is `num_classes + c`, and the labels themselves mean 'any cluster of it'.
 
@@ -144,6 +144,8 @@ class Images:
         groups = [torch.ones_like(self.labels, dtype=torch.bool)]
         if within_labels:
             groups = [self.labels == label for label in range(self.num_classes)]
+        if number % len(groups):
+            checks.refuse("num_clusters", number, f"a multiple of {len(groups)}, the labels")
         k = max(1, min(number // len(groups), len(self) // (24 * len(groups))))
         # finer pixels say hardly more; on the CPU, since sums on a GPU depend on their order
         x = F.adaptive_avg_pool2d(self.images.cpu().float()[:, None], 16).flatten(1)

@@ -93,8 +93,8 @@ class Denoiser(GaussianProcess):
 
         Args:
             x0: images in [-1, 1], (N, C, H, W).
-            y: labels, or clusters, N integers or one for all, or None. In training mode some are
-                left out.
+            y: classes of the network, N integers or one for all, or None. In training mode some
+                are left out.
 
         Raises:
             ValueError: images or labels of another type or shape.
@@ -125,7 +125,7 @@ class Denoiser(GaussianProcess):
         the prior term, which is a constant.
 
         `candidates` is for 'mse': a tuple of images that may be behind x_t, (M, C, H, W) or grey
-        (M, 1, H, W), and the labels of all of them, or None. The target becomes their mean, which
+        (M, 1, H, W), and the classes of all of them, or None. The target becomes their mean, which
         has the same minimum but less variance (2302.00670).
         """
         error, bound_weight = LOSSES[self.loss]
@@ -417,7 +417,7 @@ class DDPM(Denoiser):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         checks.device(device)
-        path = checkpoint.best_model("checkpoints") if path is None else path
+        path = checkpoint.best_model() if path is None else path
         saved = checkpoint.load_checkpoint(path, ("network", "diffusion", "weights", "info"))
         if network is None and saved["network"] is None:
             raise ValueError(f"{path}: its network is no UNet; give load() the network")

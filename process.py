@@ -234,10 +234,10 @@ class GaussianProcess(nn.Module):
     def with_skip(self, x0, xt, t):
         """Improve a network's x0 by x_t, which knows more of the image at the clean end.
 
-        Two estimates, weighted by their inverse variances: the network's d^2, and (1 - alpha_bar) /
-        alpha_bar of x_t / sqrt(alpha_bar). With a constant d it is the skip of EDM (2206.00364 sec.
-        5). A pixel in [-1, 1] of mean m has a variance of at most 1 - m^2 (Bhatia-Davis), so d^2 =
-        skip_std^2 (1.01 - x0^2): where the network says black or white, it is trusted more.
+        Two estimates, weighted by their inverse variances: the network's, d^2, which is assumed,
+        and (1 - alpha_bar) / alpha_bar of x_t / sqrt(alpha_bar). With a constant d it is the skip
+        of EDM (2206.00364 sec. 5). A pixel in [-1, 1] of mean m has a variance of at most 1 - m^2
+        (Bhatia-Davis), so d^2 = skip_std^2 (1.01 - x0^2): black or white is trusted more.
         """
         alpha_bar = self.alpha_bar(t)
         own = self.skip_std**2 * (1.01 - x0.clamp(-1, 1) ** 2)

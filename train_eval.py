@@ -22,7 +22,7 @@ from support import configurator, console, machine, monitor, pictures, processes
 from support.checkpoint import best_model, load_checkpoint, load_last, restore, save_last
 from support.configurator import input_errors
 from support.datasets import DATASETS, read_folder
-from support.files import RunFolder
+from support.files import RunFolder, make_folder
 from support.machine import COMPILE_MODES, autocast, has_bf16
 from support.processes import in_chunks, is_main, on_main
 from support.threads import Interrupt, patient_threads
@@ -40,7 +40,7 @@ data_dir: str = "data"  # folder of the data; what is neither there nor in asset
 save_dir: str = "checkpoints"  # folder for everything that a run leaves
 resume: bool = False  # continue the run in save_dir from its last.pt
 evaluate: bool | str = False  # only measure best_model.pt of save_dir, or with FOLDER its PNGs
-sample: int = 0  # only draw so many images with it, a PNG each, into samples/drawn
+sample: int = 0  # only draw so many images with best_model.pt, a PNG each, into samples/drawn
 digits: tuple = ()  # labels that --sample asks for in turn; (): all, in turn
 
 # recipe
@@ -75,7 +75,8 @@ patch_size: int = 2 if quick else 1  # 2 works on 2x2 patches, with a quarter of
 num_timesteps: int = 1000  # steps from image to noise
 beta_schedule: BETA_SCHEDULES = "linear"  # how the noise grows
 prediction: PREDICTIONS = "x0" if quick else "eps"  # the noise eps, the velocity v or x0
-skip_std: float = 0.2 if prediction == "x0" else 0.0  # how far x0 is off without x_t; 0: no skip
+# assumed error of a predicted x0 in grey pixels, against which x_t is weighed; 0 leaves x_t out
+skip_std: float = 0.2 if prediction == "x0" else 0.0
 loss: LOSSES = "mse"  # mse or l1 between prediction and truth, or vlb, the variational bound
 # extra training images that estimate the training target, E[x0 | x_t]; 0 turns this off
 target_references: int = 4096 if quick and loss == "mse" else 0
@@ -131,8 +132,9 @@ compile_mode: COMPILE_MODES = "default"  # of torch.compile; reduce-overhead tak
 
 FIRST_LOOK, FEW_IMAGES = 200, 128  # step of the first look; images whose loss it measures
 # Smallest values, where a whole number of 1 or another of 0 is not the smallest; largest ones.
-LEAST = dict.fromkeys(("seed", "num_clusters", "target_references", "warmup_steps", "ema_start"), 0)
-LEAST |= {"sample": 0}
+LEAST = dict.fromkeys(
+    ("seed", "sample", "num_clusters", "target_references", "warmup_steps", "ema_start"), 0
+)
 LEAST |= dict.fromkeys(("test_size", "bound_images", "bound_terms"), 2)
 MOST = {"adam_beta2": 0.99999, "num_samples": 1000, "log_every": 100_000}
 OF_THE_MACHINE = {"machine", "command", "hardware"}  # groups that a saved run does not keep
@@ -144,7 +146,7 @@ USED_FOR_A_FOLDER = {"machine", "command", "dataset", "train_size", "test_size",
 
 
 def main(argv=None):
-    """Train, continue or measure. Returns 0, or 130 after Ctrl-C, 143 after SIGTERM."""
+    """Train, continue, measure or draw. Returns 0, or 128 + the signal that ended it."""
     began = time.perf_counter()
     interrupt, finished = Interrupt(processes.largest, processes.launched()), False
     try:
@@ -172,7 +174,7 @@ def main(argv=None):
 def run_training(chosen, interrupt):
     """A new run, or that of save_dir from its last.pt on. Returns whether it came to its end."""
     config, run = chosen.config, None
-    if config.resume and not any(Path(config.save_dir).glob("*.pt")):
+    if config.resume and not any(Path(config.save_dir).glob("last*.pt")):
         print(f"nothing to resume in {config.save_dir}: a new run begins")
         config.resume = False
     with input_errors():
@@ -202,7 +204,7 @@ def prepare(config, script, saved=None):
     if config.num_clusters:
         within = config.use_conditional_generation
         shares = train_images.use_clusters(config.num_clusters, within)
-        config.num_clusters = len(shares[0])  # fewer where there are few images
+        config.num_clusters = len(shares[0])  # fewer than asked for where there are few images
     ddpm = build(config, shares)
     how = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(ddpm.parameters(), **how)
@@ -467,7 +469,7 @@ def draw(config, ddpm, n, advice="", **how):
 
 def load_best(config):
     """The model of best_model.pt, or that in assets/, in the network of the constants."""
-    path = best_model(config.save_dir)
+    path = best_model(config.save_dir, say=lambda line: None)
     ddpm = machine.place(DDPM.load(path, config.device, build_network(config)), config)
     ddpm.timestep_spacing = config.timestep_spacing
     machine.compile_network(config, ddpm)
@@ -527,6 +529,7 @@ def draw_files(chosen):
     with input_errors():
         config, _ = adopt_best(chosen)
         ddpm = load_best(config)
+        on_main(make_folder)(Path(config.save_dir) / "samples")  # or it fails before the work
     how = {"sampler": config.sampler, "guidance_scale": config.guidance_scale}
     images, y = draw(config, ddpm, config.sample, steps=config.sample_steps, **how)
     on_main(pictures.write_files)(config, metrics.as_bytes(images), y)

@@ -83,7 +83,6 @@ def load_checkpoint(path, keys):
             raise zipfile.BadZipFile
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an error below says it in one line
-            # mapped: of gigabytes only what is needed is read
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; train_eval.py writes one") from None
@@ -111,11 +110,11 @@ def load_checkpoint(path, keys):
     return saved
 
 
-def best_model(save_dir):
-    """The path of best_model.pt of a run's folder; without one, that of the model in assets/."""
+def best_model(save_dir="checkpoints", say=print):
+    """The path of best_model.pt of a run; where no run was named and none is, that in assets/."""
     path = Path(save_dir, "best_model.pt")
-    if not path.exists() and STORED.exists():
-        print(f"no run in {save_dir}: this is assets/{STORED.name}, a run of the quick recipe")
+    if save_dir == "checkpoints" and not path.exists() and STORED.exists():
+        say(f"no run in {save_dir}: this is assets/{STORED.name}, a run of the quick recipe")
         return STORED
     return path
 
@@ -218,6 +217,8 @@ def main(argv=None):
     (path,) = (sys.argv[1:] if argv is None else argv) or ["checkpoints/best_model.pt"]
     saved = load_checkpoint(path, ("weights",))
     saved["weights"] = {name: value.half() for name, value in saved["weights"].items()}
+    for constants in (saved["info"]["config"], saved["info"]["script"]):
+        constants |= {"data_dir": "data", "save_dir": "checkpoints"}  # not those of a machine
     save_checkpoint(STORED, saved)
     print(f"{STORED}: {STORED.stat().st_size:,} bytes")
 

@@ -154,13 +154,20 @@ def denoiser(ddpm, losses):
     if ddpm.class_shares is not None:
         table = np.array(ddpm.class_shares, dtype=object)
         labels = len(table) if table.ndim == 2 and len(table) > 1 else 0
-        if table.ndim != 2 or table.shape[1] + labels != ddpm.num_classes:
+        if (
+            not isinstance(ddpm.class_shares, (list, tuple))
+            or table.ndim != 2
+            or table.shape[1] + labels != ddpm.num_classes
+        ):
             expected = f"a row of numbers for each label, as {ddpm.num_classes} classes have"
             refuse("class_shares", ddpm.class_shares, expected)
         for share in table.flat:
             number("class_shares", share, 0)
         if not all(map(sum, table)):
             refuse("class_shares", ddpm.class_shares, "a number above 0 in each row")
+        if labels and not 0 < ddpm.label_dropout < 0.5:
+            expected = "between 0 and 0.5: so much learns the label without its clusters"
+            refuse("label_dropout", ddpm.label_dropout, expected)
 
 
 def ddpm(ddpm, samplers):
@@ -242,6 +249,8 @@ def mixture(ddpm, samplers, x0, other, weights, t, y, options):
         number("weights", weight, 0, 1)
     whole("t", t, 0, ddpm.num_timesteps - 1, ", a timestep")
     x0, other = images(ddpm, "x0", x0), images(ddpm, "other", other, len(x0))
+    for name in options.keys() & {"xT", "start"}:
+        refuse(name, options[name], "nothing: the mixture starts at t")
     if options.get("guidance_scale") is not None:
         guidance(ddpm, options["guidance_scale"], y)
     given = dict.fromkeys(("sampler", "steps", "eta", "guidance_scale", "seed"))

@@ -78,6 +78,8 @@ def configure(script, scope, least, most, argv):
     asked = [name for name in ("resume", "evaluate", "sample") if vars(config).get(name)]
     if len(asked) > 1:
         raise ValueError(f"{' and '.join(asked)}: expected one of them; only --resume trains")
+    if config.digits and not config.sample:
+        raise ValueError(f"digits {config.digits}: expected --sample beside them")
     config.save_dir = os.path.expanduser(config.save_dir)
     return Chosen(config, set(given), values_of(read({})), read)
 

@@ -305,7 +305,7 @@ def write_final(config, ddpm, images, frames, test_loss):
             path = unused(make_folder(Path(config.save_dir) / "samples") / "final.png")
             write_grid(images, path, events, "final", ddpm.info["step"])
             write_denoising(ddpm, frames, unused(path.with_name("denoising.gif")))
-            print(f"model: {Path(config.save_dir) / 'best_model.pt'}   samples: {path}")
+            print(f"samples: {path}")
 
 
 def report(config, measured, known, info=None, own=True):
@@ -326,7 +326,7 @@ def report(config, measured, known, info=None, own=True):
     if not info:
         name = f"_{Path(config.evaluate).resolve().name[:100]}"
     with warning_if_it_fails("writing the measures"):
-        path = unused(save_dir / f"evaluation{name}.json")
+        path = unused(make_folder(save_dir) / f"evaluation{name}.json")
         plain = {name: None if value != value else value for name, value in everything.items()}
         write_text(path, json.dumps(plain, indent=2) + "\n")  # JSON has no NaN
         picture = unused(make_folder(save_dir / "samples") / f"nearest{name}.png")

@@ -129,14 +129,14 @@ KINDS = {
     name: dict if isinstance(c.kind, (dict, tuple)) else c.kind for name, c in CONSTANTS.items()
 }
 OUT_OF_RANGE = """
-    seed=-1 train_size=0 test_size=1 image_size=0 channels=2 num_clusters=-1 base_channels=50
-    channel_mult=0 num_res_blocks=0 dropout=1.5 attention_resolutions=7 time_emb_dim=0 num_heads=0
-    patch_size=3 num_timesteps=0 skip_std=-1 target_references=-1 min_snr_gamma=-1 label_dropout=2
-    epochs=0 batch_size=0 learning_rate=-1 warmup_steps=-1 ema_decay=1 grad_accumulation=0
-    timestep_std=-1
-    weight_decay=inf adam_beta2=1 grad_clip=nan ema_start=-1 ema_update_rate=0 sample_steps=21
-    guidance_scale=nan num_samples=1001 preview_steps=21 eval_samples=0 bound_images=1 bound_terms=1
-    log_every=100001 sample_every=0 save_every=0
+    sample=-1 digits=12 seed=-1 train_size=0 test_size=1 image_size=0 channels=2 num_clusters=-1
+    base_channels=50 channel_mult=0 num_res_blocks=0 dropout=1.5 attention_resolutions=7
+    time_emb_dim=0 num_heads=0 patch_size=3 num_timesteps=0 skip_std=-1 target_references=-1
+    min_snr_gamma=-1 label_dropout=2 epochs=0 batch_size=0 learning_rate=-1 warmup_steps=-1
+    ema_decay=1 grad_accumulation=0 timestep_std=-1 weight_decay=inf adam_beta2=1 grad_clip=nan
+    ema_start=-1 ema_update_rate=0 sample_steps=21 guidance_scale=nan num_samples=1001
+    preview_steps=21 eval_samples=0 bound_images=1 bound_terms=1 log_every=100001 sample_every=0
+    save_every=0
 """
 OUT_OF_RANGE = dict(flag.split("=") for flag in OUT_OF_RANGE.split())
 
@@ -177,6 +177,7 @@ BAD_FLAGS = {
     "--recipe fast": "argument --recipe: invalid choice: 'fast'",
     "--device abacus": "device 'abacus'",
     "--resume --evaluate": "resume and evaluate: expected one of them",
+    "--evaluate --digits 3": "digits (3,): expected --sample beside them",
     "--evaluate x --weight_decay 0": ", weight_decay: not used with --evaluate FOLDER",
     "--grad_accumulation 9": "grad_accumulation 9: expected at most batch_size 8",
     "--loss l1": "target_references 32 with loss 'l1'",
