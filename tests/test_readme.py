@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import experiments
 import pytest
 from tiny import FLAGS
 from torch.distributed.run import get_args_parser
@@ -74,6 +75,20 @@ def test_every_command_is_one_that_its_program_takes():
             assert words[1] in ("pytest", "support.pictures")
         else:
             assert program in ("ruff", "tensorboard")
+
+
+def test_every_table_of_the_recipe_is_one_of_experiments():
+    parser, recipe = configurator.make_parser(constants()), PAGES["docs/recipe.md"]
+    made = re.findall(r"^`python tests/experiments.py (\w+)`\n\n((?:\|.*\n)+)", recipe, re.M)
+    assert {name for name, _ in made} == experiments.TABLES.keys()
+    for name, table in made:
+        _, columns, *rows = experiments.TABLES[name]
+        for _, *flags in rows:
+            parser.parse_args(" ".join(flags).split())
+        shown = [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]]
+        assert not rows or shown == [label for label, *_ in rows], name
+        head = [experiments.HEADS.get(column, column) for column in columns.split()]
+        assert table.splitlines()[0] == f"| | {' | '.join(head)} |"
 
 
 @pytest.fixture(scope="module")

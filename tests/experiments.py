@@ -1,0 +1,146 @@
+"""The tables of docs/recipe.md: `python tests/experiments.py TABLE`, or `--list`.
+
+Each row trains the quick recipe and measures it by `train_eval.py --evaluate`. Complete trainings
+are used again, stopped ones go on. Flags that are not listed follow those of each training.
+"""
+
+import argparse
+import json
+import re
+import signal
+import subprocess
+import sys
+import zlib
+from itertools import product
+from pathlib import Path
+
+HEADS = {"frechet": "Fréchet", "accuracy": "read as asked", "bits_per_dim": "bits per dimension"}
+FORMATS = {"accuracy": "{:.1%}", "bits_per_dim": "{:#.4g}"}  # of others: three digits
+ALL, READ = "frechet precision recall accuracy", "frechet accuracy"
+SHORT = "--train_size 40000 --epochs 1"  # a third of a whole run
+BEFORE = "--skip_std 0 --num_clusters 0 --timestep_std 1"  # the recipe until November 2026
+SLOW, NONE = "--adam_beta2 0.999", "--no-use_conditional_generation"
+OLD = f"{NONE} --skip_std 0 {SLOW}"
+USUAL = "--num_clusters 0 --no-adaptive_norm --timestep_sampling uniform --target_references 0 "
+USUAL += f"--warmup_steps 0 --prediction v --beta_schedule cosine {SLOW}"
+BOUND = f"{USUAL} --learning_rate 2e-3 {SHORT}"
+SMALL = "--base_channels 64 --channel_mult 1,2 --ema_decay 0.998 --batch_size 64 --train_size 48000"
+GREY = "--channels 1 --image_size 28 --patch_size 1 --attention_resolutions 7 --variance learned"
+
+
+def each(flag, values, default=None, training="", label=""):
+    """A row for each value of a flag. The default needs no flag, so that tables share a run."""
+    rows = [(f"--{flag} {value}", value == default) for value in values.split()]
+    return [(f"{label}`{own}`", training + (f" {own}", "")[known], "") for own, known in rows]
+
+
+def drawn(ways, training="", label=""):
+    """A row for each way to sample one run, from "sampler steps guidance, ..."; 6/8 is 6 and 8."""
+    label += "`{}`, {} steps, guidance {}"
+    flags = "--sampler {} --sample_steps {} --guidance_scale {}"
+    ways = [way.replace("sde", "sde-dpm++").split() for way in ways.split(", ")]
+    ways = [one for way in ways for one in product(*(part.split("/") for part in way))]
+    return [(label.format(*way), training, flags.format(*way)) for way in ways]
+
+
+TABLES = {  # question, columns, rows of (label, flags to train, flags to --evaluate)
+    "default": ["How good is it, by steps?", ALL, *drawn("sde 6/8/10 1.2/1.1/1")],
+    "time_to_quality": ["How good is a run of 1 to 15 minutes?", READ],  # see `timed`
+    "length": ["What do more epochs give?", ALL, *each("epochs", "1 2 10", "2")],
+    "skip": ["What does the skip give?", f"{ALL} bits_per_dim"]
+    + each("skip_std", "0 0.1 0.2 0.3", "0.2"),
+    "clusters": ["How many clusters, within labels and without labels?", ALL]
+    + each("num_clusters", "0 100 250", "250", "", "labels, ")
+    + each("num_clusters", "0 64 256", "256", NONE, "no labels, "),
+    "unlabelled": ["How good is the recipe without labels?", "frechet precision recall"]
+    + drawn("sde 6 1.1/1, sde 10 1", NONE)
+    + [("a common small UNet", f"{NONE} {USUAL} {SMALL}", "--sampler ddim --sample_steps 25")],
+    "schedules": ["Which schedule, at how many steps?", ALL]
+    + drawn("sde 6/10/25 1.2", SHORT, "linear, ")
+    + drawn("sde 6/10/25 1.2", f"{SHORT} --beta_schedule cosine", "cosine, ")
+    + drawn("sde 6/10/25 1.2, ddim 10/25 1.2", f"{SHORT} --beta_schedule straight", "straight, "),
+    "timesteps": ["Which timesteps should training see?", ALL]
+    + each("timestep_sampling", "uniform importance", "", SHORT)
+    + each("timestep_std", "0.6 0.9 1.2", "0.9", SHORT),
+    "targets": ["Do averaged targets help?", ALL]
+    + each("target_references", "0 4096", "4096", SHORT),
+    "prediction": ["What should the network predict?", f"{ALL} bits_per_dim"]
+    + each("prediction", "eps v x0", "x0", SHORT),
+    "samplers": ["Which sampler?", ALL, *drawn("ddpm 25 1, ddim 10/25 1, dpm++ 6 1, sde 4/5 1")],
+    "ddpm1000": ["Do DDPM's 1000 steps pay?", ALL, *drawn("ddpm 1000 1, sde 6 1")],
+    "likelihood": ["How many bits?", "bits_per_dim", ("no flags", "", ""), ("before", BEFORE, "")]
+    + each("variance", "fixed_small learned", "fixed_small", BOUND),
+    "grey28": ["How many bits does a grey image of 28x28 take?", "bits_per_dim frechet"]
+    + each("prediction", "x0 v", "", f"{GREY} --beta_schedule cosine"),
+    "before": ["How good was it without skip and clusters within labels?", ALL]
+    + drawn("sde 6 1.2/1", BEFORE)
+    + drawn("sde 6 1", f"{BEFORE} {SHORT}", "a third of the time, ")
+    + drawn("sde 6 1.2/1", f"{BEFORE} {SLOW}", f"`{SLOW}`, ")
+    + drawn("sde 6 1.1", f"{NONE} --skip_std 0", "no labels, ")
+    + drawn("sde 6 1.1", OLD, f"no labels, `{SLOW}`, ")
+    + drawn("sde 6 1.1, sde 10 1", f"{OLD} --num_clusters 64", "the same, 64 clusters, "),
+}
+
+
+def timed(args):
+    """Runs of so many minutes on this machine, whose speed a short run tells, once."""
+    path = Path(args.folder, "minutes_of_6400_images.txt")
+    if not path.exists():
+        text = script(args, path.with_name("speed"), f"--train_size 6400 --epochs 1 {args.flags}")
+        path.write_text(re.search(r"training steps took ([\d.]+) minutes", text)[1])
+    for minutes in (1, 2, 5, 10, 15):
+        images = int(6400 * minutes / max(float(path.read_text()), 0.01))
+        epochs = -(-images // 60_000)  # rounded up
+        flags = f"--train_size {images // epochs} --epochs {epochs}"
+        yield f"{minutes} min, `{flags}`", flags, ""
+
+
+def measured(args, columns, training, sampling, seed):
+    """The figures of a row by --evaluate. Its training is run to its end, unless that is done."""
+    flags = f"{training} {args.flags} --seed {seed}"
+    folder = Path(args.folder, re.sub(r"\W+", "_", flags)[:80] + f"-{zlib.crc32(flags.encode())}")
+    done = [folder / name for name in ("last.pt", "best_model.pt", "samples/final.png")]
+    if not all(path.exists() for path in done):
+        script(args, folder, "--resume" if done[0].exists() else flags)
+    few = " --bound_images 2" * ("bits_per_dim" not in columns)  # it takes longer than the samples
+    script(args, folder, f"--evaluate {sampling}{few}")
+    newest = max(folder.glob("evaluation*.json"), key=lambda path: path.stat().st_mtime_ns)
+    found = json.loads(newest.read_text(encoding="utf-8"))
+    forms = [(found.get(name), FORMATS.get(name, "{:#.3g}")) for name in columns]
+    return ["" if x is None else form.format(x).replace("%", " %") for x, form in forms]
+
+
+def script(args, folder, flags):
+    """Run train_eval.py in a folder and return what it prints; if it fails, so do we."""
+    words = [sys.executable, str(Path(__file__).resolve().parent.parent / "train_eval.py")]
+    words += ["--recipe", "quick", "--data_dir", args.data_dir, "--save_dir", str(folder)]
+    print(*words, flags, file=sys.stderr, flush=True)
+    run = subprocess.run(words + flags.split(), stdout=subprocess.PIPE, encoding="utf-8")
+    return sys.exit(run.returncode) if run.returncode else run.stdout
+
+
+def main():
+    """Print a table, row by row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", nargs="?", choices=TABLES, metavar="TABLE", help="see --list")
+    parser.add_argument("--list", action="store_true", help="names and questions of the tables")
+    parser.add_argument("--data_dir", default="data", help="folder of the data")
+    parser.add_argument("--folder", default="experiments", help="where the runs are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
+    words = ["time_to_quality" if word == "--time_to_quality" else word for word in sys.argv[1:]]
+    args, flags = parser.parse_known_args(words)
+    args.flags = " ".join(flags)
+    if args.list or not args.table:
+        return print("\n".join(f"{name:16}{table[0]}" for name, table in TABLES.items()))
+    signal.signal(signal.SIGINT, lambda *_: None)  # the script saves and stops, and then we do
+    columns, rows = TABLES[args.table][1].split(), TABLES[args.table][2:]
+    print("| |", " | ".join(HEADS.get(column, column) for column in columns), "|")
+    print("|" + " --- |" * (1 + len(columns)))
+    for label, *flags in rows or timed(args):
+        found = zip(*(measured(args, columns, *flags, seed) for seed in args.seeds))
+        cells = [", ".join(filter(None, texts)) for texts in found]
+        print(f"| {label} |", " | ".join(cells), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
