@@ -245,7 +245,7 @@ def gradients(n, parts):
     generator, ddpm = torch.Generator().manual_seed(0), tiny_ddpm()
     x0, eps = torch.randn(2, n, 1, 8, 8, generator=generator)
     t, weights = torch.arange(n), torch.rand(n, generator=generator)
-    config = SimpleNamespace(grad_accumulation=parts, bf16=False, device="cpu")
+    config = SimpleNamespace(grad_accumulation=parts, bf16=False, device="cpu", use_compile=False)
     model = processes.parallel(ddpm)
     losses = train_eval.backward(config, model, x0, None, t, eps, weights)
     return [losses, *(parameter.grad for parameter in ddpm.parameters())]
