@@ -23,7 +23,7 @@ from support.files import one_line
 
 SIZE = 32  # height and width of the classifier's input, in pixels
 NUM_FEATURES = 64  # width of the classifier's last hidden layer
-DRAWS = 5  # sets of real images that stand beside the samples
+DRAWS = 10  # sets of real images that stand beside the samples
 NEIGHBOURS = 3  # k of precision and recall, as in 1904.06991
 VERSION = 2  # of the classifier and its training; a new number makes every cached one invalid
 MNIST_CLASSIFIER = Path(__file__).parent / "assets" / "classifier.pt"  # see assets/README.md

@@ -72,7 +72,7 @@ def test_every_command_is_one_that_its_program_takes():
             for flag in words[1:] if words[0] != "train_eval.py" else ():
                 assert not flag.startswith("--") or f'"{flag}"' in source, flag
         elif program == "python":
-            assert words[1] in ("pytest", "support.pictures")
+            assert words[1] in ("pytest", "support.pictures", "support.checkpoint")
         else:
             assert program in ("ruff", "tensorboard")
 

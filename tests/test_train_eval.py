@@ -578,6 +578,14 @@ def test_measures_are_printed_though_the_folder_cannot_be_written(
     assert "writing the measures failed" in err and "writing a picture failed" in err
 
 
+def test_the_stored_model_is_of_the_recipe_of_today():
+    info = checkpoint.load_checkpoint(checkpoint.STORED, ("info",))["info"]
+    chosen = configured("--device", "cpu", "--recipe", "quick")
+    own = chosen.names(train_eval.OF_THE_MACHINE)
+    expected = {name: value for name, value in vars(chosen.config).items() if name not in own}
+    assert {name: info["config"].get(name) for name in expected} == expected
+
+
 def test_without_a_run_the_stored_model_is_taken(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(checkpoint, "STORED", tmp_path / "assets" / "quick.pt")
     (tmp_path / "assets").mkdir()
