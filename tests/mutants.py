@@ -649,8 +649,8 @@ FAULTS = {
         "lost-terminal-ends-the-run": ("self.HANGUP, self.SAVE)):", "self.SAVE)):"),
         "nohup-not-heeded": ("signal.getsignal(signum) != signal.SIG_IGN", "True"),
         "quota-of-a-container-ignored": (
-            "cores = min(cores, max(1, int(time_)",
-            "max(1, int(time_)",
+            "cores = min(cores, max(1, int(time_) // int(period)))",
+            "pass",
         ),
         "second-ctrl-c-ignored": ("if again or self.immediate:", "if self.immediate:"),
         "save-asked-for-again-and-again": (

@@ -434,6 +434,17 @@ def test_a_label_draws_its_clusters_by_their_shares():
     assert torch.allclose(drawn, torch.tensor([0, 0.1, 0, 0.8, 0, 0.1]), atol=0.02)
 
 
+def test_the_skip_is_in_the_loss_and_in_every_prediction():
+    ddpm = own(lambda xt, t, y: 0 * xt + 0.5, prediction="x0", skip_std=0.2)
+    (x0, eps), t = batch(2), torch.tensor([0, 5])
+    xt = ddpm.q_sample(x0, t, eps)
+    expected = ddpm.with_skip(torch.full_like(xt, 0.5), xt, t)
+    assert not torch.allclose(expected, torch.full_like(xt, 0.5), atol=1e-3)
+    assert torch.equal(ddpm.predict(xt, t)[0], expected.clamp(-1, 1))
+    errors = (expected - x0).square().flatten(1).mean(dim=1)
+    torch.testing.assert_close(ddpm.losses(x0, None, t, eps), errors)
+
+
 def test_a_label_may_be_any_candidate_of_its_clusters():
     ddpm = own(num_classes=5, class_shares=[[0.5, 0, 0], [0, 0.1, 0.4]], prediction="x0")
     candidates = torch.tensor([-0.5, 0.1, 0.2])[:, None, None, None].expand(3, 1, 8, 8)
