@@ -44,7 +44,7 @@ def drawn(ways, training="", label=""):
 
 
 TABLES = {  # question, columns, rows of (label, flags to train, flags to --evaluate)
-    "default": ["How good is it, by steps?", ALL, *drawn("sde 6/8 1.2/1.1/1")],
+    "default": ["How good is it, by steps?", ALL, *drawn("sde 6 1.2/1.1/1")],
     "time_to_quality": ["How good is a run of 1 to 15 minutes?", READ],  # see `timed`
     "length": ["What do more epochs give?", ALL, *each("epochs", "1 2 10", "2")],
     "skip": ["What does the skip give?", f"{ALL} bits_per_dim"]
