@@ -148,7 +148,7 @@ def test_a_step_of_the_chain_has_the_same_mean_and_variance(kind, prediction, t,
     xt, at = start(), torch.full((2,), t)
     x0, _, fraction = ddpm.denoise(xt, at)
     mean, _ = ddpm.q_posterior(x0, xt, at)
-    variance = ddpm.log_variance(at, at - 1, fraction).exp().float()
+    variance = ddpm.log_variance(at, at - 1, fraction).exp().to(xt.dtype)
     output = ddpm.network(xt, at)
     assert ddpm.x0_from_output(output[:, :1], xt, at).abs().max() > 1  # so x0 must be clipped
     noises = iter((torch.zeros(SHAPE), torch.ones(SHAPE)))
