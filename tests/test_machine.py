@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
+import gpu_check
 import pytest
 import torch
 from conftest import configured
@@ -468,6 +469,17 @@ def test_a_compiler_that_fails_costs_a_line(broken, compiler, monkeypatch, capsy
 
 
 # The parts of support/machine.py
+
+
+def test_the_gpu_check_runs_on_a_cpu(capsys, monkeypatch):
+    monkeypatch.setattr(train_eval, "load_images", train_eval.load_images)  # it has its own
+    flags = "--image_size 16 --channels 1 --base_channels 32 --channel_mult 1 --num_res_blocks 1 "
+    flags += "--attention_resolutions none --time_emb_dim 8 --num_timesteps 20 --sample_steps 2 "
+    flags += "--preview_steps 2 --no-use_augmentation --steps_only --device cpu"
+    assert gpu_check.main(flags.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["ceilings:", "eager", "eager", "sampling"]
+    assert "TFLOP/s" in lines[0] and "ms a step" in lines[1] and "10,000 images" in lines[3]
 
 
 def test_bf16_is_asked_of_the_device_in_question(monkeypatch):
