@@ -70,6 +70,8 @@ def test_the_load_is_that_of_all_programs_and_of_this_one(monkeypatch):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_a_request_and_the_second_an_order(signum, capfd):
+    if signum == signal.SIGHUP:  # the tests may run under nohup
+        signal.signal(signum, signal.SIG_DFL)
     before, interrupt = signal.getsignal(signum), threads.Interrupt()
     with pytest.raises(KeyboardInterrupt), interrupt, interrupt.after_the_step():
         signal.raise_signal(signum)
