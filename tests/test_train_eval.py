@@ -22,7 +22,7 @@ from torchvision.utils import make_grid
 import metrics
 import train_eval
 from diffusion import DDPM
-from support import checkpoint, console, pictures, processes
+from support import checkpoint, configurator, console, pictures, processes
 from support.monitor import Monitor
 from timesteps import UniformSampler
 
@@ -576,6 +576,20 @@ def test_measures_are_printed_though_the_folder_cannot_be_written(
     out, err = capsys.readouterr()
     assert "Fréchet distance to the test set" in out and "bits per dimension" in out
     assert "writing the measures failed" in err and "writing a picture failed" in err
+
+
+def test_a_run_from_another_machine_is_measured_with_what_is_here(trained, tmp_path, capsys):
+    """Its device, data and precision were those of a GPU machine."""
+    (tmp_path / "run").mkdir()
+    model = torch.load(trained.folder / "best_model.pt", weights_only=True)
+    theirs = {"device": "cuda:3", "data_dir": str(tmp_path / "theirs"), "save_dir": "/theirs"}
+    model["info"]["script"] = configurator.values_of(configured().read(theirs))
+    model["info"]["config"] |= theirs | {"bf16": True, "use_compile": True}
+    torch.save(model, tmp_path / "run" / "best_model.pt")
+    few = ["--bound_images", 2, "--eval_samples", 70]
+    assert again(tmp_path / "run", *trained.flags[:2], "--evaluate", *few) == 0
+    (line,) = [line for line in trained.out.splitlines() if line.startswith("test loss")]
+    assert line in capsys.readouterr().out and not (tmp_path / "theirs").exists()
 
 
 def test_the_stored_model_is_of_the_recipe_of_today():
