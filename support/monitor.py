@@ -330,17 +330,12 @@ def report(config, measured, known, info=None, own=True):
         plain = {name: None if value != value else value for name, value in everything.items()}
         write_text(path, json.dumps(plain, indent=2) + "\n")  # JSON has no NaN
         picture = unused(make_folder(save_dir / "samples") / f"nearest{name}.png")
-        if info:
-            with EventLog(save_dir, info["log"]) as events:
-                part = "." if own else path.stem
-                if not own:
-                    events.add_hparams(vars(config), part)
-                for tag in dict.fromkeys((*FINAL, *MEASURES)):
-                    if tag in everything:
-                        events.add(
-                            "scalar", f"final/{tag}", everything[tag], info["step"], part=part
-                        )
-                write_grid(pairs, picture, events, "nearest", info["step"])
-        else:
-            write_grid(pairs, picture)
+        log, step = (info["log"], info["step"]) if info else ("", None)
+        with EventLog(save_dir, log, writes=info is not None) as events:
+            part = "." if own else path.stem
+            if not own:
+                events.add_hparams(vars(config), part)
+            for tag in sorted({*FINAL, *MEASURES} & everything.keys()):
+                events.add("scalar", f"final/{tag}", everything[tag], step, part=part)
+            write_grid(pairs, picture, events, "nearest", step)
         print(f"measures: {path}   nearest pairs: {picture}")
