@@ -70,10 +70,11 @@ class Denoiser(GaussianProcess):
         # number of classes that the network knows; None if it is unconditional
         self.num_classes = getattr(unwrapped(network), "num_classes", None)
         checks.denoiser(self, LOSSES)
-        label_of = torch.arange(self.num_classes or 0)  # of each class; a label's own is itself
+        # of each class; a label's own is itself, as is that of 'no label'
+        label_of = torch.arange((self.num_classes or 0) + 1)
         if self.num_labels != self.num_classes:
             of_cluster = torch.tensor(class_shares).argmax(dim=0)
-            label_of = torch.cat([label_of[: self.num_labels], of_cluster])
+            label_of[self.num_labels : -1] = of_cluster
         self.register_buffer("label_of", label_of, persistent=False)
 
     @property
@@ -106,7 +107,7 @@ class Denoiser(GaussianProcess):
         return self.losses(x0, self.drop_labels(y) if self.training else y, t, eps).mean()
 
     def drop_labels(self, y):
-        """Labels, (N,), of which a share means 'no label' (2207.12598 alg. 1). None stays None.
+        """Classes, (N,), of which a share means 'no label' (2207.12598 alg. 1). None stays None.
 
         The same share of clusters becomes the label that they lie in.
         """
@@ -432,7 +433,7 @@ class DDPM(Denoiser):
         return ddpm.to(device).eval()
 
 
-# The names of all settings: what `save` keeps. train_eval.py has a constant for each.
+# Names of all settings: what `save` keeps. train_eval.py has a constant for each but the shares.
 SETTINGS = tuple(
     name
     for kind in (GaussianProcess, Denoiser, DDPM)

@@ -247,7 +247,9 @@ def real_draws(images, labels, n, evenly, draws=8):
     groups, found = groups or [torch.arange(len(labels), device=labels.device)], []
     size = math.ceil(n / len(groups))
     for k in range(max(1, min(draws, min(map(len, groups)) // size))):
-        index = torch.cat([group[k * size : (k + 1) * size] for group in groups])
+        parts = [group[k * size : (k + 1) * size] for group in groups]
+        turn = torch.cat([torch.arange(len(part), device=labels.device) for part in parts])
+        index = torch.cat(parts)[turn.argsort(stable=True)]  # the labels in turn, as samples are
         found.append(images[index[:n]])
     return found
 

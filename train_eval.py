@@ -83,7 +83,8 @@ target_references: int = 4096 if quick and loss == "mse" else 0
 variance: VARIANCES = "fixed_small"  # of a reverse step; learned adds 0.001 of the bound
 zero_terminal_snr: bool = False  # end the schedule in pure noise; only for prediction v and x0
 min_snr_gamma: float = 0.0  # cap on the SNR that weights the mse loss; 5 is usual, 0 is off
-label_dropout: float = 0.1  # share of the labels that training leaves out; guidance needs it
+# share of the labels that training leaves out, and of clusters that become their label
+label_dropout: float = 0.1
 
 # training
 epochs: int = 2 if quick else 50  # passes over the training images; more give better digits
@@ -358,7 +359,7 @@ def train_step(run, model, x0, y, rate):
 
 
 def draw_candidates(config, train_images, x0, y):
-    """What may be behind a noisy image: the batch and others, all grey, and their labels."""
+    """What may be behind a noisy image: the batch and others, all grey, and their classes."""
     if not config.target_references:
         return None
     size = (config.target_references,)
@@ -547,7 +548,9 @@ def evaluate_model(chosen):
     n = min(config.eval_samples, len(train_images), len(test_images))
     how = {"sampler": config.sampler, "guidance_scale": config.guidance_scale}
     how["steps"] = config.sample_steps
-    advice = "--eval_samples 2000 or --sample_steps 100 shorten it and make its figures rougher"
+    advice = "--eval_samples 2000 shortens it, and makes its figures rougher"
+    if config.sample_steps > 100:
+        advice = f"--sample_steps 100 or {advice}"
     samples, y = draw(config, ddpm, n, advice, **how)
     known = {"bits_per_dim": bits.total, "bits_per_dim_error": bits.standard_error, **how}
     known |= {"seed": config.seed, "step": info["step"], "test_loss": loss}

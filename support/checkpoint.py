@@ -1,4 +1,4 @@
-"""Saving and loading: checkpoints, the folder of a run and its lock, what a resumed run needs."""
+"""Saving and loading: checkpoints, the stored model, what a resumed run needs."""
 
 import pickle
 import sys
@@ -113,7 +113,8 @@ def load_checkpoint(path, keys):
 def best_model(save_dir="checkpoints", say=print):
     """The path of best_model.pt of a run; where no run was named and none is, that in assets/."""
     path = Path(save_dir, "best_model.pt")
-    if save_dir == "checkpoints" and not path.exists() and STORED.exists():
+    run = path.exists() or any(path.parent.glob("last*.pt"))
+    if save_dir == "checkpoints" and not run and STORED.exists():
         say(f"no run in {save_dir}: this is assets/{STORED.name}, a run of the quick recipe")
         return STORED
     return path

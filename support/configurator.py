@@ -218,7 +218,8 @@ def check_together(config):
             f"grad_accumulation {config.grad_accumulation}: expected at most batch_size "
             f"{config.batch_size}, the images that there are"
         )
-    if config.compile_mode == "reduce-overhead" and config.grad_accumulation > 1:
+    graphs = config.use_compile and config.compile_mode == "reduce-overhead"
+    if graphs and config.grad_accumulation > 1:
         raise ValueError(
             f"grad_accumulation {config.grad_accumulation} with compile_mode 'reduce-overhead': "
             "CUDA graphs would overwrite gradients (pytorch#169545); expected 1"

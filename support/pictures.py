@@ -48,8 +48,8 @@ def write_files(config, images, y):
         name = f"{k:05}.png" if y is None else f"{k:05}_{y[k]}.png"
         grey_or_rgb = image[0] if len(image) == 1 else image.permute(1, 2, 0)
         Image.fromarray(grey_or_rgb.numpy()).save(folder / name)
-    write_grid(images[:100] / 127.5 - 1, f"{folder}.png")
-    print(f"{len(images)} images: {folder}   the first of them: {folder}.png")
+    write_grid(images[:100] / 127.5 - 1, grid := unused(f"{folder}.png"))
+    print(f"{len(images)} images: {folder}   the first of them: {grid}")
 
 
 def write_training(config, progress):

@@ -218,15 +218,15 @@ def in_chunks(n, seed, compute, size=100, advice=""):
     rank, number = world()
     found, mine = {}, range(rank, math.ceil(n / size), number)
     hidden, began = rank > 0 or len(mine) < 8, time.perf_counter()
-    bar = progress_bar(desc="evaluating", total=n, unit="img", leave=False, disable=hidden, delay=2)
-    for k in mine:
-        own_seed = int(np.random.SeedSequence((seed, k)).generate_state(1)[0])
-        found[k] = compute(slice(k * size, min(n, (k + 1) * size)), own_seed).cpu()
-        bar.update(number * size)
-        minutes = (time.perf_counter() - began) * len(mine) / 60
-        if advice and not rank and len(found) == 1 and minutes > 10:
-            print(f"this takes about {minutes:.0f} minutes; {advice}", flush=True)
-    bar.close()
+    options = dict(total=n, unit="img", leave=False, disable=hidden, delay=2)
+    with progress_bar(desc="computing", **options) as bar:
+        for k in mine:
+            own_seed = int(np.random.SeedSequence((seed, k)).generate_state(1)[0])
+            found[k] = compute(slice(k * size, min(n, (k + 1) * size)), own_seed).cpu()
+            bar.update(min(number * size, n - bar.n))
+            minutes = (time.perf_counter() - began) * len(mine) / 60
+            if advice and not rank and len(found) == 1 and minutes > 10:
+                print(f"this takes about {minutes:.0f} minutes; {advice}", flush=True)
     if number > 1:
         everywhere = [None] * number
         dist.all_gather_object(everywhere, found)

@@ -131,7 +131,7 @@ class Interrupt:
             self.save = True
             return
         again, self.signum = bool(self.signum), self.signum or signum
-        if again and self.repeated:
+        if again and (self.repeated or signum == self.HANGUP):  # which a shell may send again
             return
         if again or self.immediate:
             raise KeyboardInterrupt

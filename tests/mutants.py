@@ -500,7 +500,7 @@ FAULTS = {
             'learning_rate_at(config, progress["step"], run.total_steps)',
             'learning_rate_at(config, progress["step"], run.steps_per_epoch)',
         ),
-        "last-step-not-saved": ("saving = last or step %", "saving = step %"),
+        "last-step-not-saved": ("if asked or last or saving and", "if asked or saving and"),
         "seed-of-a-run-ignored": ("torch.manual_seed(config.seed)", "pass"),
         "training-in-evaluation-mode": (
             "processes.parallel(run.ddpm).train()",

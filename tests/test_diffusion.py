@@ -417,7 +417,7 @@ def test_without_labels_classes_are_drawn_by_their_shares(shares, expected):
 def test_a_label_draws_its_clusters_by_their_shares():
     """Two labels, then three clusters, of which the second label has two."""
     ddpm = own(num_classes=5, class_shares=[[0.5, 0, 0], [0, 0.1, 0.4]], image_size=1)
-    assert (ddpm.num_labels, ddpm.label_of.tolist()) == (2, [0, 1, 0, 1, 1])
+    assert (ddpm.num_labels, ddpm.label_of.tolist()) == (2, [0, 1, 0, 1, 1, 5])
     for y, expected in (
         (0, [0, 0, 1, 0, 0]),
         (1, [0, 0, 0, 0.2, 0.8]),
@@ -432,6 +432,7 @@ def test_a_label_draws_its_clusters_by_their_shares():
     torch.manual_seed(0)
     drawn = ddpm.drop_labels(torch.full((9000,), 3)).bincount(minlength=6) / 9000
     assert torch.allclose(drawn, torch.tensor([0, 0.1, 0, 0.8, 0, 0.1]), atol=0.02)
+    assert (ddpm.drop_labels(torch.full((9,), 5)) == 5).all()  # 'no label' stays so
 
 
 def test_the_skip_is_in_the_loss_and_in_every_prediction():

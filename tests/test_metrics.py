@@ -308,6 +308,8 @@ def test_real_draws_are_of_the_labels_as_the_samples_are():
     assert all((labels[draw] == 0).sum() == 10 for draw in draws)
     draws = metrics.real_draws(torch.arange(100), labels, 30, evenly=False)
     assert torch.cat(draws).tolist() == [*range(90)]
+    draws = metrics.real_draws(torch.arange(100), labels, 21, evenly=True)
+    assert all((labels[draw] == 1).sum() == 10 for draw in draws)  # as 21 samples are
     (few,) = metrics.real_draws(torch.arange(100), labels, 90, evenly=True)
     assert len(few) == 75  # all that there are of the first label
 

@@ -68,10 +68,8 @@ def test_the_load_is_that_of_all_programs_and_of_this_one(monkeypatch):
         threads._watch_others(threading.Event(), pause=0.01)  # comes back
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_a_request_and_the_second_an_order(signum, capfd):
-    if signum == signal.SIGHUP:  # the tests may run under nohup
-        signal.signal(signum, signal.SIG_DFL)
     before, interrupt = signal.getsignal(signum), threads.Interrupt()
     with pytest.raises(KeyboardInterrupt), interrupt, interrupt.after_the_step():
         signal.raise_signal(signum)
@@ -84,8 +82,13 @@ def test_the_first_signal_is_a_request_and_the_second_an_order(signum, capfd):
         signal.raise_signal(signum)
 
 
-def test_a_lost_terminal_is_nothing_under_nohup():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def test_a_lost_terminal_is_a_request_however_often_and_nothing_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with threads.Interrupt() as interrupt, interrupt.after_the_step():
+        for _ in range(2):
+            signal.raise_signal(signal.SIGHUP)
+            assert interrupt.asked() == "stop" and interrupt.status == 129
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with threads.Interrupt() as interrupt, interrupt.after_the_step():
         signal.raise_signal(signal.SIGHUP)
         assert interrupt.asked() is None
