@@ -302,7 +302,7 @@ def train(run, interrupt):
             progress["step"] = step = progress["step"] + 1
             asked, last = interrupt.asked(), step == run.total_steps
             looking = last or step == FIRST_LOOK or step % config.sample_every == 0
-            saving = last or step % config.save_every == 0
+            saving = step % config.save_every == 0
             if looking or saving or step % config.log_every == 0:
                 watch.log(rate)
             elif asked:
