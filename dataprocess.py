@@ -137,8 +137,8 @@ class Images:
                 cluster c is `num_classes + c`, and the labels themselves mean 'any cluster of it'.
 
         Returns:
-            How often an image has a label and a cluster: a list of a row of numbers for each label,
-            or of a single row.
+            How often an image is in each cluster: a list of a row of numbers for each label, or of
+            a single row.
         """
         checks.whole("num_clusters", number)
         groups = [torch.ones_like(self.labels, dtype=torch.bool)]
@@ -149,14 +149,13 @@ class Images:
         k = max(1, min(number // len(groups), len(self) // (24 * len(groups))))
         # finer pixels say hardly more; on the CPU, since sums on a GPU depend on their order
         x = F.adaptive_avg_pool2d(self.images.cpu().float()[:, None], 16).flatten(1)
-        self.y, shares = torch.zeros_like(self.labels), torch.zeros(len(groups), k * len(groups))
+        self.y, shares = torch.zeros_like(self.labels), torch.zeros(len(groups), k)
         for label, group in enumerate(groups):
-            here = slice(label * k, (label + 1) * k)
             nearest = kmeans(x[group.cpu()], k, self.seed)
-            shares[label, here] = nearest.bincount(minlength=k) / len(x)
-            self.y[group] = nearest.to(self.device) + here.start
+            shares[label] = nearest.bincount(minlength=k) / len(x)
+            self.y[group] = nearest.to(self.device) + label * k
             if not len(nearest):  # so that something can be drawn
-                shares[label, here.start] = 1 / len(x)
+                shares[label, 0] = 1 / len(x)
         self.y += len(groups) if within_labels else 0
         return shares.tolist()
 

@@ -36,9 +36,9 @@ class Denoiser(GaussianProcess):
         loss: 'mse' or 'l1' between prediction and truth, or 'vlb', the variational bound.
         min_snr_gamma: cap on the SNR that weights 'mse' (2303.09556); 0 turns the weights off.
         label_dropout: share of the labels that training leaves out, which guidance needs.
-        class_shares: of a network that knows clusters: how often an image has a label and a
-            cluster, a row of numbers for each label. Its classes are the labels, then the clusters;
-            a single row has no labels. None: its classes are the labels.
+        class_shares: of a network that knows clusters: how often an image is in each, a row of
+            numbers for each label, or a single row without labels. Its classes are the labels, then
+            the clusters of all rows. None: its classes are the labels.
         settings: those of `GaussianProcess`.
     """
 
@@ -73,7 +73,7 @@ class Denoiser(GaussianProcess):
         # of each class; a label's own is itself, as is that of 'no label'
         label_of = torch.arange((self.num_classes or 0) + 1)
         if self.num_labels != self.num_classes:
-            of_cluster = torch.tensor(class_shares).argmax(dim=0)
+            of_cluster = torch.arange(self.num_labels).repeat_interleave(len(class_shares[0]))
             label_of[self.num_labels : -1] = of_cluster
         self.register_buffer("label_of", label_of, persistent=False)
 
@@ -109,13 +109,14 @@ class Denoiser(GaussianProcess):
     def drop_labels(self, y):
         """Classes, (N,), of which a share means 'no label' (2207.12598 alg. 1). None stays None.
 
-        The same share of clusters becomes the label that they lie in.
+        Of clusters that lie in labels, one half of the share becomes their label instead.
         """
         if y is None:
             return None
         drawn = torch.rand(len(y), device=y.device)
-        y = torch.where(drawn > 1 - self.label_dropout, self.label_of[y], y)
-        return torch.where(drawn < self.label_dropout, self.num_classes, y)
+        y = torch.where(drawn < self.label_dropout, self.label_of[y], y)
+        share = self.label_dropout / (1 if self.num_labels == self.num_classes else 2)
+        return torch.where(drawn < share, self.num_classes, y)
 
     def losses(self, x0, y, t, eps, candidates=None):
         """The loss of each image, (N,), at timestep t, (N,), with noise eps, (N, C, H, W).
@@ -302,9 +303,10 @@ class DDPM(Denoiser):
         if self.num_classes is None or self.num_labels == self.num_classes and y is not None:
             return y
         shares = torch.tensor(self.class_shares or [[1] * self.num_classes], device=self.device)
-        rows = shares.sum(dim=0).expand(n, -1) if y is None else shares[y]
-        drawn = torch.multinomial(rows.float(), 1, generator=generator)[:, 0]
-        return self.num_classes - shares.shape[1] + drawn  # the labels come first
+        likely = shares.flatten().expand(n, -1) if y is None else shares[y]
+        drawn = torch.multinomial(likely.float(), 1, generator=generator)[:, 0]
+        drawn = drawn if y is None else y * shares.shape[1] + drawn
+        return self.num_classes - shares.numel() + drawn  # the labels come first
 
     @torch.no_grad()
     def walk(

@@ -83,7 +83,7 @@ target_references: int = 4096 if quick and loss == "mse" else 0
 variance: VARIANCES = "fixed_small"  # of a reverse step; learned adds 0.001 of the bound
 zero_terminal_snr: bool = False  # end the schedule in pure noise; only for prediction v and x0
 min_snr_gamma: float = 0.0  # cap on the SNR that weights the mse loss; 5 is usual, 0 is off
-# share of the labels that training leaves out, and of clusters that become their label
+# share of the labels that training leaves out; of clusters in labels a half leaves the cluster out
 label_dropout: float = 0.1
 
 # training
@@ -205,7 +205,7 @@ def prepare(config, script, saved=None):
     if config.num_clusters:
         within = config.use_conditional_generation
         shares = train_images.use_clusters(config.num_clusters, within)
-        config.num_clusters = len(shares[0])  # fewer than asked for where there are few images
+        config.num_clusters = sum(map(len, shares))  # fewer where there are few images
     ddpm = build(config, shares)
     how = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(ddpm.parameters(), **how)

@@ -157,7 +157,7 @@ def denoiser(ddpm, losses):
         if (
             not isinstance(ddpm.class_shares, (list, tuple))
             or table.ndim != 2
-            or table.shape[1] + labels != ddpm.num_classes
+            or table.size + labels != ddpm.num_classes
         ):
             expected = f"a row of numbers for each label, as {ddpm.num_classes} classes have"
             refuse("class_shares", ddpm.class_shares, expected)
@@ -165,8 +165,8 @@ def denoiser(ddpm, losses):
             number("class_shares", share, 0)
         if not all(map(sum, table)):
             refuse("class_shares", ddpm.class_shares, "a number above 0 in each row")
-        if labels and not 0 < ddpm.label_dropout < 0.5:
-            expected = "between 0 and 0.5: so much learns the label without its clusters"
+        if labels and not 0 < ddpm.label_dropout < 1:
+            expected = "between 0 and 1: a half of it learns the label without its clusters"
             refuse("label_dropout", ddpm.label_dropout, expected)
 
 

@@ -275,9 +275,13 @@ FAULTS = {
             "",
         ),
         "class-shares-ignored": ("self.class_shares or [[1]", "[[1]"),
-        "clusters-drawn-whatever-the-label": ("if y is None else shares[y]", "if True else y"),
+        "clusters-drawn-whatever-the-label": (
+            "if y is None else shares[y]",
+            "if False else shares[0 * y]",
+        ),
+        "clusters-of-the-first-label-alone": ("else y * shares.shape[1] + drawn", "else drawn"),
         "clusters-numbered-without-the-labels": (
-            "self.num_classes - shares.shape[1] + drawn",
+            "self.num_classes - shares.numel() + drawn",
             "drawn",
         ),
         "clusters-never-become-their-label": ("self.label_of[y], y)", "y, y)"),

@@ -251,11 +251,14 @@ TOGETHER = [  # what does not fit together, or is just beyond a limit
         "class_shares [[1, 1], [1, 1]]: expected",
         "3 classes",
     ),
-    (partial(NEW, class_shares=[[1], [0]]), "class_shares [[1], [0]]: expected a number above 0"),
+    (
+        partial(NEW, class_shares=[[1], [0]], network=Wrapper(num_classes=4)),
+        "class_shares [[1], [0]]: expected a number above 0",
+    ),
     (partial(NEW, class_shares=np.ones((1, 3))), "class_shares", "expected a row of numbers"),
     (
-        partial(NEW, class_shares=[[1], [1]], label_dropout=0.5),
-        "label_dropout 0.5",
+        partial(NEW, class_shares=[[1], [1]], network=Wrapper(num_classes=4), label_dropout=0),
+        "label_dropout 0",
         "expected betw",
     ),
     (partial(MIX, start=3), "start 3: expected nothing"),

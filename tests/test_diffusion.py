@@ -415,24 +415,24 @@ def test_without_labels_classes_are_drawn_by_their_shares(shares, expected):
 
 
 def test_a_label_draws_its_clusters_by_their_shares():
-    """Two labels, then three clusters, of which the second label has two."""
-    ddpm = own(num_classes=5, class_shares=[[0.5, 0, 0], [0, 0.1, 0.4]], image_size=1)
-    assert (ddpm.num_labels, ddpm.label_of.tolist()) == (2, [0, 1, 0, 1, 1, 5])
+    """Two labels, then two clusters of each, of which one is empty."""
+    ddpm = own(num_classes=6, class_shares=[[0, 0.5], [0.1, 0.4]], image_size=1)
+    assert (ddpm.num_labels, ddpm.label_of.tolist()) == (2, [0, 1, 0, 0, 1, 1, 6])
     for y, expected in (
-        (0, [0, 0, 1, 0, 0]),
-        (1, [0, 0, 0, 0.2, 0.8]),
-        (None, [0, 0, 0.5, 0.1, 0.4]),
+        (0, [0, 0, 0, 1, 0, 0]),
+        (1, [0, 0, 0, 0, 0.2, 0.8]),
+        (None, [0, 0, 0, 0.5, 0.1, 0.4]),
     ):
         drawn = ddpm.draw_classes(4000, None if y is None else torch.full((4000,), y))
-        shares = drawn.bincount(minlength=5) / 4000
+        shares = drawn.bincount(minlength=6) / 4000
         assert torch.allclose(shares, torch.tensor(expected).float(), atol=0.03)
     ddpm.sample(2, y=[0, 0], steps=1)
-    assert ddpm.network.labels() == [[2, 2]]
+    assert ddpm.network.labels() == [[3, 3]]
     refused(lambda: ddpm.sample(1, y=2), "y with values from 2 to 2: expected from 0 to 1")
     torch.manual_seed(0)
-    drawn = ddpm.drop_labels(torch.full((9000,), 3)).bincount(minlength=6) / 9000
-    assert torch.allclose(drawn, torch.tensor([0, 0.1, 0, 0.8, 0, 0.1]), atol=0.02)
-    assert (ddpm.drop_labels(torch.full((9,), 5)) == 5).all()  # 'no label' stays so
+    drawn = ddpm.drop_labels(torch.full((9000,), 4)).bincount(minlength=7) / 9000
+    assert torch.allclose(drawn, torch.tensor([0, 0.05, 0, 0, 0.9, 0, 0.05]), atol=0.01)
+    assert (ddpm.drop_labels(torch.full((9,), 6)) == 6).all()  # 'no label' stays so
 
 
 def test_the_skip_is_in_the_loss_and_in_every_prediction():
@@ -447,11 +447,11 @@ def test_the_skip_is_in_the_loss_and_in_every_prediction():
 
 
 def test_a_label_may_be_any_candidate_of_its_clusters():
-    ddpm = own(num_classes=5, class_shares=[[0.5, 0, 0], [0, 0.1, 0.4]], prediction="x0")
+    ddpm = own(num_classes=6, class_shares=[[0, 0.5], [0.1, 0.4]], prediction="x0")
     candidates = torch.tensor([-0.5, 0.1, 0.2])[:, None, None, None].expand(3, 1, 8, 8)
     t, x0 = torch.full((4,), 9), torch.zeros(4, 1, 8, 8)
     losses = ddpm.losses(
-        x0, torch.tensor([1, 3, 4, 5]), t, x0, ((candidates,), torch.tensor([2, 3, 4]))
+        x0, torch.tensor([1, 4, 5, 6]), t, x0, ((candidates,), torch.tensor([3, 4, 5]))
     )
     one = [0.1**2, 0.2**2]
     assert losses[1:3].tolist() == pytest.approx(one)
