@@ -60,7 +60,7 @@ use_augmentation: bool = not quick  # small random shifts, rotations and scales;
 # network
 use_conditional_generation: bool = quick  # train on labels too, so you can ask for a digit
 # train on so many clusters of similar images, within the labels if it has them; 0 turns this off
-num_clusters: int = (250 if use_conditional_generation else 256) if quick else 0
+num_clusters: int = 256 if quick and not use_conditional_generation else 0
 base_channels: int = 32 if quick else 128  # width of the first level; a multiple of 32
 channel_mult: tuple = (1, 2, 4) if quick else (1, 2, 4, 8)  # widths of levels / base_channels
 num_res_blocks: int = 1 if quick else 2  # residual blocks per level
@@ -96,7 +96,7 @@ bound: shorthand = loss == "vlb" or variance == "learned"
 # which timesteps training sees; logit-normal sees more of the middle
 timestep_sampling: TIMESTEP_SAMPLINGS = "logit-normal" if quick and not bound else "uniform"
 # how widely logit-normal spreads
-timestep_std: float = 0.9 if use_conditional_generation else 0.8 if num_clusters else 0.6
+timestep_std: float = 1.0 if use_conditional_generation else 0.8 if num_clusters else 0.6
 weight_decay: float = 1e-4  # AdamW's weight decay
 adam_beta2: float = 0.95 if quick else 0.999  # decay of AdamW's average of squared gradients
 use_scheduler: bool = True  # lower the learning rate to zero over the run, along a cosine

@@ -19,6 +19,7 @@ FORMATS = {"accuracy": "{:.1%}", "bits_per_dim": "{:#.4g}"}  # of others: three 
 ALL, READ = "frechet precision recall accuracy", "frechet accuracy"
 SHORT = "--train_size 40000 --epochs 1"  # a third of a whole run
 BEFORE = "--skip_std 0 --num_clusters 0 --timestep_std 1"  # the recipe until November 2026
+FINER = "--num_clusters 250 --timestep_std 0.9"
 SLOW, NONE = "--adam_beta2 0.999", "--no-use_conditional_generation"
 OLD = f"{NONE} --skip_std 0 {SLOW}"
 USUAL = "--num_clusters 0 --no-adaptive_norm --timestep_sampling uniform --target_references 0 "
@@ -50,7 +51,8 @@ TABLES = {  # question, columns, rows of (label, flags to train, flags to --eval
     "skip": ["What does the skip give?", f"{ALL} bits_per_dim"]
     + each("skip_std", "0 0.1 0.2 0.3", "0.2"),
     "clusters": ["How many clusters, within labels and without labels?", ALL]
-    + each("num_clusters", "0 100 250", "250", "", "labels, ")
+    + drawn("sde 6 1.2/1", SHORT, "labels, ")
+    + drawn("sde 6 1.2/1", f"{SHORT} {FINER}", "labels, 250 clusters, ")
     + each("num_clusters", "0 64 256", "256", NONE, "no labels, "),
     "unlabelled": ["How good is the recipe without labels?", "frechet precision recall"]
     + drawn("sde 6 1.1/1, sde 10 1", NONE)

@@ -105,7 +105,7 @@ REFERENCE |= dict(ema_start=5000, ema_update_rate=1, sampler="ddpm", sample_step
 NO_LABELS = "quick --no-use_conditional_generation"
 FOLLOWS = {  # flags: what follows from them on any device
     "reference": REFERENCE,
-    "quick": dict(prediction="x0", target_references=4096, sample_steps=6, guidance_scale=1.2),
+    "quick": dict(prediction="x0", target_references=4096, num_clusters=0, guidance_scale=1.2),
     "quick --loss l1": dict(target_references=0, timestep_sampling="logit-normal"),
     "quick --loss vlb": dict(target_references=0, timestep_sampling="uniform"),
     "quick --variance learned": dict(timestep_sampling="uniform", target_references=4096),
