@@ -216,19 +216,14 @@ def test_the_samplers_are_told_apart_by_their_order_and_their_share_of_noise():
 
 
 def test_what_is_left_out_comes_from_the_models_settings():
-    def network(xt, t, y):
-        return by_label(xt, t, y) + 0.1 * xt
-
     settings = dict(sampler="dpm++", sample_steps=4, guidance_scale=2.0)
-    settings |= dict(prediction="x0", timestep_spacing="linspace")
-    ddpm = own(network, num_classes=2, **settings)
+    ddpm = own(num_classes=2, timestep_spacing="linspace", **settings)
     images = ddpm.sample(2, y=[0, 1], seed=0)
     assert [t[0].item() for _, t, _ in ddpm.network.calls] == [9, 6, 3, 0]
     assert ddpm.network.labels() == [[0, 1, 2, 2]] * 4
-    given = dict(sampler="dpm++", steps=4, guidance_scale=2.0)
-    assert torch.equal(images, ddpm.sample(2, y=[0, 1], seed=0, **given))
-    for other in (dict(sampler="ddim"), dict(steps=5), dict(guidance_scale=1.0)):
-        assert not torch.equal(images, ddpm.sample(2, y=[0, 1], seed=0, **other))
+    ddpm.sampler = "ddpm"
+    assert torch.equal(images, ddpm.sample(2, y=[0, 1], seed=0, sampler="dpm++"))
+    assert not torch.equal(images, ddpm.sample(2, y=[0, 1], seed=0))
     ddpm = own()
     ddpm.sample(1)
     assert [t.item() for _, t, _ in ddpm.network.calls] == list(range(9, -1, -1))  # all of them
@@ -327,14 +322,10 @@ def test_the_network_sees_at_most_256_images_at_once():
     assert ddpm.network.labels() == [part.tolist() for part in y.split(256) for _ in range(2)]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [dict(sampler="ddim"), dict(sampler="dpm++", return_sequence=True, guidance_scale=2.0)],
-)
-def test_batches_do_not_change_an_image_where_the_steps_draw_no_noise(options, monkeypatch):
+def test_batches_do_not_change_an_image_where_the_steps_draw_no_noise(monkeypatch):
     ddpm = tiny_ddpm(num_classes=3, prediction="x0")
     x0, other = batch(5, size=8)
-    options |= dict(steps=3, seed=0)
+    options = dict(sampler="dpm++", steps=3, seed=0, return_sequence=True, guidance_scale=2.0)
 
     def draw():
         mixed = ddpm.interpolate(x0, other, [0.2, 0.7], 7, y=1, **options)
@@ -456,29 +447,21 @@ def test_interpolation_asks_for_no_label_or_for_those_given():
 # Modes
 
 
-def test_sampling_and_the_bound_turn_dropout_off():
+def test_sampling_and_the_bound_are_without_dropout_and_gradients_and_leave_the_mode():
     ddpm, (x0, _) = tiny_ddpm(network=tiny_unet(dropout=0.9)), batch(2, size=8)
 
     def draw():
         bits = ddpm.bits_per_dim(x0.sign(), terms=2, seed=0)
-        return [ddpm.sample(2, steps=2, seed=0), list(bits)]
+        return [ddpm.sample(2, steps=2, seed=0), bits.rate, bits.rmse]
 
     expected = draw()
     ddpm.train()
-    assert same(draw(), expected)
-
-
-def test_sampling_and_the_bound_leave_every_part_in_its_mode_and_gradients_on():
-    ddpm = tiny_ddpm()
-    ddpm.network.train()
     ddpm.network.middle.eval()  # a frozen part
     modes = [part.training for part in ddpm.modules()]
-    images = ddpm.sample(1, steps=2)
-    bits = ddpm.bits_per_dim(images.sign(), terms=2)
-    walk = ddpm.walk(images, [9, 5, 1])
-    x0, xt = next(walk)  # and whoever walks step by step can train between steps
-    assert not (images.requires_grad or bits.rate.requires_grad or xt.requires_grad)
-    assert x0.dtype == xt.dtype == torch.float32
+    assert same(found := draw(), expected)
+    walk = ddpm.walk(x0, [9, 5, 1])
+    found += next(walk)  # and whoever walks step by step can train between steps
+    assert not any(value.requires_grad for value in found)
     assert [part.training for part in ddpm.modules()] == modes and torch.is_grad_enabled()
 
 

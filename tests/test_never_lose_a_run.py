@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import pkgutil
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -26,7 +25,6 @@ from tiny import FLAGS, same, snapshot
 import train_eval
 from support import pictures
 from support.checkpoint import load_checkpoint, load_last
-from support.files import RunFolder
 
 STEPS = 24  # two epochs of 12; looks at 15 and 24, saves at 5, 10, 15, 20 and 24
 RUN = FLAGS + "--use_augmentation --dropout 0.1 --timestep_sampling importance".split()
@@ -214,39 +212,3 @@ def test_a_second_ctrl_c_stops_at_once(flags, tmp_path):
     assert err.count("stopping after this step") == 1
     assert "stopped at once; what was saved before is whole" in err
     assert load_last(tmp_path)["step"] == 5 and leftovers(tmp_path) == []
-
-
-def limit_files():
-    """From now on no file can be as large as last.pt."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-
-
-def test_a_full_disk_is_one_line_and_what_was_saved_is_whole(flags, tmp_path):
-    full = (at_call, "train_eval.save_last", 2, limit_files)
-    status, _, err = run(tmp_path, *flags, patches=[full])
-    lines = [line for line in err.splitlines() if line.startswith("train_eval.py: ")]
-    assert status == 1 and len(lines) == 1 and "Traceback" not in err, err
-    assert f"{tmp_path / 'last.pt'}: cannot be written" in lines[0], lines
-    assert load_last(tmp_path)["step"] == 5 and leftovers(tmp_path) == []
-
-
-def test_a_folder_that_another_run_uses_is_left_alone(flags, tmp_path):
-    with RunFolder(tmp_path, new=True):
-        before = snapshot(tmp_path)
-        for begun in (flags, RESUME):
-            status, out, err = run(tmp_path, *begun)
-            assert out == "" or begun == RESUME and out.startswith("nothing to resume")
-            assert status == 2 and len(err.splitlines()) == 1, err
-            assert f"in use by process {os.getpid()} on " in err
-        assert snapshot(tmp_path) == before
-
-
-def test_a_new_run_moves_the_earlier_one_aside(flags, whole, tmp_path):
-    folder = Path(shutil.copytree(whole, tmp_path / "run"))
-    before = {n: b for n, b in snapshot(folder).items() if not n.startswith("tensorboard_logs")}
-    status, out, err = run(folder, *flags, patches=[(at_call, STEP, 1, signal.SIGTERM)])
-    assert status == 143 and load_last(folder)["step"] == 1, err
-    (aside,) = folder.glob("run_*")
-    assert f"what an earlier run left in {folder} is now in {aside}" in out
-    assert snapshot(aside) == before
-    assert os.listdir(folder / "samples") == ["real.png"] and (folder / "best_model.pt").exists()
