@@ -1,7 +1,6 @@
 """The averaged weights: when the average begins, its law, changing places, going on exactly."""
 
 import copy
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -67,8 +66,7 @@ def test_up_to_start_the_shadow_is_the_weights_then_its_decay_ramps_up(start, up
     assert d == decay
 
 
-@pytest.mark.parametrize("error", [None, KeyError])
-def test_the_values_change_places_and_come_back_to_the_bit_even_after_an_exception(error):
+def test_the_values_change_places_and_come_back_to_the_bit_even_after_an_exception():
     """They change places: the module's are kept in the shadow, and no tensor is a new one."""
     network = normed()
     ema = EMA(network, start=0)
@@ -77,10 +75,9 @@ def test_the_values_change_places_and_come_back_to_the_bit_even_after_an_excepti
     memory = [value.data_ptr() for value in tensors]
     weights, averages = values(network), values(ema.shadow)
     assert not same(weights, averages)
-    with pytest.raises(error) if error else nullcontext(), ema.applied():
+    with pytest.raises(KeyError), ema.applied():
         assert same(values(network), averages) and same(values(ema.shadow), weights)
-        if error:
-            raise error
+        raise KeyError
     assert same(values(network), weights) and same(values(ema.shadow), averages)
     now = [*network.parameters(), *ema.shadow.parameters()]
     assert all(a is b for a, b in zip(now, tensors))
@@ -116,8 +113,3 @@ def test_a_run_goes_on_exactly_from_a_state_before_start_and_after(steps):
     second.load_state_dict(state)
     assert same(second.state_dict(), state)
     assert go(module, second, weights[steps:]) == whole[steps:]
-
-
-def test_the_state_of_another_module_is_refused():
-    with pytest.raises(RuntimeError):
-        EMA(normed()).load_state_dict(EMA(module_at(0.0)).state_dict())

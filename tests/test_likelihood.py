@@ -138,15 +138,7 @@ def test_the_vlb_loss_is_on_average_the_bound():
     assert sum(losses) / 20 == pytest.approx(bits.kl + bits.decoder, rel=0.01)
 
 
-@pytest.mark.parametrize("place, fixed", [(-1.0, "fixed_small"), (1.0, "fixed_large")])
-def test_the_ends_of_a_learned_variance_sample_as_the_fixed_ones_do(place, fixed):
-    models = gaussian(place=place), gaussian(variance=fixed), gaussian(place=-place)
-    images, expected, others = (ddpm.sample(3, steps=20, seed=1) for ddpm in models)
-    torch.testing.assert_close(images, expected)
-    assert not torch.allclose(images, others, atol=1e-3)
-
-
-def test_a_learned_variance_finds_the_true_one_and_bounds_better_than_either_fixed_one():
+def test_a_learned_variance_finds_the_true_one():
     """The exact mean, and a place of the variance for each timestep, learned by the hybrid loss."""
     torch.manual_seed(0)
     ddpm = gaussian(place=0.0, num_timesteps=20).train()
@@ -163,12 +155,3 @@ def test_a_learned_variance_finds_the_true_one_and_bounds_better_than_either_fix
     true = small.exp() + (before.sqrt() * large.exp() / (1 - a)) ** 2 * of_x0
     fraction = (ddpm.network.places.weight[1:, 0] + 1) / 2
     torch.testing.assert_close(small + (large - small) * fraction, true.log(), rtol=0, atol=0.1)
-
-    x0, names = pixels(100, seed=1000), ("fixed_small", "fixed_large")
-    bits = ddpm.bits_per_dim(x0, seed=1).total
-    fixed = [gaussian(num_timesteps=20, variance=name).bits_per_dim(x0, seed=1) for name in names]
-    lost = [found.total - bits for found in fixed]  # nearly all of it in the KL terms
-    off = [true.log() - log_variance for log_variance in (small, large)]
-    by_hand = [(d.expm1() - d).sum().item() / 2 / math.log(2) for d in off]
-    assert by_hand == pytest.approx([0.467, 0.969], abs=1e-3)
-    assert lost[0] > by_hand[0] - 0.07 and lost[1] > by_hand[1] - 0.07, lost

@@ -183,32 +183,24 @@ def test_five_kills_change_no_bit(flags, whole, tmp_path):
     check_same(tmp_path, whole)
 
 
-def test_a_run_stopped_in_its_last_look_goes_on_to_the_same_bits(flags, whole, tmp_path):
-    patches = [(at_call, "train_eval.test_loss", 4, signal.SIGTERM)]
-    status, out, err = run(tmp_path, *flags, patches=patches)
-    assert status == 143 and "Traceback" not in err, err
-    assert f"stopped at step {STEPS}; everything is saved" in out and "--resume" in out
-    assert load_last(tmp_path)["step"] == STEPS and leftovers(tmp_path) == []
-    status, _, err = run(tmp_path, *RESUME)
-    assert status == 0, err
-    check_same(tmp_path, whole)
-
-
-def test_sigusr1_saves_and_the_run_goes_on(flags, whole, tmp_path):
-    keep = partial(shutil.copy, tmp_path / "last.pt", tmp_path / "kept.pt")
-    patches = [(at_call, STEP, 11, signal.SIGUSR1), (at_call, STEP, 12, keep)]
-    patches += [(at_call, "train_eval.load_data", 1, signal.SIGUSR1)]  # before the first step
-    status, _, err = run(tmp_path, *flags, patches=patches)
-    assert status == 0 and err.count("saved at step") == 2, err
-    assert "saved at step 1\n" in err and "saved at step 11\n" in err, err
-    assert load_checkpoint(tmp_path / "kept.pt", ["step"])["step"] == 11
-    check_same(tmp_path, whole)
-
-
-def test_a_second_ctrl_c_stops_at_once(flags, tmp_path):
+def test_signals_save_or_stop_a_run_and_change_no_bit(flags, whole, tmp_path):
     patches = [(at_call, STEP, 7, signal.SIGINT)] * 2
     status, _, err = run(tmp_path, *flags, patches=patches)
     assert status == 130 and "Traceback" not in err, err
     assert err.count("stopping after this step") == 1
     assert "stopped at once; what was saved before is whole" in err
     assert load_last(tmp_path)["step"] == 5 and leftovers(tmp_path) == []
+
+    keep = partial(shutil.copy, tmp_path / "last.pt", tmp_path / "kept.pt")
+    patches = [(at_call, STEP, 6, signal.SIGUSR1), (at_call, STEP, 7, keep)]
+    patches += [(at_call, "train_eval.load_data", 1, signal.SIGUSR1)]  # before the first step
+    patches += [(at_call, "train_eval.test_loss", 4, signal.SIGTERM)]  # in the last look
+    status, out, err = run(tmp_path, *RESUME, patches=patches)
+    assert status == 143 and err.count("saved at step") == 2, err
+    assert "saved at step 6\n" in err and "saved at step 11\n" in err, err
+    assert load_checkpoint(tmp_path / "kept.pt", ["step"])["step"] == 11
+    assert f"stopped at step {STEPS}; everything is saved" in out and "--resume" in out
+    assert load_last(tmp_path)["step"] == STEPS and leftovers(tmp_path) == []
+    status, _, err = run(tmp_path, *RESUME)
+    assert status == 0, err
+    check_same(tmp_path, whole)

@@ -295,14 +295,11 @@ def exact_moments(ddpm, sampler, timesteps, eta=None):
     "sampler, steps, eta, settings",
     [
         ("ddpm", 50, None, dict()),
-        ("ddpm", 1, None, dict(prediction="v")),
         ("ddpm", 20, None, dict(variance="fixed_large", beta_schedule="cosine")),
         ("ddpm", 20, None, dict(prediction="x0", zero_terminal_snr=True)),
         ("ddim", 10, None, dict(prediction="x0", beta_schedule="cosine")),
         ("ddim", 20, 0.5, dict(prediction="v")),
-        ("ddim", 20, 1.0, dict(timestep_spacing="linspace")),
         ("ddim", 20, None, dict(prediction="v", zero_terminal_snr=True)),
-        ("dpm++", 20, None, dict()),
         ("dpm++", 2, None, dict(prediction="v", beta_schedule="cosine")),
         ("dpm++", 20, None, dict(prediction="x0", zero_terminal_snr=True)),
         ("sde-dpm++", 20, None, dict(variance="fixed_large", timestep_spacing="linspace")),
@@ -322,16 +319,6 @@ def test_with_all_timesteps_the_samples_are_distributed_as_the_data(sampler):
     mean, variance = exact_moments(gaussian(num_timesteps=300), sampler, range(299, -1, -1))
     assert mean == pytest.approx(MEAN, abs=2e-3)
     assert variance == pytest.approx(STD**2, rel=0.2)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_drawn_images_have_the_exact_mean_and_variance(sampler):
-    ddpm, (eta, order) = gaussian(), SAMPLERS[sampler]
-    images = ddpm.sample(250, sampler=sampler, steps=20, seed=1).double()
-    mean, variance = moments_by_hand(ddpm, ddpm.timesteps(20), eta, order)
-    deviations = 4 / math.sqrt(images.numel())
-    assert images.mean().item() == pytest.approx(mean, abs=deviations * math.sqrt(variance))
-    assert images.var().item() == pytest.approx(variance, rel=deviations * math.sqrt(2))
 
 
 @pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm++", 2)])
