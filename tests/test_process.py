@@ -121,15 +121,6 @@ def test_the_tables_stay_float64_follow_the_device_and_are_not_saved():
     assert process.betas.dtype == torch.float64
 
 
-def test_images_keep_their_precision():
-    process, t = GaussianProcess(), torch.tensor([3, 700])
-    for dtype in (torch.bfloat16, torch.float32):
-        x = rand(2, 1, 4, 4).to(dtype)
-        moved = process.step(x, x, t, t - 1, eta=1.0, noise=x)
-        results = process.q_sample(x, t, x), *process.q_posterior(x, x, t), moved
-        assert all(result.dtype == dtype for result in results)
-
-
 # The forward process and its posteriors
 
 
