@@ -374,9 +374,6 @@ def test_the_skip_is_in_the_loss_and_in_every_prediction():
     torch.testing.assert_close(ddpm.losses(x0, None, t, eps), errors)
 
 
-# Interpolation
-
-
 def test_interpolation_mixes_two_noisy_images_and_denoises_the_mixture():
     ddpm, (a, b) = tiny_ddpm(), batch(2, size=8)
     options = dict(sampler="ddim", steps=3)
@@ -392,9 +389,6 @@ def test_interpolation_mixes_two_noisy_images_and_denoises_the_mixture():
     sequence = ddpm.interpolate(a, b, [0.0, 0.25, 1.0], 6, seed=4, return_sequence=True, **options)
     assert sequence.shape == (3, 3, 2, 1, 8, 8)
     torch.testing.assert_close(sequence[-1], images)
-
-
-# Modes
 
 
 def test_sampling_and_the_bound_are_without_dropout_and_gradients_and_leave_the_mode():

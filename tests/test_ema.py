@@ -31,15 +31,6 @@ def go(module, ema, values):
     return shadows
 
 
-def normed():
-    """A network with running statistics, which have moved."""
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))
-    network.to(memory_format=torch.channels_last)
-    network(torch.randn(8, 2, 5, 5))
-    return network
-
-
 @torch.no_grad()
 def change(network):
     for value in (*network.parameters(), *network.buffers()):
@@ -68,7 +59,8 @@ def test_up_to_start_the_shadow_is_the_weights_then_its_decay_ramps_up(start, up
 
 def test_weights_change_places_to_the_bit_even_after_an_exception_and_buffers_do_not():
     """They change places: the module's are kept in the shadow, and no tensor is a new one."""
-    network = normed()
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))
+    network.to(memory_format=torch.channels_last)
     ema = EMA(network, start=0)
     change(network)
     tensors = [*network.parameters(), *ema.shadow.parameters()]

@@ -215,9 +215,6 @@ def test_min_snr_weighs_the_error_of_x0_alike_whatever_is_predicted(prediction):
     close(process.min_snr_weight(t, 5.0) * error, snr.clamp(max=5) * error_of_x0)
 
 
-# Variances
-
-
 def test_every_variance_is_its_share_between_small_and_large():
     t, fraction = torch.tensor([0, 1, 500]), torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 1, 3)
     small, large = GaussianProcess().log_variances(t, t - 1)
@@ -234,7 +231,7 @@ def test_every_variance_is_its_share_between_small_and_large():
     assert one[0] == one[1]
 
 
-# One step of a sampler
+# Variances and one step of a sampler
 
 
 def test_a_step_with_all_of_ddpms_noise_is_the_posterior():
