@@ -1,4 +1,4 @@
-"""A run that is killed, stopped, damaged or out of disk loses nothing: real processes and signals.
+"""A run that is killed or stopped loses nothing: real processes and signals.
 
 Python takes seconds to start, so a server imports the script once and forks a process for each run.
 In it `patches`, functions and their arguments, arrange for the fault; then the script runs.
