@@ -290,8 +290,10 @@ def test_the_network_sees_at_most_256_images_at_once():
     images = ddpm.sample(300, steps=2, sampler="ddpm")
     assert [len(xt) for xt, _, _ in ddpm.network.calls] == [256, 256, 44, 44]
     assert images.shape == (300, 1, 4, 4) and len(images.unique(dim=0)) == 300
-    ddpm, y = own(num_classes=300), torch.arange(300)
-    ddpm.bits_per_dim(torch.ones(300, 1, 4, 4), y, terms=2)
+    ddpm, y, x0 = own(num_classes=300), torch.arange(300), torch.ones(300, 1, 4, 4)
+    x0[256:] = -1
+    ddpm.bits_per_dim(x0, y, terms=2)
+    assert ddpm.network.calls[-1][0].mean() < 0  # at t = 0, nearly the images
     assert ddpm.network.labels() == [part.tolist() for part in y.split(256) for _ in range(2)]
 
 
