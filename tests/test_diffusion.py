@@ -3,12 +3,10 @@
 Closed forms of the samplers stand in test_process.py, refusals in test_bad_input.py.
 """
 
-import math
-
 import numpy as np
 import pytest
 import torch
-from tiny import MEAN, STD, gaussian, refused, same, tiny_ddpm, tiny_unet, truth
+from tiny import refused, same, tiny_ddpm, tiny_unet, truth
 
 from diffusion import DDPM, SAMPLERS, SETTINGS
 from process import PREDICTIONS
@@ -37,11 +35,6 @@ def own(function=lambda xt, t, y: 0 * xt, num_classes=None, **settings):
     return tiny_ddpm(network=Own(function, num_classes), **settings)
 
 
-def by_label(xt, t, y):
-    """0.1, 0.2, ..., as y is 0, 1, ..., at every pixel."""
-    return (y / 10 + 0.1)[:, None, None, None].expand_as(xt)
-
-
 def batch(n=4, size=4, seed=0, channels=1):
     """Images and noise, (n, channels, size, size)."""
     return torch.randn(2, n, channels, size, size, generator=torch.Generator().manual_seed(seed))
@@ -57,7 +50,10 @@ def test_the_loss_is_the_mean_error_from_what_should_be_predicted(prediction):
     a = ddpm.alphas_cumprod[t].view(-1, 1, 1, 1).float()
     true = truth(prediction, a, x0, eps)
     torch.testing.assert_close(ddpm.losses(x0, None, t, eps), true.square().mean((1, 2, 3)))
-    ddpm.loss = "l1"
+    ddpm.min_snr_gamma = 5.0
+    expected = true.square().mean((1, 2, 3)) * ddpm.min_snr_weight(t, 5.0).float()
+    torch.testing.assert_close(ddpm.losses(x0, None, t, eps), expected)
+    ddpm.loss, ddpm.min_snr_gamma = "l1", 0.0
     torch.testing.assert_close(ddpm.losses(x0, None, t, eps), true.abs().mean((1, 2, 3)))
     ddpm.network.function = lambda xt, t, y: true
     assert ddpm.losses(x0, None, t, eps).max() < 1e-6
@@ -65,65 +61,48 @@ def test_the_loss_is_the_mean_error_from_what_should_be_predicted(prediction):
     torch.testing.assert_close(xt, a.sqrt() * x0 + (1 - a).sqrt() * eps, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_the_exact_predictor_reaches_the_least_possible_loss(prediction):
-    """For pixels N(MEAN, STD^2) its error is the posterior variance, in units of the prediction."""
-    ddpm, (x0, eps), t = gaussian(prediction=prediction), batch(4000), 400
-    a = ddpm.alphas_cumprod[t].item()
-    unit = {"x0": 1.0, "eps": a / (1 - a), "v": 1 / (1 - a)}[prediction]
-    loss = ddpm.losses(MEAN + STD * x0, None, torch.full((4000,), t), eps).mean().item()
-    assert loss == pytest.approx(unit * STD**2 * (1 - a) / (a * STD**2 + 1 - a), rel=0.02)
-
-
 @pytest.mark.parametrize("loss", ["mse", "l1"])
 def test_the_hybrid_loss_moves_the_mean_as_the_simple_loss_and_the_variance_as_the_bound(loss):
     output = 0.3 * torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(1))
     output.requires_grad_()
     (x0, eps), t = batch(6), torch.tensor([0, 1, 10, 300, 700, 999])
-    x0 = x0.clamp(-1, 1)
 
-    def losses(outputs, **settings):
+    def losses_and_gradient(outputs, **settings):
         ddpm = own(lambda xt, t, y: output[:, :outputs], num_timesteps=1000, **settings)
-        return ddpm.losses(x0, None, t, eps)
+        losses = ddpm.losses(x0.clamp(-1, 1), None, t, eps)
+        return losses.detach(), torch.autograd.grad(losses.sum(), output)[0]
 
-    simple = losses(1, loss=loss)
-    hybrid, bound = (losses(2, loss=name, variance="learned") for name in (loss, "vlb"))
+    simple, of_simple = losses_and_gradient(1, loss=loss)
+    hybrid, of_hybrid = losses_and_gradient(2, loss=loss, variance="learned")
+    bound, of_bound = losses_and_gradient(2, loss="vlb", variance="learned")
     torch.testing.assert_close(hybrid, simple + 0.001 * bound)
-    of_simple, of_hybrid, of_bound = (
-        torch.autograd.grad(value.sum(), output, retain_graph=True)[0]
-        for value in (simple, hybrid, bound)
-    )
     assert torch.equal(of_hybrid[:, :1], of_simple[:, :1])
     torch.testing.assert_close(of_hybrid[:, 1:], 0.001 * of_bound[:, 1:])
-    assert torch.isfinite(of_bound).all() and (of_bound.flatten(2).abs().sum(2) > 0).all()
+    assert (of_bound.flatten(2).abs().sum(2) > 0).all()
 
 
-def test_min_snr_weights_are_those_of_the_process():
-    (x0, eps), t = batch(), torch.tensor([20, 200, 400, 999])
-    plain, weighted = (own(min_snr_gamma=gamma, num_timesteps=1000) for gamma in (0.0, 5.0))
-    expected = plain.losses(x0, None, t, eps) * plain.min_snr_weight(t, 5.0).float()
-    torch.testing.assert_close(weighted.losses(x0, None, t, eps), expected)
+# two labels, then two clusters of each, of which one is empty
+OF_CLUSTERS = dict(num_classes=6, class_shares=[[0, 0.5], [0.1, 0.4]])
 
 
 @pytest.mark.parametrize(
     "prediction, labelled, channels", [("eps", True, 1), ("v", True, 3), ("x0", False, 1)]
 )
 def test_an_averaged_target_is_the_likely_mean_of_candidates(prediction, labelled, channels):
-    """Candidates of the image's own label; where that was dropped, all of them."""
-    ddpm = own(prediction=prediction, num_classes=2 if labelled else None, channels=channels)
+    """Those of the image's own cluster, of any of its label, or all if it has none of them."""
+    settings = OF_CLUSTERS if labelled else {}
+    ddpm = own(prediction=prediction, channels=channels, **settings)
     (x0, eps), (images, _) = batch(6, channels=channels), batch(8, seed=1)
     x0 = x0[:, :1].expand_as(x0)  # grey, if it has three channels
-    t, y, of_images = torch.arange(6), torch.arange(6) % 3, torch.arange(8) % 2
-    every, of_every = torch.cat([x0[:, :1], images]), torch.cat([torch.arange(6) % 2, of_images])
-    a = ddpm.alphas_cumprod[t][:, None, None, None]
-    xt = ddpm.q_sample(x0, t, eps).double()
-    distances = (xt[:, None] - a[..., None].sqrt() * every).square().sum((2, 3, 4))
-    logits = -distances / (2 * (1 - a))[:, :, 0, 0]
-    if labelled:
-        logits[(y[:, None] != of_every) & (y[:, None] != 2)] = -math.inf
-    mean = torch.einsum("nm,mchw->nchw", logits.softmax(dim=1), every.double()).expand_as(xt)
+    t, every = torch.arange(6), torch.cat([x0[:, :1], images])
+    y = torch.tensor([0, 1, 2, 4, 5, 6])
+    clusters = torch.arange(len(every)) % 4 + 2
+    meant = {0: [2, 3], 1: [4, 5], 2: [2], 4: [4], 5: [5], 6: [2, 3, 4, 5]}  # 6 is 'no label'
+    allowed = torch.tensor([[k in meant[i] for k in clusters.tolist()] for i in y.tolist()])
+    a, xt = ddpm.alphas_cumprod[t][:, None, None, None], ddpm.q_sample(x0, t, eps)
+    mean = ddpm.posterior_mean(xt, t, every, allowed=allowed if labelled else None)
     target = truth(prediction, a, mean, (xt - a.sqrt() * mean) / (1 - a).sqrt())
-    candidates = (x0[:, :1], images), of_every if labelled else None
+    candidates = (x0[:, :1], images), clusters if labelled else None
     with torch.autocast("cpu", torch.bfloat16):  # as in a training step
         losses = ddpm.losses(x0, y if labelled else None, t, eps, candidates)
     expected = target.square().mean((1, 2, 3)).float()
@@ -142,14 +121,6 @@ def test_training_minimises_the_mean_of_the_losses_at_random_timesteps_and_noise
     loss.backward()
     assert all(parameter.grad is not None for parameter in ddpm.parameters())
 
-    ddpm = own()
-    ddpm(torch.zeros(2000, 1, 4, 4))
-    xt, t, _ = ddpm.network.calls[0]
-    counts = torch.bincount(t, minlength=10)
-    assert len(counts) == 10 and counts.min() > 120 and counts.max() < 280
-    last = xt[t == 9]  # nearly pure noise, another one for each image
-    assert last.std().item() == pytest.approx(1, abs=0.05) and len(last.unique(dim=0)) == len(last)
-
 
 def test_labels_are_dropped_in_training_as_often_as_the_setting_says_and_never_else():
     torch.manual_seed(0)
@@ -164,29 +135,32 @@ def test_labels_are_dropped_in_training_as_often_as_the_setting_says_and_never_e
     assert DDPM(Own(None)).label_dropout == 0.1  # 2207.12598
     ddpm.eval()(x0, y)
     assert torch.equal(ddpm.network.calls[1][2], y)
-    ddpm.train()(x0, 3)  # one label for all
-    ddpm(x0[:2])
-    assert (ddpm.network.calls[2][2] == 10).all() and ddpm.network.labels()[3] == [10, 10]
-    assert ddpm.drop_labels(None) is None
+    ddpm.train()(x0[:2])
+    assert ddpm.network.labels()[2] == [10, 10]
 
 
 # The network
 
 
-def test_x0_is_clipped_and_eps_explains_x_t_with_the_clipped_one():
-    ddpm = own(lambda xt, t, y: 0 * xt - 7, prediction="x0")
-    (xt, _), t = batch(1), torch.tensor([5])
+def test_x0_is_clipped_and_in_float32_and_eps_explains_x_t_with_it():
+    """Under bf16 and channels-last too, and in one layout: torch.compile makes a graph for each."""
+
+    def network(xt, t, y):
+        return (0 * xt - 7).to(torch.bfloat16, memory_format=torch.channels_last)
+
+    ddpm = own(network, channels=3, prediction="x0")
+    (xt, _), t = batch(2, channels=3), torch.tensor([5, 5])
     x0, eps = ddpm.predict(xt, t)
-    assert (x0 == -1).all()
-    torch.testing.assert_close(ddpm.q_sample(x0, t, eps), xt)
+    assert (x0 == -1).all() and x0.is_contiguous()
+    torch.testing.assert_close(ddpm.q_sample(x0, t, eps), xt)  # of the same precision
 
 
 @pytest.mark.parametrize(
     "scale, expected", [(0, [0.3, 0.3]), (0.5, [0.2, 0.25]), (1.0, [0.1, 0.2]), (3.0, [-0.3, 0.0])]
 )
 def test_guidance_is_uncond_plus_s_times_the_difference_but_not_of_a_variance(scale, expected):
-    def network(xt, t, y):
-        return by_label(xt.expand(-1, 2, -1, -1), t, y)
+    def network(xt, t, y):  # 0.1, 0.2, ..., as y is 0, 1, ...
+        return (y / 10 + 0.1)[:, None, None, None].expand(-1, 2, 4, 4)
 
     ddpm = own(network, num_classes=2, prediction="x0", variance="learned")
     xt, t, y = torch.zeros(2, 1, 4, 4), torch.tensor([5, 5]), torch.tensor([0, 1])
@@ -196,31 +170,6 @@ def test_guidance_is_uncond_plus_s_times_the_difference_but_not_of_a_variance(sc
     assert fraction[:, 0, 0, 0].tolist() == pytest.approx([(p + 1) / 2 for p in place])
     assert ddpm.network.labels() == [{0: [2, 2], 1: [0, 1]}.get(scale, [0, 1, 2, 2])]  # one batch
     assert same(ddpm.predict(xt, t, [0, 1], scale), (x0, eps))
-
-
-def test_the_networks_output_comes_in_float32_and_in_one_layout():
-    """Under bf16 and channels-last too: torch.compile makes a graph for each."""
-
-    def network(xt, t, y):
-        return xt.to(torch.bfloat16, memory_format=torch.channels_last)
-
-    ddpm = own(network, channels=3, prediction="x0")
-    x0, eps, _ = ddpm.denoise(torch.zeros(2, 3, 4, 4), torch.tensor([5, 5]))
-    assert x0.dtype == eps.dtype == torch.float32 and x0.is_contiguous()
-
-
-def test_a_network_of_ones_own_is_told_no_label_by_the_label_that_means_it():
-    ddpm = own(num_classes=7)
-    x0, t = -torch.ones(2, 1, 4, 4), torch.tensor([5, 5])
-    ddpm(x0)
-    ddpm.predict(x0, t)
-    ddpm.predict(x0, t, torch.tensor([1, 2]), guidance_scale=0)
-    ddpm.bits_per_dim(x0, terms=2)
-    ddpm.interpolate(x0, x0, [0.5], t=3, steps=1)
-    assert ddpm.network.labels() == [[7, 7]] * 6
-    ddpm = own()
-    ddpm.sample(1, steps=1)
-    assert ddpm.network.calls[0][2] is None  # it knows no labels
 
 
 def test_without_a_network_it_is_a_unet_that_fits(monkeypatch):
@@ -237,34 +186,24 @@ def test_the_samplers_are_told_apart_by_their_order_and_their_share_of_noise():
     ddpm = tiny_ddpm()
     images = {sampler: ddpm.sample(2, sampler=sampler, steps=5, seed=0) for sampler in SAMPLERS}
     assert len(torch.stack([*images.values()]).unique(dim=0)) == 4
-    for plain, noisy in (("ddim", "ddpm"), ("dpm++", "sde-dpm++")):
-        for sampler in (plain, noisy):
-            for eta, expected in ((0, plain), (1.0, noisy)):
-                found = ddpm.sample(2, sampler=sampler, eta=eta, steps=5, seed=0)
-                assert torch.equal(found, images[expected])
-    half = ddpm.sample(2, sampler="ddim", eta=0.5, steps=5, seed=0)
-    assert not any(torch.equal(half, image) for image in images.values())
+    pairs = (("ddim", 1.0, "ddpm"), ("ddpm", 0, "ddim"), ("sde-dpm++", 0, "dpm++"))
+    for sampler, eta, expected in pairs:
+        found = ddpm.sample(2, sampler=sampler, eta=eta, steps=5, seed=0)
+        assert torch.equal(found, images[expected])
 
 
 def test_what_is_left_out_comes_from_the_models_settings():
-    def network(xt, t, y):
-        return by_label(xt, t, y) + 0.1 * xt
-
     settings = dict(sampler="dpm++", sample_steps=4, guidance_scale=2.0)
-    settings |= dict(prediction="x0", timestep_spacing="linspace")
-    ddpm = own(network, num_classes=2, **settings)
+    ddpm = own(num_classes=2, timestep_spacing="linspace", **settings)
     images = ddpm.sample(2, y=[0, 1], seed=0)
     assert [t[0].item() for _, t, _ in ddpm.network.calls] == [9, 6, 3, 0]
     assert ddpm.network.labels() == [[0, 1, 2, 2]] * 4
-    given = dict(sampler="dpm++", steps=4, guidance_scale=2.0)
-    assert torch.equal(images, ddpm.sample(2, y=[0, 1], seed=0, **given))
-    for other in (dict(sampler="ddim"), dict(steps=5), dict(guidance_scale=1.0)):
-        assert not torch.equal(images, ddpm.sample(2, y=[0, 1], seed=0, **other))
+    ddpm.sampler = "ddpm"
+    assert torch.equal(images, ddpm.sample(2, y=[0, 1], seed=0, sampler="dpm++"))
+    assert not torch.equal(images, ddpm.sample(2, y=[0, 1], seed=0))
     ddpm = own()
     ddpm.sample(1)
     assert [t.item() for _, t, _ in ddpm.network.calls] == list(range(9, -1, -1))  # all of them
-    ddpm.sample(1, steps=5)
-    assert [t.item() for _, t, _ in ddpm.network.calls[10:]] == [9, 7, 5, 3, 1]
 
 
 def test_a_chain_can_start_anywhere():
@@ -329,7 +268,6 @@ def test_a_seed_decides_the_images_and_leaves_the_global_state_alone():
     "call",
     [
         lambda ddpm, x: ddpm.sample(4, seed=3, steps=3, sampler="ddpm"),
-        lambda ddpm, x: ddpm.sample(4, seed=3, steps=3, sampler="ddpm", xT=x),
         lambda ddpm, x: ddpm.interpolate(x, x, [0.5, 0.7], t=8, seed=3, steps=2, sampler="ddpm"),
         lambda ddpm, x: ddpm.bits_per_dim(x, seed=3, terms=5),
     ],
@@ -353,19 +291,17 @@ def test_the_network_sees_at_most_256_images_at_once():
     images = ddpm.sample(300, steps=2, sampler="ddpm")
     assert [len(xt) for xt, _, _ in ddpm.network.calls] == [256, 256, 44, 44]
     assert images.shape == (300, 1, 4, 4) and len(images.unique(dim=0)) == 300
-    ddpm.network.calls.clear()
-    ddpm.bits_per_dim(torch.ones(300, 1, 4, 4), terms=2)
-    assert [len(xt) for xt, _, _ in ddpm.network.calls] == [256, 256, 44, 44]
+    ddpm, y, x0 = own(num_classes=300), torch.arange(300), torch.ones(300, 1, 4, 4)
+    x0[256:] = -1
+    ddpm.bits_per_dim(x0, y, terms=2)
+    assert ddpm.network.calls[-1][0].mean() < 0  # at t = 0, nearly the images
+    assert ddpm.network.labels() == [part.tolist() for part in y.split(256) for _ in range(2)]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [dict(sampler="ddim"), dict(sampler="dpm++", return_sequence=True, guidance_scale=2.0)],
-)
-def test_batches_do_not_change_an_image_where_the_steps_draw_no_noise(options, monkeypatch):
+def test_batches_do_not_change_an_image_where_the_steps_draw_no_noise(monkeypatch):
     ddpm = tiny_ddpm(num_classes=3, prediction="x0")
     x0, other = batch(5, size=8)
-    options |= dict(steps=3, seed=0)
+    options = dict(sampler="dpm++", steps=3, seed=0, return_sequence=True, guidance_scale=2.0)
 
     def draw():
         mixed = ddpm.interpolate(x0, other, [0.2, 0.7], 7, y=1, **options)
@@ -374,7 +310,7 @@ def test_batches_do_not_change_an_image_where_the_steps_draw_no_noise(options, m
     whole = draw()
     monkeypatch.setattr("diffusion.BATCH", 2)
     for in_batches, at_once in zip(draw(), whole):
-        torch.testing.assert_close(in_batches, at_once, rtol=0, atol=1e-5)
+        torch.testing.assert_close(in_batches, at_once, rtol=0, atol=1e-4)
 
 
 # Labels
@@ -389,45 +325,40 @@ def test_batches_do_not_change_an_image_where_the_steps_draw_no_noise(options, m
         (torch.tensor(2), [2, 2]),
         (torch.tensor([2, 1], dtype=torch.uint8), [2, 1]),
         (np.arange(1, 3), [1, 2]),
+        (None, [3, 3]),  # 'no label'
     ],
 )
 def test_labels_are_whole_numbers_of_any_kind_one_an_image_or_one_for_all(y, expected):
     ddpm, x0 = own(num_classes=3), torch.ones(2, 1, 4, 4)
-    ddpm.sample(2, y, steps=1)
     ddpm(x0, y)
     ddpm.predict(x0, torch.tensor([5, 5]), y)
     ddpm.bits_per_dim(x0, y, terms=2)
-    ddpm.interpolate(x0, x0, [0.5], 3, y, steps=1)
-    assert ddpm.network.labels() == [expected] * 6
+    ddpm.interpolate(x0, x0, [0.2, 0.8], 3, y, steps=1)
+    assert ddpm.network.labels() == [expected] * 4 + [2 * expected]
     assert all(y.dtype == torch.int64 for _, _, y in ddpm.network.calls)
 
 
 @pytest.mark.parametrize(
-    "shares, expected",
-    [(None, [1, 1, 1]), ([(0, 3, 1)], [0, 2.25, 0.75]), ([[2.0, 0, 0]], [3, 0, 0])],
+    "settings, y, expected",
+    [
+        (dict(num_classes=3), None, [1 / 3] * 3),
+        (dict(num_classes=3, class_shares=[(0, 3, 1)]), None, [0, 0.75, 0.25]),
+        (OF_CLUSTERS, None, [0, 0, 0, 0.5, 0.1, 0.4]),
+        (OF_CLUSTERS, 0, [0, 0, 0, 1, 0, 0]),
+        (OF_CLUSTERS, 1, [0, 0, 0, 0, 0.2, 0.8]),
+    ],
 )
-def test_without_labels_classes_are_drawn_by_their_shares(shares, expected):
-    ddpm = own(num_classes=3, class_shares=shares, image_size=1)
-    ddpm.sample(4000, steps=1, seed=0)
-    drawn = torch.cat([y for _, _, y in ddpm.network.calls]).bincount(minlength=3) / 4000
-    assert torch.allclose(3 * drawn, torch.tensor(expected).float(), atol=0.1)
-    assert (drawn == 0).tolist() == [number == 0 for number in expected]
+def test_classes_are_drawn_by_their_shares(settings, y, expected):
+    ddpm = own(**settings, image_size=1)
+    ddpm.sample(4000, y, steps=1, seed=0)
+    drawn = torch.cat([y for _, _, y in ddpm.network.calls]).bincount(minlength=len(expected))
+    assert torch.allclose(drawn / 4000, torch.tensor(expected).float(), atol=0.03)
+    assert (drawn == 0).tolist() == [share == 0 for share in expected]
 
 
-def test_a_label_draws_its_clusters_by_their_shares():
-    """Two labels, then two clusters of each, of which one is empty."""
-    ddpm = own(num_classes=6, class_shares=[[0, 0.5], [0.1, 0.4]], image_size=1)
+def test_half_of_the_dropped_clusters_become_their_label():
+    ddpm = own(**OF_CLUSTERS)
     assert (ddpm.num_labels, ddpm.label_of.tolist()) == (2, [0, 1, 0, 0, 1, 1, 6])
-    for y, expected in (
-        (0, [0, 0, 0, 1, 0, 0]),
-        (1, [0, 0, 0, 0, 0.2, 0.8]),
-        (None, [0, 0, 0, 0.5, 0.1, 0.4]),
-    ):
-        drawn = ddpm.draw_classes(4000, None if y is None else torch.full((4000,), y))
-        shares = drawn.bincount(minlength=6) / 4000
-        assert torch.allclose(shares, torch.tensor(expected).float(), atol=0.03)
-    ddpm.sample(2, y=[0, 0], steps=1)
-    assert ddpm.network.labels() == [[3, 3]]
     refused(lambda: ddpm.sample(1, y=2), "y with values from 2 to 2: expected from 0 to 1")
     torch.manual_seed(0)
     drawn = ddpm.drop_labels(torch.full((9000,), 4)).bincount(minlength=7) / 9000
@@ -446,21 +377,6 @@ def test_the_skip_is_in_the_loss_and_in_every_prediction():
     torch.testing.assert_close(ddpm.losses(x0, None, t, eps), errors)
 
 
-def test_a_label_may_be_any_candidate_of_its_clusters():
-    ddpm = own(num_classes=6, class_shares=[[0, 0.5], [0.1, 0.4]], prediction="x0")
-    candidates = torch.tensor([-0.5, 0.1, 0.2])[:, None, None, None].expand(3, 1, 8, 8)
-    t, x0 = torch.full((4,), 9), torch.zeros(4, 1, 8, 8)
-    losses = ddpm.losses(
-        x0, torch.tensor([1, 4, 5, 6]), t, x0, ((candidates,), torch.tensor([3, 4, 5]))
-    )
-    one = [0.1**2, 0.2**2]
-    assert losses[1:3].tolist() == pytest.approx(one)
-    assert one[0] < losses[0] < one[1] and 0 < losses[3] < one[0]
-
-
-# Interpolation
-
-
 def test_interpolation_mixes_two_noisy_images_and_denoises_the_mixture():
     ddpm, (a, b) = tiny_ddpm(), batch(2, size=8)
     options = dict(sampler="ddim", steps=3)
@@ -472,49 +388,27 @@ def test_interpolation_mixes_two_noisy_images_and_denoises_the_mixture():
     for weight, mixed in zip((0.0, 0.25, 1.0), images):
         xT = (1 - weight) * xt + weight * other
         expected = ddpm.sample(2, xT=xT, start=6, **options)
-        torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-4)
     sequence = ddpm.interpolate(a, b, [0.0, 0.25, 1.0], 6, seed=4, return_sequence=True, **options)
     assert sequence.shape == (3, 3, 2, 1, 8, 8)
     torch.testing.assert_close(sequence[-1], images)
 
 
-def test_interpolation_asks_for_no_label_or_for_those_given():
-    ddpm, a = own(num_classes=2, guidance_scale=3.0), torch.zeros(2, 1, 4, 4)
-    for options in ({}, dict(guidance_scale=1.0), dict(y=[1, 0], guidance_scale=1), dict(y=1)):
-        ddpm.interpolate(a, a, [0.2, 0.8], t=5, steps=1, **options)
-    assert ddpm.network.labels() == [[2] * 4, [2] * 4, [1, 0, 1, 0], [1] * 4 + [2] * 4]
-
-
-# Modes
-
-
-def test_sampling_and_the_bound_turn_dropout_off():
+def test_sampling_and_the_bound_are_without_dropout_and_gradients_and_leave_the_mode():
     ddpm, (x0, _) = tiny_ddpm(network=tiny_unet(dropout=0.9)), batch(2, size=8)
-    x0 = x0.sign()  # black and white
 
     def draw():
-        return [
-            ddpm.sample(2, steps=2, seed=0),
-            ddpm.interpolate(x0, x0, [0.5], 5, steps=2, seed=0),
-            list(ddpm.bits_per_dim(x0, terms=2, seed=0)),
-        ]
+        bits = ddpm.bits_per_dim(x0.sign(), terms=2, seed=0)
+        return [ddpm.sample(2, steps=2, seed=0), bits.rate, bits.rmse]
 
     expected = draw()
     ddpm.train()
-    assert same(draw(), expected)
-
-
-def test_sampling_and_the_bound_leave_every_part_in_its_mode_and_gradients_on():
-    ddpm = tiny_ddpm()
-    ddpm.network.train()
     ddpm.network.middle.eval()  # a frozen part
     modes = [part.training for part in ddpm.modules()]
-    images = ddpm.sample(1, steps=2)
-    bits = ddpm.bits_per_dim(images.sign(), terms=2)
-    walk = ddpm.walk(images, [9, 5, 1])
-    x0, xt = next(walk)  # and whoever walks step by step can train between steps
-    assert not (images.requires_grad or bits.rate.requires_grad or xt.requires_grad)
-    assert x0.dtype == xt.dtype == torch.float32
+    assert same(found := draw(), expected)
+    walk = ddpm.walk(x0, [9, 5, 1])
+    found += next(walk)  # and whoever walks step by step can train between steps
+    assert not any(value.requires_grad for value in found)
     assert [part.training for part in ddpm.modules()] == modes and torch.is_grad_enabled()
 
 
@@ -527,7 +421,6 @@ def compiled_inside(network):
 
 
 WRAPPERS = {
-    "parallel": torch.nn.DataParallel,
     "compiled inside": compiled_inside,
     "both": lambda network: torch.compile(torch.nn.DataParallel(network), backend="eager"),
 }
@@ -577,22 +470,14 @@ def test_a_saved_model_comes_back_whole(tmp_path, some):
 
 
 class Changed(UNet):
-    """A UNet that computes something else with the same weights."""
-
-    def forward(self, xt, t, y=None):
-        return -super().forward(xt, t, y)
+    """A UNet that may compute something else with the same weights."""
 
 
-@pytest.mark.parametrize(
-    "make",
-    [lambda: torch.nn.Sequential(tiny_unet()), lambda: Changed(**tiny_unet().config)],
-    ids=["own", "changed"],
-)
-def test_any_network_but_a_unet_is_given_to_load(tmp_path, make):
-    network, path = make(), tmp_path / "model.pt"
+def test_any_network_but_a_unet_is_given_to_load(tmp_path):
+    network, path = Changed(**tiny_unet().config), tmp_path / "model.pt"
     tiny_ddpm(network=network).save(path)
     refused(lambda: DDPM.load(path, "cpu"), path, "no UNet", "give load() the network")
-    again = DDPM.load(path, "cpu", other := make())
+    again = DDPM.load(path, "cpu", other := Changed(**network.config))
     assert again.network is other and same(dict(other.state_dict()), dict(network.state_dict()))
     refused(lambda: DDPM.load(path, "cpu", torch.nn.Conv2d(3, 3, 1)), path, "another")
 

@@ -69,16 +69,6 @@ def close(a, b, tolerance=1e-9):
 # Schedules and tables
 
 
-def test_the_linear_schedule_is_ddpms():
-    process = GaussianProcess()
-    assert process.betas.shape == process.alphas_cumprod.shape == (1000,)
-    betas = [1e-4 + i * (0.02 - 1e-4) / 999 for i in range(1000)]
-    close(process.betas, double(*betas), 1e-8)
-    end = math.exp(sum(math.log1p(-beta) for beta in betas))
-    assert process.alphas_cumprod[-1].item() == pytest.approx(end, rel=1e-9)
-    assert end == pytest.approx(4.04e-5, rel=0.01)  # DDPM sec. 4: x_T is almost noise
-
-
 def test_the_cosine_schedule_is_improved_ddpms():
     process = GaussianProcess(beta_schedule="cosine")
 
@@ -104,19 +94,6 @@ def test_the_straight_schedule_is_flow_matching():
     assert process.betas[-1] == 0.999
 
 
-def test_ddim_on_straight_paths_is_eulers_method_on_the_flow():
-    ddpm = gaussian(beta_schedule="straight", prediction="x0")
-    z = rand(5, 1, 1, 1)  # (1 - u) x0 + u eps
-    timesteps = ddpm.timesteps(10)[1:]  # u = 1 itself is cut off
-    u = [(t + 1) / 1000 for t in timesteps] + [0.0]
-    size = [math.hypot(1 - at, at) for at in u]
-    walk = ddpm.walk(z / size[0], timesteps, None, "ddim")
-    for (_, xt), now, after, scale, t in zip(walk, u, u[1:], size[1:], timesteps):
-        x0 = ddpm.network(z / math.hypot(1 - now, now), torch.full((5,), t))
-        z = z + (after - now) * (z - x0) / now  # the velocity is eps - x0
-        close(xt * scale, z)
-
-
 @pytest.mark.parametrize(
     "schedule, num_timesteps", [("linear", 20), ("linear", 100), ("linear", 4000), ("cosine", 20)]
 )
@@ -125,16 +102,8 @@ def test_any_number_of_timesteps_leads_to_noise(schedule, num_timesteps):
     assert len(process.betas) == num_timesteps
     assert process.betas.min() > 0 and process.betas.max() <= 0.999  # 1 would divide by zero
     assert process.alphas_cumprod[-1] < 1e-4
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_zero_terminal_snr_shifts_and_scales_the_roots_to_end_in_noise(schedule):
-    plain = GaussianProcess(100, schedule).alphas_cumprod.sqrt()
-    process = GaussianProcess(100, schedule, prediction="v", zero_terminal_snr=True)
-    root = process.alphas_cumprod.sqrt()
-    assert process.betas[-1] == 1 and root[-1] == 0
-    assert root[0].item() == pytest.approx(plain[0].item(), rel=1e-12)  # begins as before
-    close(root.diff() / plain.diff(), (plain[0] / (plain[0] - plain[-1])).expand(99), 1e-6)
+    pure = GaussianProcess(num_timesteps, schedule, prediction="v", zero_terminal_snr=True)
+    assert pure.betas.max() == pure.betas[-1] == 1 and pure.alphas_cumprod[-1] == 0
 
 
 def test_the_tables_stay_float64_follow_the_device_and_are_not_saved():
@@ -152,29 +121,7 @@ def test_the_tables_stay_float64_follow_the_device_and_are_not_saved():
     assert process.betas.dtype == torch.float64
 
 
-def test_images_keep_their_precision():
-    process, t = GaussianProcess(), torch.tensor([3, 700])
-    for dtype in (torch.bfloat16, torch.float32):
-        x = rand(2, 1, 4, 4).to(dtype)
-        moved = process.step(x, x, t, t - 1, eta=1.0, noise=x)
-        results = process.q_sample(x, t, x), *process.q_posterior(x, x, t), moved
-        assert all(result.dtype == dtype for result in results)
-
-
 # The forward process and its posteriors
-
-
-def test_q_sample_is_all_the_single_steps_at_once():
-    process, mean, variance = GaussianProcess(), 1.0, 0.0
-    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    assert process.q_sample(one, torch.tensor([-1]), 5 * one) == 1  # before all steps: the image
-    for t, beta in enumerate(process.betas.tolist()):  # DDPM eq. 2
-        mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
-        if t in (0, 1, 300, 999):
-            of_x0 = process.q_sample(one, torch.tensor([t]), 0 * one)
-            of_eps = process.q_sample(0 * one, torch.tensor([t]), one)
-            assert of_x0.item() == pytest.approx(mean, rel=1e-9)
-            assert of_eps.item() == pytest.approx(math.sqrt(variance), rel=1e-9)
 
 
 def test_the_posterior_is_bayes_rule():
@@ -268,19 +215,6 @@ def test_min_snr_weighs_the_error_of_x0_alike_whatever_is_predicted(prediction):
     close(process.min_snr_weight(t, 5.0) * error, snr.clamp(max=5) * error_of_x0)
 
 
-# Variances
-
-
-@pytest.mark.parametrize("timesteps", [torch.arange(1000), torch.tensor([99, 299, 999])])
-def test_the_two_variances_are_beta_tilde_and_beta_of_the_chain_of_these_timesteps(timesteps):
-    process = GaussianProcess()
-    a = process.alphas_cumprod[timesteps]
-    betas = 1 - a[1:] / a[:-1]  # Improved DDPM sec. 4
-    small, large = process.log_variances(timesteps[1:], timesteps[:-1])
-    close(large.exp().flatten(), betas)
-    close(small.exp().flatten(), (1 - a[:-1]) / (1 - a[1:]) * betas)
-
-
 def test_every_variance_is_its_share_between_small_and_large():
     t, fraction = torch.tensor([0, 1, 500]), torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 1, 3)
     small, large = GaussianProcess().log_variances(t, t - 1)
@@ -297,7 +231,7 @@ def test_every_variance_is_its_share_between_small_and_large():
     assert one[0] == one[1]
 
 
-# One step of a sampler
+# Variances and one step of a sampler
 
 
 def test_a_step_with_all_of_ddpms_noise_is_the_posterior():
@@ -311,21 +245,6 @@ def test_a_step_with_all_of_ddpms_noise_is_the_posterior():
         process = GaussianProcess(variance=name)
         std = (process.log_variance(t, s, fraction) / 2).exp()
         close(process.step(x0, eps, t, s, 1.0, noise, fraction), mean + std * noise)
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-def test_a_step_with_the_truth_has_the_noise_of_the_timestep_it_goes_to(eta):
-    """Whatever eta: x_s ~ q(x_s | x_0). Without new noise the step keeps the old one (DDIM)."""
-    process, (t, s) = GaussianProcess(), torch.tensor([[700, 700, 1, 400], [699, 5, 0, -1]])
-    zero, one = torch.zeros(4, 1, 1, 1).double(), torch.ones(4, 1, 1, 1).double()
-    of_x0, of_eps, of_noise = (
-        process.step(x0, eps, t, s, eta, noise)
-        for x0, eps, noise in ((one, zero, zero), (zero, one, zero), (zero, zero, one))
-    )
-    close(of_x0, process.q_sample(one, s, zero))
-    close(of_eps.square() + of_noise.square(), process.q_sample(zero, s, one).square())
-    small = process.q_posterior(zero, zero, t, s)[1]
-    close(of_noise, eta * small.sqrt())  # and none on the image
 
 
 def test_timesteps_fall_evenly_from_the_start():
@@ -364,14 +283,11 @@ def exact_moments(ddpm, sampler, timesteps, eta=None):
     "sampler, steps, eta, settings",
     [
         ("ddpm", 50, None, dict()),
-        ("ddpm", 1, None, dict(prediction="v")),
         ("ddpm", 20, None, dict(variance="fixed_large", beta_schedule="cosine")),
         ("ddpm", 20, None, dict(prediction="x0", zero_terminal_snr=True)),
         ("ddim", 10, None, dict(prediction="x0", beta_schedule="cosine")),
         ("ddim", 20, 0.5, dict(prediction="v")),
-        ("ddim", 20, 1.0, dict(timestep_spacing="linspace")),
         ("ddim", 20, None, dict(prediction="v", zero_terminal_snr=True)),
-        ("dpm++", 20, None, dict()),
         ("dpm++", 2, None, dict(prediction="v", beta_schedule="cosine")),
         ("dpm++", 20, None, dict(prediction="x0", zero_terminal_snr=True)),
         ("sde-dpm++", 20, None, dict(variance="fixed_large", timestep_spacing="linspace")),
@@ -391,16 +307,6 @@ def test_with_all_timesteps_the_samples_are_distributed_as_the_data(sampler):
     mean, variance = exact_moments(gaussian(num_timesteps=300), sampler, range(299, -1, -1))
     assert mean == pytest.approx(MEAN, abs=2e-3)
     assert variance == pytest.approx(STD**2, rel=0.2)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_drawn_images_have_the_exact_mean_and_variance(sampler):
-    ddpm, (eta, order) = gaussian(), SAMPLERS[sampler]
-    images = ddpm.sample(250, sampler=sampler, steps=20, seed=1).double()
-    mean, variance = moments_by_hand(ddpm, ddpm.timesteps(20), eta, order)
-    deviations = 4 / math.sqrt(images.numel())
-    assert images.mean().item() == pytest.approx(mean, abs=deviations * math.sqrt(variance))
-    assert images.var().item() == pytest.approx(variance, rel=deviations * math.sqrt(2))
 
 
 @pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm++", 2)])

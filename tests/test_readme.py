@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import experiments
-import pytest
 from tiny import FLAGS
 from torch.distributed.run import get_args_parser
 
@@ -91,19 +90,13 @@ def test_every_table_of_the_recipe_is_one_of_experiments():
         assert table.splitlines()[0] == f"| | {' | '.join(head)} |"
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, data_flags):
-    """A folder in which a person has run `python train_eval.py`, short, on the first digits."""
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "data").symlink_to(data_flags[1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert train_eval.main(SHORT) == 0
-    return folder
-
-
-def test_the_commands_of_a_run_work_one_after_the_other(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
+def test_the_commands_and_the_python_block_work_one_after_the_other(
+    tmp_path, data_flags, monkeypatch, capsys
+):
+    """As a person runs them, but short and on the first digits."""
+    (tmp_path / "data").symlink_to(data_flags[1])
+    monkeypatch.chdir(tmp_path)
+    assert train_eval.main(SHORT) == 0
     few = "--eval_samples 80 --bound_images 2".split()
     run = [words[2:] for words in commands() if words[:2] == ["python", "train_eval.py"]]
     longer = next(flags for flags in run if "--resume" in flags and "--epochs" in flags)
@@ -112,11 +105,8 @@ def test_the_commands_of_a_run_work_one_after_the_other(trained, monkeypatch, ca
     assert train_eval.main(["--evaluate", *few, *sampled]) == 0
     assert "Fréchet distance to the test set" in capsys.readouterr().out
     names = "best_model.pt last.pt samples loss_curve.png evaluation.json tensorboard_logs"
-    assert all((trained / "checkpoints" / name).exists() for name in names.split())
+    assert all(Path("checkpoints", name).exists() for name in names.split())
 
-
-def test_the_python_block_of_the_page_works(trained, monkeypatch):
-    monkeypatch.chdir(trained)
     block = next(text for kind, text in BLOCKS if kind == "python" and "DDPM.load" in text)
     Path("block.py").write_text(block, encoding="utf-8")
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
