@@ -21,6 +21,7 @@ from torchvision.utils import make_grid
 
 import metrics
 import train_eval
+from dataprocess import Images
 from diffusion import DDPM
 from support import checkpoint, configurator, console, pictures, processes
 from support.monitor import Monitor
@@ -92,8 +93,13 @@ def test_a_run_leaves_everything_that_it_promises(trained):
 
 
 def test_a_run_says_what_it_does_and_what_to_do_next(trained):
-    said = ["160 images to train, 80 to test", "with labels", "device: cpu", "recipe quick"]
-    said += ["test loss ", "(40 images of mnist", "of 70 read as the digit asked for"]
+    said = [
+        "160 images to train, 80 to test, 10 labels, 0.00 GB",
+        "with labels",
+        "device: cpu",
+        "recipe quick",
+    ]
+    said += ["test loss ", "(40 images of mnist", "of 70 read as the label asked for"]
     said += ["train_eval.py --evaluate", "--resume --epochs 4", "tensorboard --logdir"]
     assert [words for words in said if words not in trained.out] == []
     assert trained.out.splitlines()[-1].endswith("minutes, everything included")
@@ -440,8 +446,8 @@ def test_the_test_loss_is_a_mean_over_images_with_the_same_noise_each_time(flags
             return x0.mean(dim=(1, 2, 3))
 
     model, generator = Model().train(), torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (100, 8, 8), generator=generator, dtype=torch.uint8)
-    images = train_eval.Images("mnist", pixels, torch.arange(100) % 10, channels=1)
+    pixels = torch.randint(256, (100, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    images = Images("mnist", pixels, torch.arange(100) % 10, channels=1)
     found = [train_eval.test_loss(config, model, images) for state_moves_on in torch.rand(2)]
     assert model.training and found[0] == found[1]
     assert found[0] == pytest.approx(images.batch(slice(None))[0].double().mean().item())
@@ -487,8 +493,9 @@ def test_evaluation_measures_the_best_model_as_its_run_would(trained, tmp_path, 
     assert line in out.splitlines()
     samples = tmp_path / "run" / "samples"
     assert (samples / "final-2.png").read_bytes() == (samples / "final.png").read_bytes()
-    flags = [*FLAGS, *trained.flags, "--num_clusters", 10]  # fewer than asked for: few images
-    config = configured(*flags, "--save_dir", tmp_path / "run").config
+    flags = [*FLAGS, *trained.flags, "--save_dir", tmp_path / "run"]
+    config = configured(*flags).config
+    config.num_classes = 20  # a cluster a label: there are few images
     (train, test), best = train_eval.load_images(config), train_eval.load_best(config)
     seed = int(np.random.SeedSequence((0, 0)).generate_state(1)[0])  # of the first 100 images
     bits = best.bits_per_dim(*test.batch(slice(8)), terms=4, seed=seed)
@@ -513,8 +520,8 @@ def test_a_model_and_a_folder_of_its_samples_measure_alike(trained, tmp_path, ca
     assert again(tmp_path / "run", *data, "--evaluate", *other, "--eval_samples", 70) == 0
     (log,) = (tmp_path / "run" / "tensorboard_logs").iterdir()
     assert (log / "evaluation").is_dir(), "other constants are a row of their own"
-    flags = [*FLAGS, *trained.flags, *other, "--num_clusters", 10]
-    config = configured(*flags, "--save_dir", tmp_path / "run").config
+    config = configured(*FLAGS, *trained.flags, *other, "--save_dir", tmp_path / "run").config
+    config.num_classes = 20
     best, folder = train_eval.load_best(config), tmp_path / "mine"
     assert best.timestep_spacing == "linspace"
     how = {"sampler": "ddim", "steps": 2, "guidance_scale": config.guidance_scale}
@@ -562,7 +569,7 @@ def test_samples_become_files_that_measure_as_their_model_does(trained, tmp_path
     assert of_files["frechet"] == of_model["frechet"]
     with pytest.raises(SystemExit):
         again(tmp_path / "run", *data, "--sample", 4, "--digits", "3,10")
-    assert "digits (3, 10): expected labels from 0 to 9" in capsys.readouterr().err
+    assert "digits (3, 10): expected labels below 10" in capsys.readouterr().err
 
 
 def test_measures_are_printed_though_the_folder_cannot_be_written(
