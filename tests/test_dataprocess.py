@@ -136,6 +136,22 @@ def test_augmentation_keeps_the_range_and_the_black_background():
     assert (black.batch(slice(None))[0] == -1).all()
 
 
+def test_flips_mirror_about_half_of_the_training_images_and_colours_end_in_their_border():
+    images = torch.randint(256, (200, 3, 8, 8), dtype=torch.uint8)
+    mirrored, how = images.flip(3), dict(num_labels=0, flips=True)
+    x0, _ = Images("own", images, torch.zeros(200).long(), **how).batch(torch.arange(200))
+    flipped = (x0 == mirrored / 127.5 - 1).flatten(1).all(dim=1)
+    assert same(x0[~flipped], images[~flipped] / 127.5 - 1) and 70 < flipped.sum() < 130
+    white = torch.full((50, 3, 8, 8), 255, dtype=torch.uint8)
+    for name, x, edge in (
+        ("own", white, 1),
+        ("own", white[:, :1], 1),
+        ("kmnist", white[:, :1], -1),
+    ):
+        split = Images(name, x, torch.zeros(50).long(), channels=x.shape[1], augment=True)
+        assert (split.batch(slice(None))[0].min() > 0.99) == (edge > 0)
+
+
 def test_only_training_images_are_augmented_each_time_differently_by_torchs_generator(tmp_path):
     write(tmp_path, small_mnist())
     train, test = load_data("mnist", tmp_path, augment=True)
@@ -169,6 +185,17 @@ def test_clusters_gather_what_is_alike_whatever_its_label():
     assert shares[0] == pytest.approx((split.y.bincount(minlength=4) / 200).tolist())
     assert again.use_clusters(4) == shares and same(again.y, split.y)
     assert other.use_clusters(4) and not same(other.y, split.y)
+
+
+def test_clusters_tell_colours_of_one_brightness_and_need_no_multiple_of_the_labels():
+    kinds, levels = torch.arange(96) % 2, torch.tensor([[200, 0, 0], [0, 200, 0]])
+    images = levels[kinds].byte()[:, :, None, None].expand(-1, -1, 16, 16)
+    split = Images("own", images, torch.arange(96) // 48, num_labels=2)
+    assert torch.tensor(split.use_clusters(5, within_labels=True)).shape == (2, 4)  # not 5
+    assert (
+        len(split.y.unique()) == 4
+        and len(split.y[(split.labels == 0) & (kinds == 0)].unique()) == 1
+    )
 
 
 def test_clusters_that_stay_empty_keep_their_centres():
@@ -221,11 +248,39 @@ def pretend_torchvision(monkeypatch, action):
 
 
 def test_torchvision_keeps_its_files_where_we_look():
-    for name in DATASETS.values():
+    for name in [*DATASETS.values()][:3]:
         data_set = object.__new__(getattr(torchvision.datasets, name))
         data_set.root = "here"
         assert Path(data_set.raw_folder) == Path("here", name, "raw")
         assert {file for file, _ in data_set.resources} == {f"{file}.gz" for file in FILES}
+    cifar = torchvision.datasets.CIFAR10
+    found = [file for file, _ in cifar.train_list + cifar.test_list] + [cifar.meta["filename"]]
+    assert (cifar.base_folder, tuple(found)) == ("cifar-10-batches-py", datasets.CIFAR_FILES)
+
+
+def test_cifar10_is_downloaded_once_and_read_by_torchvision(tmp_path, monkeypatch):
+    pixels, calls = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8), []
+
+    def cifar(root, train=True, download=False):
+        calls.append(download)
+        (folder := Path(root, "cifar-10-batches-py")).mkdir(exist_ok=True)
+        for name in datasets.CIFAR_FILES if download else ():
+            (folder / name).write_text("")
+        if (folder / "test_batch").read_text():
+            raise RuntimeError("corrupted")
+        return SimpleNamespace(data=pixels if train else pixels[::-1].copy(), targets=[3, 9, 0, 3])
+
+    theirs = SimpleNamespace(datasets=SimpleNamespace(CIFAR10=cifar))
+    monkeypatch.setitem(sys.modules, "torchvision", theirs)
+    train, test = load_data("cifar10", tmp_path, augment=False)
+    assert calls == [True, False, False] and (train.name, train.num_labels) == ("cifar10", 10)
+    assert same(train.images, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    assert same(test.images, train.images.flip(0)) and train.labels.tolist() == [3, 9, 0, 3]
+    grey, _ = load_data("cifar10", tmp_path, channels=1)
+    assert grey.images[0, 0, 3, 5] == Image.fromarray(pixels[0]).convert("L").getpixel((5, 3))
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_text("x")
+    refused(lambda: load_data("cifar10", tmp_path), tmp_path, "damaged", "corrupted")
+    assert calls.count(True) == 1
 
 
 def test_files_come_from_data_dir_or_archive_or_download(tmp_path, monkeypatch, no_archive):

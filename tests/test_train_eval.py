@@ -664,6 +664,44 @@ def test_other_options_train_and_are_measured(data_flags, tmp_path, capsys, with
     assert best.info["step"] == 6 and sum(map(sum, best.class_shares or [[1]])) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("labels", ["ab", "."])
+def test_ones_own_images_train_in_colour_and_are_measured(tmp_path, capsys, without_plots, labels):
+    """With labels a classifier measures them; without, clusters are trained on."""
+    own, data, drawn = tmp_path / "own", ["--data_dir", tmp_path], tmp_path / "samples" / "drawn"
+    for k in range(80):
+        (path := own / labels[k % len(labels)] / f"{k:02}.png").parent.mkdir(
+            exist_ok=True, parents=True
+        )
+        Image.new("RGB", (20, 24), (200 * (k % 2), 3 * k, 99)).save(path)
+    flags = [*data, "--dataset", own, "--save_dir", tmp_path, "--num_clusters", 50]
+    assert run(*flags, "--channels", 3, "--epochs", 1) == 0
+    out = capsys.readouterr().out
+    told = "2 labels" if len(labels) > 1 else "no labels"
+    assert f"72 images to train, 8 to test, {told}, 0.00 GB" in out
+    assert again(tmp_path, *flags, "--resume", "--epochs", 2) == 0, "the clusters asked for"
+    capsys.readouterr()
+    assert again(tmp_path, *data, "--evaluate") == 0
+    written, out = json.loads((tmp_path / "evaluation.json").read_text()), capsys.readouterr().out
+    assert {"nearest", "copies", "bits_per_dim", "test_loss"} < written.keys()
+    assert "colour" not in written and ("precision" in written) == (len(labels) > 1)
+    assert ("torch-fidelity or clean-fid" in out) == (written["classifier"] is None)
+    own.rename(tmp_path / "moved")
+    assert again(tmp_path, *data, "--sample", 3) == 0, "which needs no data"
+    names = [path.name for path in sorted(drawn.iterdir())]
+    assert names == [f"0000{k}{f'_{k % 2}' * (len(labels) > 1)}.png" for k in range(3)]
+    assert np.array(Image.open(drawn / names[0])).std(axis=2).max() > 0
+    sizes = ["--dataset", tmp_path / "moved", "--image_size", 16, "--evaluate", drawn]
+    assert train_eval.main([*map(str, [*data, "--save_dir", tmp_path, *sizes])]) == 0
+    assert (tmp_path / "evaluation_drawn.json").exists()
+    with pytest.raises(SystemExit):
+        if len(labels) > 1:
+            again(tmp_path, *data, "--sample", 1, "--digits", "1,2")
+        else:
+            run(*flags, "--dataset", tmp_path / "moved", "--use_conditional_generation")
+    words = "expected labels below 2" if len(labels) > 1 else "moved has no labels; expected"
+    assert words in capsys.readouterr().err
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(data_flags, tmp_path, capsys):
     flags = ["--learning_rate", 1e30, "--grad_clip", 0, "--warmup_steps", 0, "--save_every", 1]
     with pytest.raises(SystemExit) as exit_:
