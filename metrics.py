@@ -1,7 +1,7 @@
-"""Measures of sample quality: they compare generated digits with real ones.
+"""Measures of sample quality: they compare generated images with real ones.
 
-The features come from a small classifier of digits, because Inception knows little about them. That
-of MNIST is kept in assets/, so that figures compare between machines. Fréchet distance: arXiv
+The features come from a small classifier of the data's labels: Inception knows little of digits.
+That of MNIST is kept in assets/, so that figures compare between machines. Fréchet distance: arXiv
 1706.08500. Precision and recall: arXiv 1904.06991. Images are uint8, (N, H, W) or (N, C, H, W), as
 in a PNG, so a model and a folder of PNGs are measured in the same way.
 """
@@ -30,9 +30,9 @@ MNIST_CLASSIFIER = Path(__file__).parent / "assets" / "classifier.pt"  # see ass
 
 
 class Classifier(nn.Module):
-    """A small convolutional network that recognises digits: uint8 images -> logits.
+    """A small convolutional network that recognises labels: uint8 images -> logits.
 
-    It averages the colour channels and resizes images of other sizes to 32x32.
+    With one channel it averages colours. It resizes images of other sizes to 32x32.
 
     Attributes:
         name: of a loaded one, its data set and a hash of its weights. Figures compare only for the
@@ -41,15 +41,16 @@ class Classifier(nn.Module):
 
     name = "unnamed"
 
-    def __init__(self, num_classes):
+    def __init__(self, num_classes, channels=1):
         super().__init__()
+        self.channels = channels
 
         def layer(width_in, width_out, size=3, stride=1):
             conv = nn.Conv2d(width_in, width_out, size, stride, padding=size // 2, bias=False)
             return [conv, nn.BatchNorm2d(width_out), nn.ReLU()]
 
         self.body = nn.Sequential(
-            *layer(1, 32, size=5, stride=2),
+            *layer(channels, 32, size=5, stride=2),
             *layer(32, 32),
             *layer(32, 64, stride=2),
             *layer(64, 64),
@@ -66,7 +67,7 @@ class Classifier(nn.Module):
         self.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
 
     def forward(self, images):
-        return self.head(self.body(_grey(images)))
+        return self.head(self.body(_prepared(images, self.channels)))
 
     @torch.no_grad()
     def read(self, images, batch_size=500):
@@ -79,7 +80,10 @@ class Classifier(nn.Module):
         checks.pictures("images", images)
         self.eval()
         device = self.head.weight.device
-        parts = [self.body(_grey(batch.to(device))) for batch in images.split(batch_size)]
+        parts = [
+            self.body(_prepared(batch.to(device), self.channels))
+            for batch in images.split(batch_size)
+        ]
         features = torch.cat(parts)
         return features.cpu().double(), self.head(features).cpu().double().softmax(dim=1)
 
@@ -99,12 +103,13 @@ def train_classifier(images, labels, *, seed=0, device="cpu", epochs=5, progress
 
     checks.labelled(images, labels, seed, epochs, device_=device)
     distort = v2.RandomAffine(10, (0.08, 0.08), (0.9, 1.1), 5, InterpolationMode.BILINEAR, fill=-1)
-    images = _grey(images)
+    channels = _channels(images)
+    images = _prepared(images, channels)
     batch_size, rate = 128, 5e-3
     steps = epochs * math.ceil(len(images) / batch_size)
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seed)
-        classifier = Classifier(int(labels.max()) + 1).to(device).train()
+        classifier = Classifier(int(labels.max()) + 1, channels).to(device).train()
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=rate, fused=True)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 2))
         with tqdm(
@@ -141,7 +146,8 @@ def load_classifier(dataset, images, labels, folder, *, device="cpu", progress=F
     """
     checks.labelled(images, labels, folder=folder, device_=device)
     with torch.random.fork_rng([]):  # measuring takes no random numbers from training
-        classifier = Classifier(10 if dataset == "mnist" else int(labels.max()) + 1)
+        number = 10 if dataset == "mnist" else int(labels.max()) + 1
+        classifier = Classifier(number, _channels(images))
     if dataset == "mnist":
         classifier.load_state_dict(load_checkpoint(MNIST_CLASSIFIER, ()))
     else:
@@ -226,13 +232,17 @@ def precision_recall(samples, real, k=NEIGHBOURS):
 def nearest(images, others):
     """Find the nearest of `others` to each image, pixel by pixel, on the device of `others`.
 
+    Where the others have colours, these count.
+
     Returns:
         Root mean square difference to the nearest, in grey levels from 0 to 255, float64, (N,), and
         the index of the nearest, int64, (N,). Both are on the CPU.
     """
     checks.pictures("images", images)
     checks.pictures("others", others)
-    images, others = (_grey(x).flatten(1) for x in (images.to(others.device), others))
+    channels = _channels(others)
+    both = images.to(others.device), others
+    images, others = (_prepared(x, channels).flatten(1) for x in both)
     squares = others.square().sum(dim=1)
     near = [(squares - 2 * part @ others.T).argmin(dim=1) for part in images.split(500)]
     index = torch.cat(near)
@@ -290,14 +300,14 @@ def measure(classifier, samples, train, test, labels=None, seed=0):
 
     Most figures come a second time, as `NAME_real`, for real images in place of the samples: the
     mean of up to DRAWS sets of equally many images of `train`, chosen by `seed`. The classifier has
-    learned from these, so unseen digits would measure slightly worse. `nearest_real` and
+    learned from these, so unseen images would measure slightly worse. `nearest_real` and
     `nearest_1st_real` alone are of test images.
 
     Args:
-        classifier: its features are compared.
+        classifier: its features are compared; without one, None, no figure needs features.
         samples: images, uint8. They may be on another device than the real images.
         train, test: real images, uint8, at least as many as samples.
-        labels: the digits that were asked for, int64, (N,), or None.
+        labels: those that were asked for, int64, (N,), or None.
         seed: chooses the real images.
 
     Returns:
@@ -307,12 +317,12 @@ def measure(classifier, samples, train, test, labels=None, seed=0):
             `accuracy`, the share of the samples that are recognised as their label;
             `confidence`, the mean of the largest class probability;
             `digits`, the share of the samples that are recognised as each class;
-            `colour`, the root mean square deviation from grey, in grey levels;
+            `colour`, the root mean square deviation from grey, in grey levels, if `train` is grey;
             `nearest`, `nearest_1st`, the median and first percentile of the distance to `train`, in
             grey levels;
             `copies`, the share of the samples that are nearer to `train` than 99 % of the test
             images are.
-        pairs: uint8, (20, 1, 32, 32), the ten samples nearest to `train`, each followed by its
+        pairs: uint8, (20, 1 or 3, 32, 32), the ten samples nearest to `train`, each followed by its
             nearest training image. There are fewer pairs if there are fewer samples.
 
     Raises:
@@ -323,10 +333,13 @@ def measure(classifier, samples, train, test, labels=None, seed=0):
     order, order_test = (torch.randperm(len(x), generator=generator) for x in (train, test))
     real = [train[index] for index in order.split(n)[:DRAWS] if len(index) == n]
     unseen = test[order_test[:n]]
-    report = {"samples": n} | _compare(classifier, samples, real, test, unseen)
+    report = {"samples": n}
+    if classifier is not None:
+        report |= _compare(classifier, samples, real, test, unseen)
     if labels is not None:
         report["accuracy"] = classifier.accuracy(samples, labels)
-    report["colour"] = _colour(samples)
+    if _channels(train) == 1:
+        report["colour"] = _colour(samples)
     distances, index = nearest(samples, train)
     for suffix, found in (("", distances), ("_real", nearest(unseen, train)[0])):
         report["nearest" + suffix] = found.median().item()
@@ -334,7 +347,7 @@ def measure(classifier, samples, train, test, labels=None, seed=0):
     report["copies"] = (distances < report["nearest_1st_real"]).double().mean().item()
     first = distances.argsort()[:10]
     copies = samples.cpu()[first], train.cpu()[index[first]]
-    pairs = torch.stack([_grey(x) for x in copies], dim=1).flatten(0, 1)
+    pairs = torch.stack([_prepared(x, _channels(train)) for x in copies], dim=1).flatten(0, 1)
     return report, as_bytes(pairs)
 
 
@@ -363,10 +376,16 @@ def _compare(classifier, samples, real, test, unseen):
     return report
 
 
-def _grey(images):
-    """uint8 (N, H, W) or (N, C, H, W) -> float32 (N, 1, 32, 32) in [-1, 1]."""
+def _channels(images):
+    """3 for images with colours, (N, 3, H, W), else 1."""
+    return 3 if images.ndim == 4 and images.shape[1] == 3 else 1
+
+
+def _prepared(images, channels):
+    """uint8 (N, H, W) or (N, C, H, W) -> float32 (N, channels, 32, 32) in [-1, 1]."""
     x = images.float()
-    x = x[:, None] if x.ndim == 3 else x.mean(dim=1, keepdim=True)
+    x = x[:, None] if x.ndim == 3 else x
+    x = x.mean(dim=1, keepdim=True) if channels == 1 else x.expand(-1, channels, -1, -1)
     if x.shape[2:] != (SIZE, SIZE):
         x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", antialias=True)
     return x / 127.5 - 1

@@ -14,7 +14,7 @@ import torch
 
 import likelihood
 import metrics
-from dataprocess import Images, load_data
+from dataprocess import load_data
 from diffusion import DDPM, LOSSES, SAMPLERS, SETTINGS
 from ema import EMA
 from process import BETA_SCHEDULES, PREDICTIONS, SPACINGS, VARIANCES
@@ -23,6 +23,7 @@ from support.checkpoint import best_model, load_checkpoint, load_last, restore, 
 from support.configurator import input_errors
 from support.datasets import DATASETS, read_folder
 from support.files import RunFolder, make_folder
+from support.folders import has_labels
 from support.machine import COMPILE_MODES, autocast, has_bf16
 from support.processes import in_chunks, is_main, on_main
 from support.threads import Interrupt, patient_threads
@@ -50,15 +51,16 @@ quick: shorthand = RECIPES.get(recipe)
 seed: int = 0  # decides the run, on a CPU to the bit; change it for another run of the same kind
 
 # data
-dataset: DATASETS = "mnist"  # mnist, fashion_mnist or kmnist
-train_size: int = 60_000  # use the first N training images; fewer make a run short
+dataset: str = "mnist"  # or fashion_mnist, kmnist, cifar10, or a folder of images
+train_size: int = 60_000 if dataset in DATASETS else 1_000_000  # use the first N training images
 test_size: int = 10_000  # use the first N test images
 image_size: int = 32  # height and width that images are resized to, in pixels
-channels: int = 3  # 3 repeats the grey image as RGB, 1 keeps it grey
+channels: int = 3  # 3 keeps colours, and repeats grey as RGB; 1 makes all grey
 use_augmentation: bool = not quick  # small random shifts, rotations and scales; for long runs
+use_flips: bool = False  # mirror training images at random; wrong for digits and other text
 
 # network
-use_conditional_generation: bool = quick  # train on labels too, so you can ask for a digit
+use_conditional_generation: bool = quick and has_labels(dataset)  # so you can ask for a label
 # train on so many clusters of similar images, within the labels if it has them; 0 turns this off
 num_clusters: int = 256 if quick and not use_conditional_generation else 0
 base_channels: int = 32 if quick else 128  # width of the first level; a multiple of 32
@@ -143,7 +145,8 @@ OF_THE_MACHINE = {"machine", "command", "hardware"}  # groups that a saved run d
 FREE_TO_RESUME = {"evaluation", "rhythm", "epochs", "learning_rate", "grad_accumulation"}
 FREE_TO_RESUME |= {"grad_clip", "num_samples", "preview_steps"}
 FREE_TO_EVALUATE = {"evaluation", "sampling", "seed", "train_size", "test_size"}
-USED_FOR_A_FOLDER = {"machine", "command", "dataset", "train_size", "test_size", "image_size"}
+USED_FOR_A_FOLDER = {"machine", "command", "dataset", "train_size", "test_size"}
+USED_FOR_A_FOLDER |= {"image_size", "channels"}
 
 
 def main(argv=None):
@@ -205,7 +208,8 @@ def prepare(config, script, saved=None):
     if config.num_clusters:
         within = config.use_conditional_generation
         shares = train_images.use_clusters(config.num_clusters, within)
-        config.num_clusters = sum(map(len, shares))  # fewer where there are few images
+    labels = train_images.num_labels if config.use_conditional_generation else 0
+    config.num_classes = labels + sum(map(len, shares or [])) or None
     ddpm = build(config, shares)
     how = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(ddpm.parameters(), **how)
@@ -259,12 +263,9 @@ def build(config, class_shares=None):
 
 
 def build_network(config):
-    """The network of the constants; put your own here."""
-    labels = Images.num_classes if config.use_conditional_generation else 0
-    constants = vars(config) | {
-        "num_classes": labels + config.num_clusters or None,
-        "out_channels": config.channels * (2 if config.variance == "learned" else 1),
-    }
+    """The network of the constants; put your own here. It is told one of `config.num_classes`."""
+    outputs = config.channels * (2 if config.variance == "learned" else 1)
+    constants = vars(config) | {"out_channels": outputs}
     return UNet(**{name: constants[name] for name in UNET_SETTINGS})
 
 
@@ -273,7 +274,8 @@ def load_images(config):
     names = ("data_dir", "image_size", "channels", "train_size", "test_size", "seed", "device")
     settings = {name: getattr(config, name) for name in names}
     with processes.main_first():
-        splits = load_data(config.dataset, **settings, augment=config.use_augmentation)
+        switches = {"augment": config.use_augmentation, "flips": config.use_flips}
+        splits = load_data(config.dataset, **settings, **switches)
     config.train_size, config.test_size = map(len, splits)
     processes.check_same(vars(config) | {"torch": torch.__version__})
     return splits
@@ -288,7 +290,7 @@ def train(run, interrupt):
     epoch, first = divmod(progress["step"], run.steps_per_epoch)
     seen = epoch * len(run.train_images) + first * config.batch_size
     console.print_start(run)
-    run.meter = make_meter(run)
+    run.meter = make_meter(run) if run.train_images.num_labels else None
     model = processes.parallel(run.ddpm).train()
     machine.compile_network(config, run.ddpm, lambda n: warm_up(config, model, n))
     images = config.epochs * len(run.train_images)
@@ -359,13 +361,14 @@ def train_step(run, model, x0, y, rate):
 
 
 def draw_candidates(config, train_images, x0, y):
-    """What may be behind a noisy image: the batch and others, all grey, and their classes."""
+    """What may be behind a noisy image: the batch and others, grey if all are; their classes."""
     if not config.target_references:
         return None
     size = (config.target_references,)
     index = torch.randint(len(train_images), size, device=train_images.device)
     others, labels = train_images.batch(index)
-    return (x0[:, :1], others[:, :1]), None if y is None else torch.cat([y, labels])
+    held = train_images.images.shape[1]  # the other channels repeat it
+    return (x0[:, :held], others[:, :held]), None if y is None else torch.cat([y, labels])
 
 
 def backward(config, model, x0, y, t, eps, weights, candidates=None):
@@ -448,17 +451,17 @@ def test_loss(config, ddpm, images):
     return in_chunks(n, 0, losses, size=64).double().mean().item()  # faster on a CPU than 256
 
 
-def asked_labels(config, n):
-    """The digits in turn, int64, (n,), or None for a model without labels."""
+def asked_labels(config, ddpm, n):
+    """The labels in turn, int64, (n,), or None for a model without."""
     if not config.use_conditional_generation:
         return None
-    digits = torch.tensor(config.digits or range(Images.num_classes))
+    digits = torch.tensor(config.digits or range(ddpm.num_labels))
     return digits[torch.arange(n) % len(digits)]
 
 
 def draw(config, ddpm, n, advice="", **how):
-    """n images from the same noise each time, and their labels: the digits in turn, or None."""
-    y = asked_labels(config, n)
+    """n images from the same noise each time, and their labels in turn, or None."""
+    y = asked_labels(config, ddpm, n)
 
     def images(part, seed):
         labels = None if y is None else y[part]
@@ -500,7 +503,7 @@ def measure_and_draw(config, ddpm, images, meter=None):
 def draw_grid(config, ddpm, loss, meter):
     """A grid by the config's sampler, and its film; TensorBoard gets the loss too."""
     n, generator = config.num_samples, torch.Generator(config.device).manual_seed(config.seed)
-    y = asked_labels(config, n)
+    y = asked_labels(config, ddpm, n)
     classes = ddpm.draw_classes(n, None if y is None else y.to(config.device), generator)
     noise = ddpm.draw_noise(n, generator)
     timesteps = ddpm.timesteps(config.sample_steps)
@@ -511,16 +514,18 @@ def draw_grid(config, ddpm, loss, meter):
     monitor.write_final(config, ddpm, images, frames, loss)
     if meter and config.use_conditional_generation:
         read = meter.classifier.accuracy(metrics.as_bytes(images), y)
-        print(f"final grid: {read:.0%} of {n} read as the digit asked for")
+        print(f"final grid: {read:.0%} of {n} read as the label asked for")
 
 
 def adopt_best(chosen):
     """The constants of the run of best_model.pt, and its `info`."""
     path = best_model(chosen.config.save_dir)
     info = load_checkpoint(path, ("info",))["info"]
-    if not {"config", "script", "step", "log"} <= info.keys():
-        raise ValueError(f"{path}: not written by train_eval.py; load it with DDPM.load")
+    known = {"config", "script", "step", "log"} <= info.keys()
+    if not (known and "num_classes" in info["config"]):
+        raise ValueError(f"{path}: not written by this train_eval.py; load it with DDPM.load")
     config = configurator.adopt(chosen, info, FREE_TO_EVALUATE, OF_THE_MACHINE)
+    config.num_classes = info["config"]["num_classes"]
     configurator.check_together(config)
     return config, info
 
@@ -530,6 +535,8 @@ def draw_files(chosen):
     with input_errors():
         config, _ = adopt_best(chosen)
         ddpm = load_best(config)
+        if not {*config.digits} <= {*range(ddpm.num_labels or 0)}:
+            raise ValueError(f"digits {config.digits}: expected labels below {ddpm.num_labels}")
         on_main(make_folder)(Path(config.save_dir) / "samples")  # or it fails before the work
     how = {"sampler": config.sampler, "guidance_scale": config.guidance_scale}
     images, y = draw(config, ddpm, config.sample, steps=config.sample_steps, **how)
@@ -567,7 +574,7 @@ def evaluate_folder(chosen):
     with input_errors():
         configurator.refuse_unused(chosen, "--evaluate FOLDER", USED_FOR_A_FOLDER)
         samples, left_out = read_folder(config.evaluate, metrics.SIZE)
-        console.print_left_out(left_out)
+        console.print_left_out(left_out, "they are not PNGs")
         measure(config, samples, None, *load_images(config), known)
     return True
 
@@ -593,11 +600,11 @@ def bits_per_dim(config, ddpm, test_images):
 @on_main
 def measure(config, samples, y, train_images, test_images, known, info=None, own=True):
     """Measure samples, uint8, (N, C, H, W), and report; for the rest see `monitor.report`."""
-    classifier = load_classifier(config, train_images)
+    classifier = load_classifier(config, train_images) if train_images.num_labels else None
     real = train_images.images, test_images.images
     result, pairs = metrics.measure(classifier, samples, *real, y)
-    accuracy = classifier.accuracy(test_images.images, test_images.labels)
-    result["classifier"] = classifier.name
+    accuracy = classifier and classifier.accuracy(test_images.images, test_images.labels)
+    result["classifier"] = classifier and classifier.name
     monitor.report(config, (result, pairs, accuracy), known, info, own)
 
 

@@ -300,14 +300,13 @@ def timesteps(sampling, samplings, num_timesteps, std, device_):
         refuse("timestep_std", std, "above 0: one timestep alone would be trained")
 
 
-def data(dataset, datasets, data_dir, sizes, augment, seed, device_):
-    """`load_data`; `sizes` are {name: pixels or number of images}."""
-    choice("dataset", dataset, datasets)
+def data(dataset, data_dir, settings, seed, device_):
+    """`load_data`; `settings` are {name: pixels, number of images, or switch}."""
+    path("dataset", dataset)
     path("data_dir", data_dir)
-    switch("augment", augment)
     whole("seed", seed, 0, 2**32 - 1)
-    for name, value in sizes.items():
-        whole(name, value)
+    for name, value in settings.items():
+        (switch if name in ("augment", "flips") else whole)(name, value)
     device(device_)
 
 

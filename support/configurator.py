@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from support.folders import has_labels
+
 EXPECTED = {
     int: "a whole number",
     float: "a finite number",
@@ -209,8 +211,11 @@ def check_together(config):
         )
     if config.digits and not config.use_conditional_generation:
         raise ValueError(f"digits {config.digits}: the model was trained without labels")
-    if not all(0 <= digit <= 9 for digit in config.digits):
-        raise ValueError(f"digits {config.digits}: expected labels from 0 to 9")
+    if config.use_conditional_generation and not has_labels(config.dataset):
+        raise ValueError(
+            f"use_conditional_generation True: dataset {config.dataset} has no labels; expected "
+            "two subfolders of images or more, or --no-use_conditional_generation"
+        )
     if config.channels not in (1, 3):
         raise ValueError(f"channels {config.channels}: expected 1 (grey) or 3 (RGB)")
     if config.grad_accumulation > config.batch_size:

@@ -16,14 +16,14 @@ MEASURES = {  # of metrics.measure: the words of the table
     "frechet": "Fréchet distance to the test set",
     "precision": "precision",
     "recall": "recall",
-    "accuracy": "read as the digit asked for",
+    "accuracy": "read as the label asked for",
     "confidence": "confidence of the classifier",
-    "rarest_digit": "share of the rarest digit",
-    "commonest_digit": "share of the commonest digit",
+    "rarest_digit": "share of the rarest label",
+    "commonest_digit": "share of the commonest label",
     "colour": "deviation from grey, in grey levels",
     "nearest": "to the nearest training image, in grey levels",
     "nearest_1st": "the same, first percentile",
-    "copies": "share nearer than 99 % of test digits",
+    "copies": "share nearer than 99 % of test images",
 }
 WARNED = set()  # what `warning_if_it_fails` has printed
 
@@ -78,12 +78,14 @@ def print_start(run):
     """One screen: the data, the model, the machine, where things go and how to watch."""
     config, folder = run.config, Path(run.config.save_dir)
     kind = "with labels" if config.use_conditional_generation else "without labels"
-    if config.num_clusters:
-        kind += f", told {config.num_clusters} clusters"
+    if config.num_clusters:  # fewer than asked for where there are few images
+        kind += f", told {len(run.ddpm.class_shares[0])} clusters"
+    splits = run.train_images, run.test_images
+    size = sum(split.images.nbytes for split in splits) / 1e9
     params = sum(p.numel() for p in run.ddpm.parameters())
     print(
-        f"data:   {config.dataset}, {len(run.train_images):,} images to train, "
-        f"{len(run.test_images):,} to test\n"
+        f"data:   {config.dataset}, {len(splits[0]):,} images to train, {len(splits[1]):,} to test,"
+        f" {splits[0].num_labels or 'no'} labels, {size:.2f} GB\n"
         f"model:  {params:,} parameters, {kind}, predicts {config.prediction}\n"
         f"device: {describe_device(config)}; {describe_precision(config)}\n"
         f"run:    recipe {config.recipe}, {run.total_steps:,} steps of {config.batch_size} images, "
@@ -132,13 +134,13 @@ def print_bits(config, bits, images, terms):
 
 
 def print_measures(result, accuracy):
-    """Print what `metrics.measure` gave: each figure beside that of real images."""
+    """Print what `metrics.measure` gave; `accuracy` is None where there is no classifier."""
     result = dict(result)
     for suffix in ("", "_real"):
         shares = result.get(f"digits{suffix}", [math.nan])
         result[f"rarest_digit{suffix}"] = min(shares)
         result[f"commonest_digit{suffix}"] = max(shares)
-    head = f"{result['samples']:,} samples, as many real digits:"
+    head = f"{result['samples']:,} samples, as many real images:"
     print(f"{head:50}{'samples':>10}{'real':>10}")
     for name, text in MEASURES.items():
         if name in result:
@@ -147,6 +149,12 @@ def print_measures(result, accuracy):
             beside = "" if real is None else f"{real:10.3f}"
             beside += "" if spread is None else f" +- {spread:.3f}"
             print(f"  {text:48}{result[name]:10.3f}{beside}")
+    if accuracy is None:
+        print(
+            "nearest: real are test images; without labels there is no classifier for the Fréchet "
+            "distance: measure the PNGs of --sample N with torch-fidelity or clean-fid"
+        )
+        return
     print(
         "real: as many training images, which the classifier learned from, the mean of several "
         "sets; nearest: test images\n"
@@ -158,11 +166,11 @@ def print_measures(result, accuracy):
         print(f"left out, since there are too few images: {', '.join(missing)}")
 
 
-def print_left_out(names):
-    """Print which files of a folder were not read."""
+def print_left_out(names, why):
+    """Print which files of a folder were not read, how many, and why."""
     if names:
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        print(f"left out, since they are not PNGs: {', '.join(names[:10])}{more}")
+        more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+        print(f"{len(names):,} left out, since {why}: {', '.join(names[:10])}{more}")
 
 
 def print_saved(progress):

@@ -1,4 +1,4 @@
-"""Where data comes from: the folder of the data, assets/, a download; and PNGs to measure."""
+"""Where data comes from: the folder of the data, assets/, a download, PNGs to measure."""
 
 import http.client
 import io
@@ -17,29 +17,39 @@ import torch
 from support.checks import path
 from support.files import one_line, printable
 
-# Names of classes in torchvision.datasets, and of the folders in which they keep their files.
+# Names of classes in torchvision.datasets, and, but for CIFAR-10, of the folders of their files.
 DATASETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
+DATASETS |= {"cifar10": "CIFAR10"}
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte") + (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+CIFAR_FILES = (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch", "batches.meta")
 MNIST = Path(__file__).parent.parent / "assets" / "mnist.tar.xz"  # assets/README.md has its source
 DOWNLOAD_TIMEOUT = 10  # seconds without a byte before a download is given up
 
 
-def read_dataset(name, data_dir):
-    """Images, uint8, (N, 28, 28), and labels, int64, (N,), of the training and the test split.
+def read_dataset(name, data_dir, channels=3):
+    """Images, uint8, (N, C, H, W), and labels, int64, (N,), of the training and the test split.
+
+    C is 1 for grey images, and 3 for colours, which become grey if `channels` are not 3.
 
     Raises:
         ValueError: a file is damaged, or the data set is neither found nor downloaded.
     """
-    raw = Path(os.path.expanduser(data_dir), DATASETS[name], "raw")
-    missing = [file for file in FILES if not os.path.exists(raw / file)]
+    cifar = name == "cifar10"
+    files = CIFAR_FILES if cifar else FILES
+    folder = "cifar-10-batches-py" if cifar else os.path.join(DATASETS[name], "raw")
+    root = os.path.expanduser(data_dir)
+    raw = Path(root, folder)
+    missing = [file for file in files if not os.path.exists(raw / file)]
     if missing and name == "mnist" and MNIST.exists():
         found = _read_archive(MNIST)
     else:
         if missing:
-            _download(name, raw, missing)
+            _download(name, root, folder, files, missing)
+        if cifar:
+            return [_read_cifar(root, train, channels) for train in (True, False)]
         found = {raw / file: _read_bytes(raw / file) for file in FILES}
     arrays = [(where, _parse(where, data)) for where, data in found.items()]
     splits = []
@@ -49,7 +59,7 @@ def read_dataset(name, data_dir):
                 f"{printable(where)}: {len(labels)} labels from {labels.min()} to {labels.max()}; "
                 f"expected one from 0 to 9 for each of {len(images)} images"
             )
-        splits.append((torch.from_numpy(images), torch.from_numpy(labels).long()))
+        splits.append((torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()))
     return splits
 
 
@@ -89,11 +99,30 @@ def _parse(where, data):
     return np.frombuffer(bytearray(data), np.uint8, offset=header.size).reshape(count, *size)
 
 
-def _download(name, raw, missing):
-    """Let torchvision download the `missing` files of a data set."""
+def _read_cifar(root, train, channels):
+    """A split of CIFAR-10, of which torchvision opens no file whose checksum is wrong."""
+    import torchvision
+    from PIL import Image
+
+    try:
+        split = torchvision.datasets.CIFAR10(root, train)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"cifar10 in {printable(root)}: damaged ({one_line(error)}); move it away, and the "
+            "next run takes another"
+        ) from None
+    images = split.data
+    if channels != 3:
+        images = np.stack([Image.fromarray(image).convert("L") for image in images])[..., None]
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)
+
+
+def _download(name, root, folder, files, missing):
+    """Let torchvision download the `missing` of the files that a data set has in a folder."""
     import torchvision
 
-    cure = f"put {', '.join(FILES)} into {printable(raw)}, or name another --data_dir"
+    raw = Path(root, folder)
+    cure = f"put {', '.join(files)} into {printable(raw)}, or name another --data_dir"
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
@@ -102,7 +131,7 @@ def _download(name, raw, missing):
         with tempfile.TemporaryDirectory(dir=raw, prefix="download-") as staging:
             getattr(torchvision.datasets, DATASETS[name])(staging, download=True)
             for file in missing:
-                os.replace(Path(staging, DATASETS[name], "raw", file), raw / file)
+                os.replace(Path(staging, folder, file), raw / file)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise ValueError(
             f"dataset {name}: neither found in {printable(raw)} nor downloaded "
@@ -128,15 +157,10 @@ def read_folder(folder, size=math.inf):
             unreadable, has another size than the first one, has transparent pixels, or is animated.
     """
     path("evaluate", folder)
-
-    def refuse(error):
-        raise ValueError(f"{printable(error.filename)}: not a readable folder ({one_line(error)})")
-
     pngs, left_out = [], []
-    for here, folders, files in os.walk(folder, onerror=refuse) if os.path.isdir(folder) else ():
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for here, folders, files in walk(folder) if os.path.isdir(folder) else ():
         links = [name for name in folders if os.path.islink(os.path.join(here, name))]
-        for name in [name for name in files if not name.startswith(".")] + links:
+        for name in files + links:
             kept = name in files and name.lower().endswith(".png")
             (pngs if kept else left_out).append(Path(here, name).relative_to(folder))
     if not pngs:
@@ -168,6 +192,31 @@ def read_folder(folder, size=math.inf):
     return torch.stack(images), sorted(map(Path.as_posix, left_out))
 
 
+def walk(folder, links=False):
+    """`os.walk` without what is hidden. With `links` it goes into linked folders too.
+
+    Raises:
+        ValueError: a folder cannot be read.
+    """
+
+    def refuse(error):
+        raise ValueError(f"{printable(error.filename)}: not a readable folder ({one_line(error)})")
+
+    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=links):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield here, folders, [name for name in files if not name.startswith(".")]
+
+
+def in_8_bits(image):
+    """A picture of Pillow's: 16-bit grey levels are rounded to 8 bits, others stay as they are."""
+    from PIL import Image
+
+    if not image.mode.startswith("I"):  # I;16 or the like; "I" in older Pillow
+        return image
+    grey = (np.asarray(image).astype(np.int64) + 128) // 257  # v / 257, rounded
+    return Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+
+
 def read_png(file):
     """One PNG as a person sees it: uint8, (3, H, W). `read_folder` lists what is refused."""
     from PIL import Image
@@ -181,10 +230,8 @@ def read_png(file):
             frames = getattr(image, "n_frames", 1)
             if frames > 1:
                 raise OSError(f"an animation of {frames} frames; save it as a single picture")
-            if image.mode in ("I", "I;16"):  # 16-bit grey; "I" in older Pillow
-                grey = (np.asarray(image).astype(np.int64) + 128) // 257  # v / 257, rounded
-                return torch.from_numpy(grey).byte().expand(3, -1, -1)
-            pixels = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1)
+            pixels = np.array(in_8_bits(image).convert("RGBA"))
+            pixels = torch.from_numpy(pixels).permute(2, 0, 1)
             if pixels[3].min() < 255:
                 raise OSError("some pixels are transparent; save it without transparency")
             return pixels[:3]

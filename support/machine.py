@@ -1,6 +1,8 @@
 """What a run needs of the machine: device, precision, memory layout, compiler, one-line errors."""
 
 import ctypes
+import math
+import os
 import shutil
 import sys
 import time
@@ -50,6 +52,21 @@ def describe_device(config):
     hidden = torch.version.cuda is None and shutil.which("nvidia-smi")
     advice = " (there is a card, but this torch has no CUDA: see pytorch.org)" if hidden else ""
     return f"{config.device}, {torch.get_num_threads()} threads{advice}"
+
+
+def check_memory(name, shape, device):
+    """ValueError if bytes of this shape, images of a data set, fit no memory here or on a card."""
+    memory, device = {}, torch.device(device)
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory["this machine"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        memory[str(device)] = torch.cuda.get_device_properties(device).total_memory
+    for where, size in memory.items():
+        if math.prod(shape) > size:
+            raise ValueError(
+                f"dataset {name}: {shape[0]:,} images take {math.prod(shape) / 1e9:,.1f} GB, and "
+                f"{where} has {size / 1e9:,.1f}; expected a smaller train_size or image_size"
+            )
 
 
 def compiled_if_usual(config, n):

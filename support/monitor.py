@@ -122,7 +122,7 @@ class Monitor:
         if self.writes and not self.announced and self.bar.n < self.bar.total:
             minutes = (self.bar.total - self.bar.n) / self.stats.rate / 60
             rate = f"{self.stats.rate:.0f} images a second: about {minutes:.0f} minutes to go"
-            self.bar.write(f"{rate}; digits so far: {self.samples_dir / name}", file=sys.stderr)
+            self.bar.write(f"{rate}; samples so far: {self.samples_dir / name}", file=sys.stderr)
             self.announced = True
 
     def log_frechet(self, samples, real):

@@ -748,7 +748,7 @@ class Digits(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, i):
-        return self.transform(Image.fromarray(self.images[i].numpy())), int(self.labels[i])
+        return self.transform(Image.fromarray(self.images[i, 0].numpy())), int(self.labels[i])
 
 
 def torchvision_loader(data_dir):

@@ -35,6 +35,6 @@ def data_flags(tmp_path_factory):
     (raw := folder / "MNIST" / "raw").mkdir(parents=True)
     for k, split in enumerate(read_dataset("mnist", folder)):
         for name, magic, x in zip(FILES[2 * k :], (2051, 2049), split):
-            x = x[: 600 // (k + 1)].byte().numpy()
+            x = x[: 600 // (k + 1)].squeeze().byte().numpy()
             (raw / name).write_bytes(struct.pack(f">{1 + x.ndim}i", magic, *x.shape) + x.tobytes())
     return ["--data_dir", str(folder)]

@@ -17,7 +17,6 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_eval  # noqa: E402
-from dataprocess import Images  # noqa: E402
 from diffusion import DDPM  # noqa: E402
 from ema import EMA  # noqa: E402
 from support import configurator, machine, processes  # noqa: E402
@@ -41,7 +40,10 @@ def settings(recipe, device):
     """
     flags = {"recipe": recipe, "device": device, "target_references": 0, "prediction": "eps"}
     constants = configurator.read_constants(train_eval.__file__, vars(train_eval), flags)
-    return argparse.Namespace(**configurator.values_of(constants))
+    config = argparse.Namespace(**configurator.values_of(constants))
+    labels = 10 if config.use_conditional_generation else 0
+    config.num_classes = labels + config.num_clusters or None
+    return config
 
 
 def changed(config, **changes):
@@ -116,7 +118,7 @@ class Peer(nn.Module):
         ]
         module = library(kind)
         if kind == "diffusers":
-            self.num_classes = Images.num_classes if config.use_conditional_generation else None
+            self.num_classes = config.num_classes
             self.net = module.UNet2DModel(
                 sample_size=size,
                 in_channels=channels,
@@ -164,7 +166,7 @@ def library(kind):
 def make_pipeline(config, steps):
     """A function without arguments that draws 16 images with diffusers."""
     module = library("diffusers")
-    peer = Peer("diffusers", changed(config, use_conditional_generation=False))
+    peer = Peer("diffusers", changed(config, num_classes=None))
     pipeline = module.DDPMPipeline(peer.net.to(config.device), module.DDPMScheduler())
     pipeline.set_progress_bar_config(disable=True)
 
@@ -189,7 +191,7 @@ def stepper(kind, config):
     ddpm = make(kind, config)
     shape = config.batch_size, config.channels, config.image_size, config.image_size
     x0 = torch.rand(shape, device=config.device) * 2 - 1
-    y = torch.arange(config.batch_size, device=config.device) % Images.num_classes
+    y = torch.arange(config.batch_size, device=config.device) % 10
     return (
         own_step(config, ddpm, x0, y) if kind == "ours" else other_step(kind, config, ddpm, x0, y)
     )

@@ -97,8 +97,9 @@ class Bench:
         limits = train_eval.LEAST, train_eval.MOST
         script, scope = train_eval.__file__, vars(train_eval)
         config = configurator.configure(script, scope, *limits, flags).config
-        pictures = torch.randint(256, (batch, config.image_size, config.image_size)).byte()
-        images = Images("mnist", pictures, torch.arange(batch) % 10, config.channels)
+        pictures = torch.randint(256, (batch, 1, config.image_size, config.image_size)).byte()
+        labels = torch.arange(batch) % 10
+        images = Images("mnist", pictures, labels, config.channels, num_labels=10)
         images.images, images.labels = (x.to(self.device) for x in (images.images, images.labels))
         images.y, images.device = images.labels, torch.device(self.device)
         train_eval.load_images = lambda config: (images, images)

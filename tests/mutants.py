@@ -422,12 +422,11 @@ FAULTS = {
         "features-left-on-their-device": ("    samples = samples.to(real)\n", ""),
     },
     "dataprocess.py | dataprocess": {
-        "augmentation-in-the-test-split": ("augment and not splits", "augment"),
+        "augmentation-in-the-test-split": ("        switches = {}  #", "        #"),
+        "colours-end-in-black": ('"zeros" if on_black else "border"', '"zeros"'),
         "augmentation-after-normalisation": (
-            "        if self.augment:\n"
-            "            x = augment(x)\n"
-            "        x0 = x.div_(127.5).sub_(1)",
-            "        x = x.div_(127.5).sub_(1)\n        x0 = augment(x) if self.augment else x",
+            "            x = augment(x, ",
+            "            x = 127.5 + 127.5 * augment(x / 127.5 - 1, ",
         ),
         "order-the-same-in-every-epoch": ("((epoch, self.seed))", "((0, self.seed))"),
         "last-partial-batch-dropped": (
@@ -464,6 +463,24 @@ FAULTS = {
         ),
         "png-with-wrong-checksum-taken": ("image.verify()", "pass"),
     },
+    "support/folders.py | folders": {
+        "labels-by-the-deepest-folder": ("return file.parts[split] if", "return file.parts[-2] if"),
+        "last-image-of-a-label-in-training-too": ("parts[0] += group[:-last]", "parts[0] += group"),
+        "labels-in-order-without-the-shuffle": (
+            "np.random.default_rng(0).permutation(len(split))[:limit]",
+            "np.arange(len(split))[:limit]",
+        ),
+        "labels-of-broken-images-kept": ("torch.tensor(labels)[kept]", "torch.tensor(labels)"),
+        "photos-not-turned": ("ImageOps.exif_transpose(image)", "image"),
+        "transparent-pixels-show-their-colour": ("Image.alpha_composite(", "(lambda a, b: b)("),
+        "last-channel-not-looked-at": ("(part == part[:, :1])", "(part[:, 1] == part[:, 0])"),
+    },
+    "train_eval.py | train_eval | own_images": {
+        "clusters-asked-for-not-kept": (
+            "    labels = train_images.num_labels if",
+            "        config.num_clusters = len(shares[0])\n    labels = train_images.num_labels if",
+        ),
+    },
     "train_eval.py | train_eval | step_descends": {
         "ema-one-step-late": (
             '    parts["optimizer"].step()\n'
@@ -494,8 +511,8 @@ FAULTS = {
             "torch.arange(*size, device=train_images.device) % len(train_images)",
         ),
         "references-without-the-batch": (
-            "(x0[:, :1], others[:, :1]), None if y is None else torch.cat([y, labels])",
-            "(others[:, :1],), None if y is None else labels",
+            "(x0[:, :held], others[:, :held]), None if y is None else torch.cat([y, labels])",
+            "(others[:, :held],), None if y is None else labels",
         ),
         "adam-beta2-not-the-constant": ("(0.9, config.adam_beta2)", "(0.9, 0.999)"),
     },

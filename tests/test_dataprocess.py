@@ -50,7 +50,9 @@ def write(data_dir, files, folder="MNIST"):
 def numbered(n=250, **settings):
     """Images of which every pixel of image i is i, and the label too."""
     number = torch.arange(n)
-    return Images("mnist", number.byte()[:, None, None].expand(n, 8, 8), number, **settings)
+    return Images(
+        "mnist", number.byte()[:, None, None, None].expand(n, 1, 8, 8), number, **settings
+    )
 
 
 def test_values_are_those_of_the_first_images_of_the_file_from_minus_one_to_one(tmp_path):
@@ -62,7 +64,7 @@ def test_values_are_those_of_the_first_images_of_the_file_from_minus_one_to_one(
         x0, y = images.batch(slice(None))
         assert same(x0, (pixels / 127.5 - 1).expand(n, 3, 28, 28))  # channels are equal
         assert (x0.min(), x0.max()) == (-1, 1) and same(y, torch.arange(n) % 10)
-        assert (len(images), images.name, images.num_classes) == (n, "mnist", 10)
+        assert (len(images), images.name, images.num_labels) == (n, "mnist", 10)
     small, _ = load_data("mnist", tmp_path, image_size=16, channels=1)
     assert small.batch(torch.tensor([3, 1]))[0].shape == (2, 1, 16, 16)
 
@@ -130,8 +132,24 @@ def test_augmentation_shifts_a_pixel_turns_five_degrees_and_scales_five_percent_
 def test_augmentation_keeps_the_range_and_the_black_background():
     white = augment(torch.full((400, 1, 32, 32), 255.0))
     assert white.max() == 255 and white.min() >= 0 and (white[..., 4:-4, 4:-4] > 254.9).all()
-    black = Images("mnist", torch.zeros(9, 8, 8).byte(), torch.zeros(9).long(), augment=True)
+    black = Images("mnist", torch.zeros(9, 1, 8, 8).byte(), torch.zeros(9).long(), augment=True)
     assert (black.batch(slice(None))[0] == -1).all()
+
+
+def test_flips_mirror_about_half_of_the_training_images_and_colours_end_in_their_border():
+    images = torch.randint(256, (200, 3, 8, 8), dtype=torch.uint8)
+    mirrored, how = images.flip(3), dict(num_labels=0, flips=True)
+    x0, _ = Images("own", images, torch.zeros(200).long(), **how).batch(torch.arange(200))
+    flipped = (x0 == mirrored / 127.5 - 1).flatten(1).all(dim=1)
+    assert same(x0[~flipped], images[~flipped] / 127.5 - 1) and 70 < flipped.sum() < 130
+    white = torch.full((50, 3, 8, 8), 255, dtype=torch.uint8)
+    for name, x, edge in (
+        ("own", white, 1),
+        ("own", white[:, :1], 1),
+        ("kmnist", white[:, :1], -1),
+    ):
+        split = Images(name, x, torch.zeros(50).long(), channels=x.shape[1], augment=True)
+        assert (split.batch(slice(None))[0].min() > 0.99) == (edge > 0)
 
 
 def test_only_training_images_are_augmented_each_time_differently_by_torchs_generator(tmp_path):
@@ -140,7 +158,7 @@ def test_only_training_images_are_augmented_each_time_differently_by_torchs_gene
     plain, _ = load_data("mnist", tmp_path, augment=False)
     for images, augments in ((train, True), (test, False), (plain, False)):
         x0, _ = images.batch(slice(0, 20))
-        assert same(x0[:, 0], images.images[:20] / 127.5 - 1) != augments
+        assert same(x0[:, :1], images.images[:20] / 127.5 - 1) != augments
     index = torch.zeros(8, dtype=torch.int64)
     torch.manual_seed(1)
     first, second = train.batch(index)[0], train.batch(index)[0]
@@ -155,7 +173,10 @@ def test_clusters_gather_what_is_alike_whatever_its_label():
     kinds = torch.tensor([0] * 100 + [1] * 60 + [2] * 30 + [3] * 10)[torch.randperm(200)]
     shapes = torch.zeros(4, 32, 32)
     shapes[0, :16], shapes[1, 16:], shapes[2, :, :16], shapes[3, :, 16:] = 200, 200, 200, 200
-    images, labels = (shapes[kinds] + 40 * torch.rand(200, 32, 32)).byte(), torch.arange(200) % 10
+    images, labels = (
+        (shapes[kinds] + 40 * torch.rand(200, 32, 32)).byte()[:, None],
+        torch.arange(200) % 10,
+    )
     split, again, other = (Images("mnist", images, labels, seed=seed) for seed in (3, 3, 4))
     shares = split.use_clusters(4)
     assert same(split.labels, labels) and same(split.batch(torch.arange(7))[1], split.y[:7])
@@ -166,9 +187,20 @@ def test_clusters_gather_what_is_alike_whatever_its_label():
     assert other.use_clusters(4) and not same(other.y, split.y)
 
 
+def test_clusters_tell_colours_of_one_brightness_and_need_no_multiple_of_the_labels():
+    kinds, levels = torch.arange(96) % 2, torch.tensor([[200, 0, 0], [0, 200, 0]])
+    images = levels[kinds].byte()[:, :, None, None].expand(-1, -1, 16, 16)
+    split = Images("own", images, torch.arange(96) // 48, num_labels=2)
+    assert torch.tensor(split.use_clusters(5, within_labels=True)).shape == (2, 4)  # not 5
+    assert (
+        len(split.y.unique()) == 4
+        and len(split.y[(split.labels == 0) & (kinds == 0)].unique()) == 1
+    )
+
+
 def test_clusters_that_stay_empty_keep_their_centres():
     """If they became black, the darkest image would move there."""
-    levels = torch.tensor([200] * 100 + [100, 20]).byte()[:, None, None].expand(-1, 16, 16)
+    levels = torch.tensor([200] * 100 + [100, 20]).byte()[:, None, None, None].expand(-1, 1, 16, 16)
     split = Images("mnist", levels, torch.zeros(102).long())  # the seed picks three equal images
     assert sorted(split.use_clusters(3)[0]) == pytest.approx([0, 2 / 102, 100 / 102])
     assert split.y[100] == split.y[101]
@@ -176,10 +208,10 @@ def test_clusters_that_stay_empty_keep_their_centres():
 
 def test_clusters_within_labels_are_numbered_after_them():
     kinds = torch.arange(480) % 2
-    images = torch.zeros(480, 16, 16, dtype=torch.uint8)
-    images[kinds == 1, :8] = 200
+    images = torch.zeros(480, 1, 16, 16, dtype=torch.uint8)
+    images[kinds == 1, :, :8] = 200
     labels = torch.tensor([7, 3])[(torch.arange(480) % 8 < 2).long()]
-    split = Images("mnist", images, labels)
+    split = Images("mnist", images, labels, num_labels=10)
     shares = torch.tensor(split.use_clusters(250, within_labels=True))
     assert shares.shape == (10, 2)  # few images: two clusters a label
     for label, share in ((7, 0.75), (3, 0.25)):
@@ -216,11 +248,39 @@ def pretend_torchvision(monkeypatch, action):
 
 
 def test_torchvision_keeps_its_files_where_we_look():
-    for name in DATASETS.values():
+    for name in [*DATASETS.values()][:3]:
         data_set = object.__new__(getattr(torchvision.datasets, name))
         data_set.root = "here"
         assert Path(data_set.raw_folder) == Path("here", name, "raw")
         assert {file for file, _ in data_set.resources} == {f"{file}.gz" for file in FILES}
+    cifar = torchvision.datasets.CIFAR10
+    found = [file for file, _ in cifar.train_list + cifar.test_list] + [cifar.meta["filename"]]
+    assert (cifar.base_folder, tuple(found)) == ("cifar-10-batches-py", datasets.CIFAR_FILES)
+
+
+def test_cifar10_is_downloaded_once_and_read_by_torchvision(tmp_path, monkeypatch):
+    pixels, calls = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8), []
+
+    def cifar(root, train=True, download=False):
+        calls.append(download)
+        (folder := Path(root, "cifar-10-batches-py")).mkdir(exist_ok=True)
+        for name in datasets.CIFAR_FILES if download else ():
+            (folder / name).write_text("")
+        if (folder / "test_batch").read_text():
+            raise RuntimeError("corrupted")
+        return SimpleNamespace(data=pixels if train else pixels[::-1].copy(), targets=[3, 9, 0, 3])
+
+    theirs = SimpleNamespace(datasets=SimpleNamespace(CIFAR10=cifar))
+    monkeypatch.setitem(sys.modules, "torchvision", theirs)
+    train, test = load_data("cifar10", tmp_path, augment=False)
+    assert calls == [True, False, False] and (train.name, train.num_labels) == ("cifar10", 10)
+    assert same(train.images, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    assert same(test.images, train.images.flip(0)) and train.labels.tolist() == [3, 9, 0, 3]
+    grey, _ = load_data("cifar10", tmp_path, channels=1)
+    assert grey.images[0, 0, 3, 5] == Image.fromarray(pixels[0]).convert("L").getpixel((5, 3))
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_text("x")
+    refused(lambda: load_data("cifar10", tmp_path), tmp_path, "damaged", "corrupted")
+    assert calls.count(True) == 1
 
 
 def test_files_come_from_data_dir_or_archive_or_download(tmp_path, monkeypatch, no_archive):

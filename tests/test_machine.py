@@ -175,8 +175,9 @@ def configure(flags, device="cuda"):
 
 def split(n, config, augment=False):
     """The `Images` that the constants ask for, of so many pictures."""
-    images = torch.randint(256, (n, 16, 16), dtype=torch.uint8)
-    return Images("mnist", images, torch.arange(n) % 10, config.channels, augment, 0, config.device)
+    images = torch.randint(256, (n, 1, 16, 16), dtype=torch.uint8)
+    how = config.channels, augment, 0, config.device, 10
+    return Images("mnist", images, torch.arange(n) % 10, *how)
 
 
 def cluster(images, number, within_labels, cluster=Images.use_clusters):
@@ -188,8 +189,7 @@ def prepare(config, monkeypatch, n=12):
     """`train_eval.prepare` with so many images and an `OwnNetwork`, and the model to train."""
 
     def network(config):
-        labels = 10 if config.use_conditional_generation else 0
-        return OwnNetwork(config.channels, config.channels, labels + config.num_clusters or None)
+        return OwnNetwork(config.channels, config.channels, config.num_classes)
 
     splits = split(n, config, config.use_augmentation), split(10, config)
     monkeypatch.setattr(train_eval, "build_network", network)
@@ -334,6 +334,7 @@ def test_an_evaluation_of_the_unet_in_bf16_mixes_no_devices(monkeypatch):
     """The test loss, bits per dimension, samples and a grid, with labels and guidance."""
     config, seen, shown = configure("--bf16 --sampler dpm++ --channels 3"), {}, []
     monkeypatch.setattr(train_eval.monitor, "write_final", lambda *args: shown.extend(args))
+    config.num_classes = 10
     with PretendCuda(may_read=True):
         ddpm, images = train_eval.build(config), split(20, config)
         assert on_cuda(*ddpm.parameters(), *ddpm.buffers(), ddpm.network(*images.batch(slice(4))))

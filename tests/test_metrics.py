@@ -75,6 +75,26 @@ def test_nearest_finds_copies_and_measures_grey_levels():
     assert same(index, picked) and same(distance, torch.zeros(600).double())
     distance, index = nearest(others[picked, None].expand(-1, 3, -1, -1) + 10, others)
     assert same(index, picked) and torch.allclose(distance, torch.full((600,), 10.0).double())
+    red, green = (colours(level, (9, 9, 9)) for level in ((90, 0, 0), (0, 90, 0)))
+    assert nearest(red[:1], torch.cat([green, red]))[1] == 2 and nearest(red, red)[0].sum() == 0
+
+
+def colours(*levels):
+    """An image of one colour for each, (N, 3, 32, 32)."""
+    return torch.tensor(levels).byte()[:, :, None, None].expand(-1, -1, 32, 32)
+
+
+def test_colours_are_read_and_compared_as_such_and_need_no_labels():
+    """A classifier tells colours that are equally bright."""
+    levels, labels = [(90, 0, 0), (0, 90, 0)] * 40, torch.arange(80) % 2
+    images = colours(*levels) + torch.randint(9, (80, 3, 32, 32)).byte()
+    classifier = metrics.train_classifier(images, labels, epochs=4)
+    assert classifier.accuracy(images, labels) == 1
+    report, pairs = measure(None, images[:20], images, images)
+    assert pairs.shape == (20, 3, 32, 32) and same(pairs[0], pairs[1])
+    assert report.keys() == {"samples", "copies"} | {
+        f"nearest{a}{b}" for a in ("", "_1st") for b in ("", "_real")
+    }
 
 
 def test_as_bytes_rounds_to_the_nearest_level():
@@ -198,11 +218,11 @@ def test_what_the_classifier_sees_does_not_depend_on_batches_colours_or_size(mni
     features, probabilities = fresh.read(images)  # without dropout all the same
     assert features.shape == (50, 64) and features.dtype == torch.float64
     grey = images // 3 * 3
-    red = torch.stack([grey, grey * 0, grey * 0], dim=1)  # a third as bright
-    for other, expected in ((images[:, None].expand(-1, 3, -1, -1), images), (red, images // 3)):
+    red = torch.cat([grey, grey * 0, grey * 0], dim=1)  # a third as bright
+    for other, expected in ((images.expand(-1, 3, -1, -1), images), (red, images // 3)):
         for a, b in zip(fresh.read(other, batch_size=7), fresh.read(expected)):
             assert torch.allclose(a, b, atol=1e-4)
-    small = F.interpolate(images[:, None], (28, 28), mode="bilinear", antialias=True)[:, 0]
+    small = F.interpolate(images, (28, 28), mode="bilinear", antialias=True)
     assert classifier.accuracy(small, probabilities.argmax(dim=1)) > 0.9
 
 
@@ -239,7 +259,7 @@ def test_real_digits_measure_as_real(mnist, classifier, real):
 
 def test_one_digit_alone_moves_recall_balance_and_distance(measured, real):
     samples, labels, before = real
-    report = measured(samples[labels == 1].repeat(20, 1, 1)[:400])
+    report = measured(samples[labels == 1].repeat(20, 1, 1, 1)[:400])
     assert report["recall"] < 0.3 and max(report["digits"]) > 0.9
     assert report["frechet"] > 10 * before["frechet"]
     assert report["precision"] > 0.6 and report["confidence"] > before["confidence"] - 0.05
@@ -257,7 +277,7 @@ def test_noise_moves_precision_distance_accuracy_and_what_is_nearest(measured, r
 
 def test_colour_is_noticed_where_the_grey_is_right(measured, real):
     shift = torch.tensor([20, 0, -20])[None, :, None, None]
-    coloured = (real[0][:10, None].clamp(20, 235) + shift).byte()
+    coloured = (real[0][:10].clamp(20, 235) + shift).byte()
     assert measured(coloured)["colour"] == pytest.approx(20 * (2 / 3) ** 0.5, rel=1e-6)
 
 
@@ -280,7 +300,7 @@ def test_the_pairs_are_the_nearest_samples_each_with_its_neighbour(mnist, classi
     samples[17] = train[3]
     _, pairs = measure(classifier, samples, train, mnist[1].images[:1000])
     assert pairs.shape == (20, 1, 32, 32) and pairs.dtype == torch.uint8
-    assert same(pairs[:2, 0], train[[3, 3]])
+    assert same(pairs[:2], train[[3, 3]])
     distances = (pairs[::2].double() - pairs[1::2].double()).square().mean(dim=(1, 2, 3))
     assert same(distances, distances.sort().values)
 

@@ -21,6 +21,7 @@ from torchvision.utils import make_grid
 
 import metrics
 import train_eval
+from dataprocess import Images
 from diffusion import DDPM
 from support import checkpoint, configurator, console, pictures, processes
 from support.monitor import Monitor
@@ -92,8 +93,13 @@ def test_a_run_leaves_everything_that_it_promises(trained):
 
 
 def test_a_run_says_what_it_does_and_what_to_do_next(trained):
-    said = ["160 images to train, 80 to test", "with labels", "device: cpu", "recipe quick"]
-    said += ["test loss ", "(40 images of mnist", "of 70 read as the digit asked for"]
+    said = [
+        "160 images to train, 80 to test, 10 labels, 0.00 GB",
+        "with labels",
+        "device: cpu",
+        "recipe quick",
+    ]
+    said += ["test loss ", "(40 images of mnist", "of 70 read as the label asked for"]
     said += ["train_eval.py --evaluate", "--resume --epochs 4", "tensorboard --logdir"]
     assert [words for words in said if words not in trained.out] == []
     assert trained.out.splitlines()[-1].endswith("minutes, everything included")
@@ -440,8 +446,8 @@ def test_the_test_loss_is_a_mean_over_images_with_the_same_noise_each_time(flags
             return x0.mean(dim=(1, 2, 3))
 
     model, generator = Model().train(), torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (100, 8, 8), generator=generator, dtype=torch.uint8)
-    images = train_eval.Images("mnist", pixels, torch.arange(100) % 10, channels=1)
+    pixels = torch.randint(256, (100, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    images = Images("mnist", pixels, torch.arange(100) % 10, channels=1)
     found = [train_eval.test_loss(config, model, images) for state_moves_on in torch.rand(2)]
     assert model.training and found[0] == found[1]
     assert found[0] == pytest.approx(images.batch(slice(None))[0].double().mean().item())
@@ -487,8 +493,9 @@ def test_evaluation_measures_the_best_model_as_its_run_would(trained, tmp_path, 
     assert line in out.splitlines()
     samples = tmp_path / "run" / "samples"
     assert (samples / "final-2.png").read_bytes() == (samples / "final.png").read_bytes()
-    flags = [*FLAGS, *trained.flags, "--num_clusters", 10]  # fewer than asked for: few images
-    config = configured(*flags, "--save_dir", tmp_path / "run").config
+    flags = [*FLAGS, *trained.flags, "--save_dir", tmp_path / "run"]
+    config = configured(*flags).config
+    config.num_classes = 20  # a cluster a label: there are few images
     (train, test), best = train_eval.load_images(config), train_eval.load_best(config)
     seed = int(np.random.SeedSequence((0, 0)).generate_state(1)[0])  # of the first 100 images
     bits = best.bits_per_dim(*test.batch(slice(8)), terms=4, seed=seed)
@@ -513,8 +520,8 @@ def test_a_model_and_a_folder_of_its_samples_measure_alike(trained, tmp_path, ca
     assert again(tmp_path / "run", *data, "--evaluate", *other, "--eval_samples", 70) == 0
     (log,) = (tmp_path / "run" / "tensorboard_logs").iterdir()
     assert (log / "evaluation").is_dir(), "other constants are a row of their own"
-    flags = [*FLAGS, *trained.flags, *other, "--num_clusters", 10]
-    config = configured(*flags, "--save_dir", tmp_path / "run").config
+    config = configured(*FLAGS, *trained.flags, *other, "--save_dir", tmp_path / "run").config
+    config.num_classes = 20
     best, folder = train_eval.load_best(config), tmp_path / "mine"
     assert best.timestep_spacing == "linspace"
     how = {"sampler": "ddim", "steps": 2, "guidance_scale": config.guidance_scale}
@@ -562,7 +569,7 @@ def test_samples_become_files_that_measure_as_their_model_does(trained, tmp_path
     assert of_files["frechet"] == of_model["frechet"]
     with pytest.raises(SystemExit):
         again(tmp_path / "run", *data, "--sample", 4, "--digits", "3,10")
-    assert "digits (3, 10): expected labels from 0 to 9" in capsys.readouterr().err
+    assert "digits (3, 10): expected labels below 10" in capsys.readouterr().err
 
 
 def test_measures_are_printed_though_the_folder_cannot_be_written(
@@ -655,6 +662,44 @@ def test_other_options_train_and_are_measured(data_flags, tmp_path, capsys, with
     for name, value in vars(best).items():
         assert best.info["config"].get(name, value) == value, name
     assert best.info["step"] == 6 and sum(map(sum, best.class_shares or [[1]])) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("labels", ["ab", "."])
+def test_ones_own_images_train_in_colour_and_are_measured(tmp_path, capsys, without_plots, labels):
+    """With labels a classifier measures them; without, clusters are trained on."""
+    own, data, drawn = tmp_path / "own", ["--data_dir", tmp_path], tmp_path / "samples" / "drawn"
+    for k in range(80):
+        (path := own / labels[k % len(labels)] / f"{k:02}.png").parent.mkdir(
+            exist_ok=True, parents=True
+        )
+        Image.new("RGB", (20, 24), (200 * (k % 2), 3 * k, 99)).save(path)
+    flags = [*data, "--dataset", own, "--save_dir", tmp_path, "--num_clusters", 50]
+    assert run(*flags, "--channels", 3, "--epochs", 1) == 0
+    out = capsys.readouterr().out
+    told = "2 labels" if len(labels) > 1 else "no labels"
+    assert f"72 images to train, 8 to test, {told}, 0.00 GB" in out
+    assert again(tmp_path, *flags, "--resume", "--epochs", 2) == 0, "the clusters asked for"
+    capsys.readouterr()
+    assert again(tmp_path, *data, "--evaluate") == 0
+    written, out = json.loads((tmp_path / "evaluation.json").read_text()), capsys.readouterr().out
+    assert {"nearest", "copies", "bits_per_dim", "test_loss"} < written.keys()
+    assert "colour" not in written and ("precision" in written) == (len(labels) > 1)
+    assert ("torch-fidelity or clean-fid" in out) == (written["classifier"] is None)
+    own.rename(tmp_path / "moved")
+    assert again(tmp_path, *data, "--sample", 3) == 0, "which needs no data"
+    names = [path.name for path in sorted(drawn.iterdir())]
+    assert names == [f"0000{k}{f'_{k % 2}' * (len(labels) > 1)}.png" for k in range(3)]
+    assert np.array(Image.open(drawn / names[0])).std(axis=2).max() > 0
+    sizes = ["--dataset", tmp_path / "moved", "--image_size", 16, "--evaluate", drawn]
+    assert train_eval.main([*map(str, [*data, "--save_dir", tmp_path, *sizes])]) == 0
+    assert (tmp_path / "evaluation_drawn.json").exists()
+    with pytest.raises(SystemExit):
+        if len(labels) > 1:
+            again(tmp_path, *data, "--sample", 1, "--digits", "1,2")
+        else:
+            run(*flags, "--dataset", tmp_path / "moved", "--use_conditional_generation")
+    words = "expected labels below 2" if len(labels) > 1 else "moved has no labels; expected"
+    assert words in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data_flags, tmp_path, capsys):
