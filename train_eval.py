@@ -35,6 +35,7 @@ shorthand = None  # the kind of a name that only lines below it use: no flag
 
 # machine
 device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
+card: shorthand = str(device).startswith("cuda")
 data_dir: str = "data"  # folder of the data; what is neither there nor in assets/ is downloaded
 
 # command
@@ -46,7 +47,7 @@ digits: tuple = ()  # labels that --sample asks for in turn; (): all, in turn
 
 # recipe
 # reference: the large network, for hours on a GPU; quick: a small one, good digits in minutes
-recipe: RECIPES = "reference" if str(device).startswith("cuda") else "quick"
+recipe: RECIPES = "reference" if card else "quick"
 quick: shorthand = RECIPES.get(recipe)
 seed: int = 0  # decides the run, on a CPU to the bit; change it for another run of the same kind
 
@@ -124,12 +125,13 @@ bound_terms: int = 50  # terms of the bound that it computes for each, at most n
 
 # rhythm
 log_every: int = 50 if quick else 100  # steps between TensorBoard entries
-sample_every: int = 750 if quick else 2500  # steps between looks: a grid, losses; first at 200
+# steps between looks: a grid, losses; first at 200; a card does 1500 quick steps in ten seconds
+sample_every: int = (1500 if card else 750) if quick else 2500
 save_every: int = 500 if quick else 5000  # steps between saves; Ctrl-C and the end save too
 
 # hardware
 bf16: bool = has_bf16(device)  # compute in bfloat16, where that pays: GPUs since Ampere, AMX
-use_compile: bool = str(device).startswith("cuda") and not quick  # slow start, then faster steps
+use_compile: bool = card and not quick  # slow start, then faster steps
 compile_mode: COMPILE_MODES = "default"  # of torch.compile; reduce-overhead takes CUDA graphs
 # end of constants
 
@@ -190,7 +192,8 @@ def run_training(chosen, interrupt):
         if config.resume:
             with input_errors():
                 saved = load_last(config.save_dir)
-                config = configurator.adopt(chosen, saved, FREE_TO_RESUME, OF_THE_MACHINE)
+                free = FREE_TO_RESUME, OF_THE_MACHINE
+                config = configurator.adopt(chosen, saved, config.save_dir, *free)
                 run = prepare(config, saved["script"], saved)
         return train(run, interrupt) and draw_final(run)
 
@@ -302,7 +305,7 @@ def train(run, interrupt):
             rate = learning_rate_at(config, progress["step"], run.total_steps)
             watch.add(*train_step(run, model, x0, y, rate))
             progress["step"] = step = progress["step"] + 1
-            asked, last = interrupt.asked(), step == run.total_steps
+            asked, last = interrupt.asked(step), step == run.total_steps
             looking = last or step == FIRST_LOOK or step % config.sample_every == 0
             saving = step % config.save_every == 0
             if looking or saving or step % config.log_every == 0:
@@ -524,7 +527,7 @@ def adopt_best(chosen):
     known = {"config", "script", "step", "log"} <= info.keys()
     if not (known and "num_classes" in info["config"]):
         raise ValueError(f"{path}: not written by this train_eval.py; load it with DDPM.load")
-    config = configurator.adopt(chosen, info, FREE_TO_EVALUATE, OF_THE_MACHINE)
+    config = configurator.adopt(chosen, info, path, FREE_TO_EVALUATE, OF_THE_MACHINE)
     config.num_classes = info["config"]["num_classes"]
     configurator.check_together(config)
     return config, info

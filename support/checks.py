@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from support.files import one_line, shown
+from support.machine import why_no_card
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -74,8 +75,9 @@ def device(value):
     try:
         torch.zeros((), dtype=torch.float64, device=torch.device(value)).item()
     except Exception as error:  # each backend has its own
+        why = why_no_card(value) or one_line(error)
         raise ValueError(
-            f"device {shown(value)}: cannot be used here ({one_line(error)}); try --device cpu"
+            f"device {shown(value)}: cannot be used here ({why}); try --device cpu"
         ) from None
 
 

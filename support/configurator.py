@@ -243,7 +243,7 @@ def check_together(config):
         )
 
 
-def adopt(chosen, run, free, machine):
+def adopt(chosen, run, path, free, machine):
     """The config of a saved run, with what the person has changed: by a flag, or in the script.
 
     A constant was edited if its line differs from the one that the run began with, on the machine
@@ -253,15 +253,16 @@ def adopt(chosen, run, free, machine):
         chosen: the `Chosen` of this command.
         run: the saved run, a dict: 'config' are its constants, 'script' those of its script as
             they stood, without flags.
+        path: where it was found, for a person.
         free: names of constants, and of groups, that may differ from the saved run.
         machine: groups that belong to the machine, or to this command alone: never saved ones.
 
     Raises:
         ValueError: a constant was changed and is not free, or the saved run has one that cannot be.
     """
-    folder, saved, script = chosen.config.save_dir, run["config"], run["script"]
+    saved, script = run["config"], run["script"]
     if not isinstance(saved, dict) or not isinstance(script, dict):
-        raise ValueError(f"the run in {folder}: its constants are no dictionaries")
+        raise ValueError(f"the run in {path}: its constants are no dictionaries")
     own, free = chosen.names(machine), chosen.names(free)
     then = chosen.read({name: script[name] for name in own if name in script})
     flags = {name: vars(chosen.config)[name] for name in chosen.given}
@@ -275,14 +276,14 @@ def adopt(chosen, run, free, machine):
     for name, value in changed.items():
         if value != saved.get(name) and name not in free:
             raise ValueError(
-                f"{name} {value}: the run in {folder} has {saved.get(name)}; take the flag or the "
+                f"{name} {value}: the run in {path} has {saved.get(name)}; take the flag or the "
                 "edit back, or start another run in another --save_dir"
             )
     for name, constant in constants.items():
         try:
             check_kind(name, constant.value, constant.kind)
         except ValueError as error:
-            raise ValueError(f"the run in {folder}: {error}") from None
+            raise ValueError(f"the run in {path}: {error}") from None
     news = [
         f"{name} {saved[name]} -> {value}"
         for name, value in changed.items()

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.distributed as dist
@@ -49,8 +49,7 @@ def describe_device(config):
     if torch.device(config.device).type == "cuda":
         card = torch.cuda.get_device_properties(config.device)
         return f"{config.device}, {card.name} of {card.total_memory / 1e9:.0f} GB"
-    hidden = torch.version.cuda is None and shutil.which("nvidia-smi")
-    advice = " (there is a card, but this torch has no CUDA: see pytorch.org)" if hidden else ""
+    advice = f" ({why})" if (why := why_no_card(config.device)) else ""
     return f"{config.device}, {torch.get_num_threads()} threads{advice}"
 
 
@@ -67,6 +66,32 @@ def check_memory(name, shape, device):
                 f"dataset {name}: {shape[0]:,} images take {math.prod(shape) / 1e9:,.1f} GB, and "
                 f"{where} has {size / 1e9:,.1f}; expected a smaller train_size or image_size"
             )
+
+
+def why_no_card(device):
+    """Why this device cannot be used, or for a CPU the card beside it; '' if that is not known."""
+    kind = str(device).partition(":")[0]
+    with suppress(Exception):  # no such device
+        if kind in ("cpu", "cuda") and torch.version.cuda is None and shutil.which("nvidia-smi"):
+            return "there is a card, but this torch has no CUDA: see pytorch.org"
+        if kind in ("cpu", "mps") and (kind == "mps" or torch.backends.mps.is_available()):
+            return "Apple's GPU has no float64, which the tables need"
+        if kind == "cuda" and not _has_code_for(
+            capability := torch.cuda.get_device_capability(device)
+        ):
+            version = ".".join(map(str, capability))
+            return f"this torch has no code for a card of capability {version}: see pytorch.org"
+    return ""
+
+
+def _has_code_for(capability):
+    """Whether torch was built for such a card: its code fits newer ones of the same generation."""
+    for arch in torch.cuda.get_arch_list():  # sm_80: code; compute_90: source for any newer card
+        kind, _, number = arch.partition("_")
+        built = divmod(int(number.rstrip("af")), 10)
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return True
+    return False
 
 
 def compiled_if_usual(config, n):

@@ -89,14 +89,15 @@ def _add_threads(number, done):
 class Interrupt:
     """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 while a run goes on, as a context manager.
 
-    Ctrl-C, SIGTERM and SIGHUP (of a lost terminal, unless `nohup` ignores it) end the block by
-    KeyboardInterrupt, but inside `after_the_step` the first is only a request, which `asked`
-    reports. SIGUSR1 asks for a save. In a thread other than the main one Python allows no handlers,
-    so there it does nothing.
+    Ctrl-C, SIGTERM and SIGHUP (of a lost terminal) end the block by KeyboardInterrupt, but inside
+    `after_the_step` the first is only a request, which `asked` reports. SIGUSR1 asks for a save.
+    What the shell ignores (`nohup`, a script's background job) stays ignored. In a thread other
+    than the main one Python allows no handlers, so there it does nothing.
 
     Args:
         agree: makes one number of those of all processes of the run.
-        repeated: whether a launcher sends again what the terminal has sent already.
+        several: whether a launcher started several. It sends again what the terminal has sent
+            already; and they agree at every tenth step alone, since each waits for the others.
 
     Attributes:
         signum: the signal that ends the run, or 0.
@@ -106,8 +107,8 @@ class Interrupt:
 
     SAVE, HANGUP = (getattr(signal, name, None) for name in ("SIGUSR1", "SIGHUP"))  # not on Windows
 
-    def __init__(self, agree=int, repeated=False):
-        self.agree, self.repeated = agree, repeated
+    def __init__(self, agree=int, several=False):
+        self.agree, self.several = agree, several
         self.signum, self.save, self.immediate = 0, False, True
         self.before = {}
 
@@ -118,7 +119,7 @@ class Interrupt:
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
             for signum in filter(None, (signal.SIGINT, signal.SIGTERM, self.HANGUP, self.SAVE)):
-                if signum != self.HANGUP or signal.getsignal(signum) != signal.SIG_IGN:
+                if signal.getsignal(signum) != signal.SIG_IGN:
                     self.before[signum] = signal.signal(signum, self._handle)
         return self
 
@@ -131,7 +132,7 @@ class Interrupt:
             self.save = True
             return
         again, self.signum = bool(self.signum), self.signum or signum
-        if again and (self.repeated or signum == self.HANGUP):  # which a shell may send again
+        if again and (self.several or signum == self.HANGUP):  # which a shell may send again
             return
         if again or self.immediate:
             raise KeyboardInterrupt
@@ -139,8 +140,10 @@ class Interrupt:
             with suppress(OSError):  # the `tee` behind a pipe ends by the same Ctrl-C
                 os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
-    def asked(self):
-        """What a process of the run was asked for: 'stop', 'save' or None."""
+    def asked(self, step=0):
+        """What a process of the run was asked for by this step: 'stop', 'save' or None."""
+        if self.several and step % 10:
+            return None
         asked = self.agree(2 * self.signum + self.save)  # as one number, for all processes
         self.save = False
         if asked > 1:

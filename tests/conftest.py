@@ -5,6 +5,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
 import struct
 
 import pytest
@@ -13,6 +14,7 @@ import train_eval
 from support import configurator
 from support.datasets import FILES, read_dataset
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
 LONGEST = "processes never_lose_a_run train_eval readme machine notebook metrics".split()
 
 

@@ -645,6 +645,9 @@ FAULTS = {
     "support/machine.py | diffusion | wrapped": {
         "one-wrapper-alone-is-unwrapped": ("while isinstance(network,", "if isinstance(network,"),
     },
+    "support/machine.py | machine | not_used": {
+        "code-for-older-generations-taken": ("built[0] == capability[0]", "True"),
+    },
     "support/machine.py | machine | fast_layout": {
         "channels-last-on-old-cards": ("fast and (config.bf16 or", "fast and (True or"),
     },
@@ -669,6 +672,7 @@ FAULTS = {
     "support/threads.py | threads": {
         "lost-terminal-ends-the-run": ("self.HANGUP, self.SAVE)):", "self.SAVE)):"),
         "nohup-not-heeded": ("signal.getsignal(signum) != signal.SIG_IGN", "True"),
+        "processes-wait-at-every-step": ("if self.several and step % 10:", "if False:"),
         "quota-of-a-container-ignored": (
             "cores = min(cores, max(1, int(time_) // int(period)))",
             "pass",
@@ -687,6 +691,10 @@ FAULTS = {
         ),
     },
     "support/monitor.py | monitor": {
+        "first-session-of-a-log-not-begun": (
+            "step + 1 if step else 0",
+            "step + 1 if step else None",
+        ),
         "slow-saves-as-often-as-quick-ones": (
             "seconds < 1 or seconds < share",
             "True or seconds < share",

@@ -115,6 +115,15 @@ def test_the_recipe_and_other_lines_decide_those_below_them(flags, expected):
         assert {name: config[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize("recipe", ["quick", "reference"])
+def test_only_what_belongs_to_the_machine_looks_at_the_device(recipe):
+    cpu, card = (
+        vars(configured("--recipe", recipe, "--device", x).config) for x in ("cpu", "cuda")
+    )
+    free = {"device", "bf16", "use_compile", "sample_every"}
+    assert {name for name in cpu if cpu[name] != card[name]} - free == set()
+
+
 # what does not fit: source texts by kind; values of flags
 WRONG = {int: ['"3"', "2.5", "True", "None"], float: ['"1e-3"', "True", 'float("nan")', "1e999"]}
 WRONG |= {bool: ["1", '"True"', "None"], str: ["None", '""', '"a\\0b"'], tuple: ["[8]", "(8.0,)"]}
@@ -166,6 +175,7 @@ BAD_FLAGS = {
     "--evaluate --digits 3": "digits (3,): expected --sample beside them",
     "--evaluate x --weight_decay 0": ", weight_decay: not used with --evaluate FOLDER",
     "--grad_accumulation 9": "grad_accumulation 9: expected at most batch_size 8",
+    "--use_compile --compile_mode reduce-overhead --grad_accumulation 2": "with compile_mode 'redu",
     "--loss l1": "target_references 32 with loss 'l1'",
     "--loss vlb --target_references 0 --timestep_sampling logit-normal": "with loss 'vlb'",
 }
@@ -199,7 +209,7 @@ def saved(*flags):
 def adopted(run, *flags, free=train_eval.FREE_TO_RESUME, script=str(SCRIPT)):
     """The config with which it goes on, on a CPU."""
     chosen = configured("--device", "cpu", "--save_dir", "here", *flags, script=script)
-    return configurator.adopt(chosen, run, free, train_eval.OF_THE_MACHINE)
+    return configurator.adopt(chosen, run, "here", free, train_eval.OF_THE_MACHINE)
 
 
 BEGAN = ("--device", "cpu", "--epochs", "7", "--base_channels", "64", "--dropout", "0.2")

@@ -15,10 +15,11 @@ import gpu_check
 import pytest
 import torch
 from conftest import configured
-from tiny import FLAGS, OwnNetwork, tiny_ddpm, tiny_unet
+from tiny import FLAGS, OwnNetwork, refused, same, snapshot, tiny_ddpm, tiny_unet
 from torch import nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -29,10 +30,12 @@ from dataprocess import Images
 from diffusion import LOSSES, SAMPLERS
 from process import PREDICTIONS, VARIANCES, GaussianProcess
 from support import checks, machine, processes
+from support.checkpoint import load_checkpoint, load_last
 from timesteps import TIMESTEP_SAMPLINGS
 
 # The pretended GPU
 
+REAL = torch.Generator
 NEEDS_A_VALUE = fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException
 
 
@@ -373,6 +376,39 @@ def test_metrics_mix_no_devices(places, monkeypatch):
         assert metrics.frechet_distance(a, b) == 0 and metrics.precision_recall(a, b)
 
 
+class CpuForCuda(TorchFunctionMode):
+    """Inside, 'cuda' is another name for the CPU, which computes as a card should."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def here(x):
+            named = isinstance(x, (str, torch.device)) and str(x).startswith("cuda")
+            return torch.device("cpu") if named else x
+
+        return func(*map(here, args), **{name: here(x) for name, x in (kwargs or {}).items()})
+
+
+def test_a_whole_run_on_a_card_comes_to_what_it_comes_to_on_a_cpu(
+    tmp_path, monkeypatch, data_flags
+):
+    monkeypatch.setattr(PretendGenerator, "__new__", lambda cls, device="cpu": REAL("cpu"))
+    asked = "get_rng_state", "max_memory_allocated", "get_device_properties"
+    card = SimpleNamespace(name="a card", total_memory=0)
+    for name, answer in zip(asked, (torch.zeros(1), 0, card)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(train_eval.pictures, "write_training", lambda *args: None)
+    found, flags = [], [*FLAGS, *data_flags, "--recipe", "quick", "--epochs", "1"]
+    for device in ("cpu", "cuda"):
+        folder = tmp_path / device
+        with CpuForCuda():
+            assert train_eval.main([*flags, "--device", device, "--save_dir", str(folder)]) == 0
+        last, best = load_last(folder), load_checkpoint(folder / "best_model.pt", ["weights"])
+        assert last.pop("config")["device"] == device and last.pop("log")
+        last.pop("script"), last.pop("rng")  # those of a card too
+        found.append((last, best["weights"], snapshot(folder / "samples")))
+    assert same(*found)
+
+
 # torch.compile
 
 
@@ -384,7 +420,7 @@ def compiler(monkeypatch):
     def backend(graph, inputs):
         kind = "training" if torch.is_grad_enabled() else "inference"
         if kind == found.broken:
-            raise RuntimeError("no such graph\nlong story")
+            raise RuntimeError("long story\nx.c: SyntaxError: no such graph\nmore of it")
         found.graphs.append(kind)
         return graph.forward
 
@@ -460,13 +496,21 @@ def test_a_compiler_that_fails_costs_a_line(broken, compiler, monkeypatch, capsy
     compiler.broken = broken
     machine.compile_network(run.config, run.ddpm, warm_up)
     line = capsys.readouterr().err
-    assert line.startswith("torch.compile failed (") and line.endswith("); going on without it\n")
-    assert line.count("\n") == 1 and run.ddpm.training
+    reason = "x.c: SyntaxError: no such graph"  # not the first line, nor the last
+    assert line == f"torch.compile failed ({reason}); going on without it\n" and run.ddpm.training
     assert all(p.grad is None for p in run.ddpm.parameters())
     compiler.broken, tried = None, list(compiler.graphs)
     train_eval.train_step(run, model, *run.train_images.batch(slice(8)), 0.1)
     assert run.ddpm.sample(2, steps=2).isfinite().all()
     assert compiler.graphs == tried  # nothing more was compiled
+
+
+def test_the_mode_of_the_compiler_is_the_constant(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda call, mode: modes.append(mode) or call)
+    run, _, _ = compiled_run("--compile_mode reduce-overhead", monkeypatch)
+    machine.compile_network(run.config, run.ddpm)
+    assert modes == ["reduce-overhead"]
 
 
 # The parts of support/machine.py
@@ -502,6 +546,48 @@ def test_bf16_pays_on_a_cpu_with_amx_alone(monkeypatch):
         assert machine.has_bf16("cpu") is found.get("amx_bf16", False)
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch
     assert machine.has_bf16("cpu") is False
+
+
+NO_CUDA, NO_FLOAT64 = "this torch has no CUDA: see pytorch.org", "Apple's GPU has no float64"
+OLD, NEW = (f"no code for a card of capability {x}: see pytorch.org" for x in ("7.5", "12.0"))
+
+
+@pytest.mark.parametrize(
+    "device, built_for, found, words",
+    [
+        ("cpu", None, "nvidia-smi", NO_CUDA),
+        ("cuda", None, "nvidia-smi", NO_CUDA),
+        ("cpu", "sm_90", "nvidia-smi", ""),
+        ("cpu", None, "mps", NO_FLOAT64),
+        ("mps", None, "mps", NO_FLOAT64),
+        ("cuda", "sm_80 sm_90a", (8, 6), ""),  # code for the first of a generation
+        ("cuda", "sm_75 sm_86", (8, 0), "capability 8.0"),
+        ("cuda", "sm_80 sm_90a", (7, 5), OLD),
+        ("cuda:1", "sm_80 sm_90a", (12, 0), NEW),
+        ("cuda", "sm_80 compute_90", (12, 0), ""),  # source, which the driver compiles
+    ],
+)
+def test_a_card_that_is_not_used_is_said_with_its_reason(
+    device, built_for, found, words, monkeypatch
+):
+    monkeypatch.setattr(torch.version, "cuda", built_for and "13.0")
+    monkeypatch.setattr(machine.shutil, "which", lambda name: found == name)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: found == "mps")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for.split())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found)
+    card = SimpleNamespace(name="H100", total_memory=80.1e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: 1 / (device.type == "cpu"))
+    assert words in (why := machine.why_no_card(device)) and bool(words) == bool(why)
+    if device == "cpu":
+        assert machine.describe_device(SimpleNamespace(device=device)).partition(" (")[2] == (
+            f"{why})" if words else ""
+        )
+    else:
+        refused(lambda: checks.device(device), f"device '{device}'", words, "try --device cpu")
+        if device != "mps":
+            described = machine.describe_device(SimpleNamespace(device=device))
+            assert described == f"{device}, H100 of 80 GB"
 
 
 def test_the_precision_is_said_with_its_reason(monkeypatch):

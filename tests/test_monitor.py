@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import configured
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import FLAGS, full_disk, tiny_ddpm
+from tqdm import TMonitor, tqdm
 
 from support import console, monitor
 from support.monitor import EventLog, Monitor, RunningStats
@@ -49,16 +51,20 @@ def some_stats(log_every=50):
     return RunningStats(SimpleNamespace(num_timesteps=1000, log_every=log_every, device="cpu"))
 
 
-def test_tensorboard_has_the_curves_the_grids_and_the_constants(tmp_path):
+def test_tensorboard_has_the_curves_the_grids_and_the_constants(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3e9)
     with watch_of(tmp_path) as watch:
+        watch.config.device = "cuda:0"
         watch.log_config(tiny_ddpm(10), torch.rand(4, 1, 8, 8))
         four_steps(watch, 2.0)
         watch.log_losses(1.0, 3.0)
         watch.log_samples(torch.rand(4, 1, 8, 8))
         watch.log_frechet(5.0, 7.0)
+        assert watch.bar.postfix == "peak_gb=3, loss=2, frechet=5"
     log, found = log_of(tmp_path)
     assert found.pop("train/images_per_second")[4] > 0
     entry = {"batch_loss": 2, "grad_norm": 0.5, "learning_rate": 0.1, "quartile_4": 2}
+    entry["peak_memory_gb"] = 3
     assert without_groups(found) == {tag: {4: pytest.approx(x)} for tag, x in entry.items()}
     pairs = {"train": ("loss", 1), "test": ("loss", 3), "samples": ("frechet", 5)}
     for part, (tag, value) in (pairs | {"real": ("frechet", 7)}).items():
@@ -78,6 +84,9 @@ def test_a_resumed_run_replaces_what_came_after_its_last_save(tmp_path):
             for loss in losses:
                 four_steps(watch, loss)
     assert log_of(tmp_path)[1]["train/batch_loss"] == {4: 1, 8: 2, 12: 4, 16: 5}
+    # another reader, that of --load_fast=false, which takes the first session for no restart
+    log = plugin_event_accumulator.EventAccumulator(str(tmp_path / "tensorboard_logs" / "log"))
+    assert [event.step for event in log.Reload().Tensors("train/batch_loss")] == [4, 8, 12, 16]
 
 
 def test_a_run_that_moved_to_its_own_folder_goes_on_with_its_log(tmp_path):
@@ -188,6 +197,21 @@ def test_printed_commands_can_be_pasted(folder):
     assert words == ["python", "train_eval.py", "-x", f"--save_dir={folder}"]
     assert f"--logdir={folder}/tensorboard_logs" in shlex.split(console.tensorboard_command(folder))
     assert console.shell_command("-x", save_dir="checkpoints") == "python train_eval.py -x"
+
+
+def test_without_a_terminal_lines_are_half_a_minute_apart_after_a_long_look_too(monkeypatch):
+    now, lines = [0.0], []
+    monkeypatch.setattr(console._Lines, "write", lambda self, text: lines.append(now[0]))
+    monkeypatch.setattr(TMonitor, "_test", {"time": lambda: now[0]})  # tqdm's thread prints too
+    with console.progress_bar(total=999, desc="training") as bar:
+        bar._time, bar.start_t, bar.last_print_t = (lambda: now[0]), 0.0, 0.0
+        monitor = TMonitor(tqdm, 0.001)
+        for pause in [1] * 65 + [100] + [1] * 65:
+            now[0] += pause
+            time.sleep(0.05 * (pause > 1))
+            bar.update(1)
+        monitor.exit()
+        assert lines == [0, 30, 60, 165, 195, 225]
 
 
 @pytest.mark.parametrize("stderr", [None, open(os.devnull)], ids=["missing", "not writable"])

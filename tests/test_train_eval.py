@@ -624,6 +624,9 @@ def test_without_a_run_the_stored_model_is_taken(trained, tmp_path, capsys, monk
     with pytest.raises(SystemExit):  # a folder that was named is meant
         again("mine", *trained.flags[:2], "--sample", 2)
     assert "mine/best_model.pt: no such checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        again("checkpoints", *trained.flags[:2], "--sample", 2, "--dropout", 0.5)
+    assert "the run in " in (err := capsys.readouterr().err) and "assets/quick.pt has" in err
 
 
 # Other runs, to their end and to a table of measures
