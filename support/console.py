@@ -106,8 +106,8 @@ def print_end(run):
         )
     longer = shell_command("--resume", "--epochs", str(2 * config.epochs), save_dir=config.save_dir)
     print(
-        f"next:   {shell_command('--evaluate', save_dir=config.save_dir)}   (Fréchet distance, "
-        f"precision and recall of {config.eval_samples:,} samples in {config.sample_steps} steps)\n"
+        f"next:   {shell_command('--evaluate', save_dir=config.save_dir)}   (measures "
+        f"{config.eval_samples:,} samples in {config.sample_steps} steps)\n"
         f"        {longer}   (train on, as long again)\n"
         f"        {tensorboard_command(config.save_dir, run.progress['log'])}\n"
         "        explore.ipynb, in Jupyter or VS Code, takes the model apart in pictures\n"

@@ -115,7 +115,7 @@ def read_images(folder, size, channels, limits, device):
     if 10 * len(broken) > len(files):
         raise ValueError(f"dataset {folder!r}: {len(broken):,} of {len(files):,} are broken images")
     images, labels = images[kept] if broken else images, torch.tensor(labels)[kept]
-    if all((part == part[:, :1]).all() for part in images.split(4096)):
+    if shape[1] == 3 and all((part == part[:, :1]).all() for part in images.split(4096)):
         images = images[:, :1].clone()
     first = int(kept[: len(splits[0])].sum())
     if first > len(images) - 2:
