@@ -145,7 +145,6 @@ def test_schedules_noisy_images_and_velocities_are_the_same(schedule, zero_termi
     "prediction, schedule, steps, spacing, variance",
     [
         ("eps", "cosine", 1, "trailing", "fixed_small"),
-        ("x0", "cosine", 7, "trailing", "fixed_small"),
         ("eps", "linear", 40, "linspace", "fixed_small"),
         ("v", "cosine", 200, "linspace", "fixed_large"),
         ("x0", "linear", 200, "linspace", "learned_range"),

@@ -102,4 +102,4 @@ def test_a_run_goes_on_exactly_from_a_state_before_start_and_after(steps):
 
 def test_the_state_of_another_module_is_refused():
     with pytest.raises(RuntimeError):
-        EMA(nn.Linear(1, 1)).load_state_dict(EMA(module_at(0.0)).state_dict())
+        EMA(nn.Linear(2, 1)).load_state_dict(EMA(module_at(0.0)).state_dict())
