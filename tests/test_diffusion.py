@@ -6,7 +6,7 @@ Closed forms of the samplers stand in test_process.py, refusals in test_bad_inpu
 import numpy as np
 import pytest
 import torch
-from tiny import refused, same, tiny_ddpm, tiny_unet, truth
+from tiny import MEAN, STD, gaussian, refused, same, tiny_ddpm, tiny_unet, truth
 
 from diffusion import DDPM, SAMPLERS, SETTINGS
 from process import PREDICTIONS
@@ -59,6 +59,16 @@ def test_the_loss_is_the_mean_error_from_what_should_be_predicted(prediction):
     assert ddpm.losses(x0, None, t, eps).max() < 1e-6
     xt = ddpm.network.calls[0][0]  # DDPM eq. 4
     torch.testing.assert_close(xt, a.sqrt() * x0 + (1 - a).sqrt() * eps, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_exact_predictor_reaches_the_least_possible_loss(prediction):
+    """For pixels N(MEAN, STD^2) its error is the posterior variance, in units of the prediction."""
+    ddpm, (x0, eps), t = gaussian(prediction=prediction), batch(4000), 400
+    a = ddpm.alphas_cumprod[t].item()
+    unit = {"x0": 1.0, "eps": a / (1 - a), "v": 1 / (1 - a)}[prediction]
+    loss = ddpm.losses(MEAN + STD * x0, None, torch.full((4000,), t), eps).mean().item()
+    assert loss == pytest.approx(unit * STD**2 * (1 - a) / (a * STD**2 + 1 - a), rel=0.02)
 
 
 @pytest.mark.parametrize("loss", ["mse", "l1"])

@@ -94,6 +94,19 @@ def test_the_straight_schedule_is_flow_matching():
     assert process.betas[-1] == 0.999
 
 
+def test_ddim_on_straight_paths_is_eulers_method_on_the_flow():
+    ddpm = gaussian(beta_schedule="straight", prediction="x0")
+    z = rand(5, 1, 1, 1)  # (1 - u) x0 + u eps
+    timesteps = ddpm.timesteps(10)[1:]  # u = 1 itself is cut off
+    u = [(t + 1) / 1000 for t in timesteps] + [0.0]
+    size = [math.hypot(1 - at, at) for at in u]
+    walk = ddpm.walk(z / size[0], timesteps, None, "ddim")
+    for (_, xt), now, after, scale, t in zip(walk, u, u[1:], size[1:], timesteps):
+        x0 = ddpm.network(z / math.hypot(1 - now, now), torch.full((5,), t))
+        z = z + (after - now) * (z - x0) / now  # the velocity is eps - x0
+        close(xt * scale, z)
+
+
 @pytest.mark.parametrize(
     "schedule, num_timesteps", [("linear", 20), ("linear", 100), ("linear", 4000), ("cosine", 20)]
 )
