@@ -1,6 +1,5 @@
 """What a terminal shows: first and last screen of a run, its bar, its measures, commands."""
 
-import math
 import os
 import shlex
 import sys
@@ -137,9 +136,9 @@ def print_measures(result, accuracy):
     """Print what `metrics.measure` gave; `accuracy` is None where there is no classifier."""
     result = dict(result)
     for suffix in ("", "_real"):
-        shares = result.get(f"digits{suffix}", [math.nan])
-        result[f"rarest_digit{suffix}"] = min(shares)
-        result[f"commonest_digit{suffix}"] = max(shares)
+        if shares := result.get(f"digits{suffix}"):
+            result[f"rarest_digit{suffix}"] = min(shares)
+            result[f"commonest_digit{suffix}"] = max(shares)
     head = f"{result['samples']:,} samples, as many real images:"
     print(f"{head:50}{'samples':>10}{'real':>10}")
     for name, text in MEASURES.items():
@@ -150,11 +149,8 @@ def print_measures(result, accuracy):
             beside += "" if spread is None else f" +- {spread:.3f}"
             print(f"  {text:48}{result[name]:10.3f}{beside}")
     if accuracy is None:
-        print(
-            "nearest: real are test images; without labels there is no classifier for the Fréchet "
-            "distance: measure the PNGs of --sample N with torch-fidelity or clean-fid"
-        )
-        return
+        tools = "measure the PNGs of --sample N with torch-fidelity or clean-fid"
+        return print(f"real: test images; no labels, so no classifier for more: {tools}")
     print(
         "real: as many training images, which the classifier learned from, the mean of several "
         "sets; nearest: test images\n"

@@ -40,16 +40,15 @@ def read_dataset(name, data_dir, channels=3):
     cifar = name == "cifar10"
     files = CIFAR_FILES if cifar else FILES
     folder = "cifar-10-batches-py" if cifar else os.path.join(DATASETS[name], "raw")
-    root = os.path.expanduser(data_dir)
-    raw = Path(root, folder)
+    raw = Path(os.path.expanduser(data_dir), folder)
     missing = [file for file in files if not os.path.exists(raw / file)]
     if missing and name == "mnist" and MNIST.exists():
         found = _read_archive(MNIST)
     else:
         if missing:
-            _download(name, root, folder, files, missing)
+            _download(name, raw, folder, files, missing)
         if cifar:
-            return [_read_cifar(root, train, channels) for train in (True, False)]
+            return [_read_cifar(raw.parent, train, channels) for train in (True, False)]
         found = {raw / file: _read_bytes(raw / file) for file in FILES}
     arrays = [(where, _parse(where, data)) for where, data in found.items()]
     splits = []
@@ -117,11 +116,10 @@ def _read_cifar(root, train, channels):
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)
 
 
-def _download(name, root, folder, files, missing):
+def _download(name, raw, folder, files, missing):
     """Let torchvision download the `missing` of the files that a data set has in a folder."""
     import torchvision
 
-    raw = Path(root, folder)
     cure = f"put {', '.join(files)} into {printable(raw)}, or name another --data_dir"
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
@@ -193,11 +191,7 @@ def read_folder(folder, size=math.inf):
 
 
 def walk(folder, links=False):
-    """`os.walk` without what is hidden. With `links` it goes into linked folders too.
-
-    Raises:
-        ValueError: a folder cannot be read.
-    """
+    """`os.walk` without what is hidden, and a ValueError for what cannot be read."""
 
     def refuse(error):
         raise ValueError(f"{printable(error.filename)}: not a readable folder ({one_line(error)})")

@@ -36,8 +36,7 @@ def list_images(folder):
         label; and the paths of the other files.
 
     Raises:
-        ValueError: there is no image, one has no label beside others that have, or a label has no
-            training image.
+        ValueError: no image, one without a label beside others with, a label without training.
     """
     from PIL import Image
 
@@ -89,8 +88,7 @@ def read_images(folder, size, channels, limits, device):
         of them has colours, else 1, and labels, int64, (N,). Then the number of labels, or 0.
 
     Raises:
-        ValueError: see `list_images`; they do not fit the memory, of the device too; more than a
-            tenth are broken; or fewer than two are for the test.
+        ValueError: see `list_images`; too large for the memory, a tenth broken, too few to test.
     """
     folder = os.path.expanduser(folder)
     names, *splits, others = list_images(folder)
@@ -106,10 +104,8 @@ def read_images(folder, size, channels, limits, device):
     with ThreadPool() as pool:  # Pillow lets other threads run
         found = tqdm(pool.imap(read, files), "images", len(files), disable=None, leave=False)
         for k, image in enumerate(found):
-            if image is None:
-                kept[k] = False
-            else:
-                images[k] = image
+            kept[k] = image is not None
+            images[k] = image if kept[k] else 0
     broken = [files[k].as_posix() for k in (~kept).nonzero()[:, 0]]
     print_left_out(broken, "they cannot be read")
     if 10 * len(broken) > len(files):
@@ -125,10 +121,7 @@ def read_images(folder, size, channels, limits, device):
 
 
 def _read_image(folder, size, mode, file):
-    """An image as a person sees it, uint8, (C, size, size), in Pillow's mode; None if it is broken.
-
-    What is transparent becomes white. Of a film it is the first frame.
-    """
+    """An image as a person sees it, on white, uint8, (C, size, size); None if it is broken."""
     from PIL import Image, ImageOps
 
     try:
