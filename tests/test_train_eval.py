@@ -311,6 +311,9 @@ def test_a_step_has_candidates_of_its_own_from_the_training_images(data_flags):
     torch.manual_seed(0)
     train_eval.train_step(run, run.model, x0, y, 0.0)
     assert same(seen[0], expected)
+    run.train_images.images = run.train_images.images.repeat(1, 3, 1, 1)  # as colours
+    drawn, _ = train_eval.draw_candidates(run.config, run.train_images, x0, y)
+    assert [x.shape[1] for x in drawn] == [3, 3]
     run.config.target_references = 0
     assert train_eval.draw_candidates(run.config, run.train_images, x0, y) is None
 
