@@ -76,11 +76,8 @@ def why_no_card(device):
             return "there is a card, but this torch has no CUDA: see pytorch.org"
         if kind in ("cpu", "mps") and (kind == "mps" or torch.backends.mps.is_available()):
             return "Apple's GPU has no float64, which the tables need"
-        if kind == "cuda" and not _has_code_for(
-            capability := torch.cuda.get_device_capability(device)
-        ):
-            version = ".".join(map(str, capability))
-            return f"this torch has no code for a card of capability {version}: see pytorch.org"
+        if kind == "cuda" and not _has_code_for(of := torch.cuda.get_device_capability(device)):
+            return f"this torch has no code for capability {of[0]}.{of[1]}: see pytorch.org"
     return ""
 
 

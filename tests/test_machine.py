@@ -549,7 +549,7 @@ def test_bf16_pays_on_a_cpu_with_amx_alone(monkeypatch):
 
 
 NO_CUDA, NO_FLOAT64 = "this torch has no CUDA: see pytorch.org", "Apple's GPU has no float64"
-OLD, NEW = (f"no code for a card of capability {x}: see pytorch.org" for x in ("7.5", "12.0"))
+OLD, NEW = (f"no code for capability {x}: see pytorch.org" for x in ("7.5", "12.0"))
 
 
 @pytest.mark.parametrize(
