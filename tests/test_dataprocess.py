@@ -192,10 +192,8 @@ def test_clusters_tell_colours_of_one_brightness_and_need_no_multiple_of_the_lab
     images = levels[kinds].byte()[:, :, None, None].expand(-1, -1, 16, 16)
     split = Images("own", images, torch.arange(96) // 48, num_labels=2)
     assert torch.tensor(split.use_clusters(5, within_labels=True)).shape == (2, 2)  # not 5 in all
-    assert (
-        len(split.y.unique()) == 4
-        and len(split.y[(split.labels == 0) & (kinds == 0)].unique()) == 1
-    )
+    assert len(split.y.unique()) == 4
+    assert len(split.y[(split.labels == 0) & (kinds == 0)].unique()) == 1
 
 
 def test_clusters_that_stay_empty_keep_their_centres():
