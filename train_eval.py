@@ -46,8 +46,7 @@ sample: int = 0  # only draw so many images with best_model.pt, a PNG each, into
 digits: tuple = ()  # labels that --sample asks for in turn; (): all, in turn
 
 # recipe
-# reference: the large network, for hours on a GPU; quick: a small one, good digits in minutes
-recipe: RECIPES = "reference" if card else "quick"
+recipe: RECIPES = "reference" if card else "quick"  # large, hours of a GPU; or small, minutes
 quick: shorthand = RECIPES.get(recipe)
 seed: int = 0  # decides the run, on a CPU to the bit; change it for another run of the same kind
 
@@ -78,16 +77,13 @@ patch_size: int = 2 if quick else 1  # 2 works on 2x2 patches, with a quarter of
 num_timesteps: int = 1000  # steps from image to noise
 beta_schedule: BETA_SCHEDULES = "linear"  # how the noise grows
 prediction: PREDICTIONS = "x0" if quick else "eps"  # the noise eps, the velocity v or x0
-# assumed error of a predicted x0 in grey pixels, against which x_t is weighed; 0 leaves x_t out
-skip_std: float = 0.2 if prediction == "x0" else 0.0
+skip_std: float = 0.2 if prediction == "x0" else 0.0  # assumed error of x0, beside x_t; 0: no x_t
 loss: LOSSES = "mse"  # mse or l1 between prediction and truth, or vlb, the variational bound
-# extra training images that estimate the training target, E[x0 | x_t]; 0 turns this off
-target_references: int = 4096 if quick and loss == "mse" else 0
+target_references: int = 4096 if quick and loss == "mse" else 0  # images that average the target
 variance: VARIANCES = "fixed_small"  # of a reverse step; learned adds 0.001 of the bound
 zero_terminal_snr: bool = False  # end the schedule in pure noise; only for prediction v and x0
 min_snr_gamma: float = 0.0  # cap on the SNR that weights the mse loss; 5 is usual, 0 is off
-# share of the labels that training leaves out; of clusters in labels a half leaves the cluster out
-label_dropout: float = 0.1
+label_dropout: float = 0.1  # share of the labels that training leaves out, for guidance
 
 # training
 epochs: int = 2 if quick else 50  # passes over the training images; more give better digits
@@ -111,12 +107,13 @@ ema_update_rate: int = 1  # steps between updates of the averaged weights
 # sampling
 labelled: shorthand = use_conditional_generation or num_clusters > 0
 sampler: SAMPLERS = "sde-dpm++" if quick else "ddpm"  # of final grids; others use sde-dpm++
-sample_steps: int = (6 if labelled else 25) if quick else 1000  # sampling steps
+# sampling steps; six are enough for digits of a network that is told what they are
+sample_steps: int = (6 if labelled and dataset == "mnist" else 25) if quick else 1000
 timestep_spacing: SPACINGS = "trailing"  # timesteps of a short sampler; linspace goes down to 0
 # 1 is no guidance; larger values give clearer, less varied digits
 guidance_scale: float = (1.2 if use_conditional_generation else 1.1) if quick and labelled else 1.0
 num_samples: int = 100  # images in a grid
-preview_steps: int = 5 if quick else 20  # sampling steps of the grids during training
+preview_steps: int = 5 if quick and dataset == "mnist" else 20  # those of grids during training
 
 # evaluation
 eval_samples: int = 2000 if quick else 10_000  # images that --evaluate draws and measures

@@ -211,18 +211,3 @@ def match_layouts(optimizer):
             if isinstance(value, torch.Tensor):  # else the file stays open
                 like = parameter if value.shape == parameter.shape else value
                 moments[name] = torch.empty_like(like, dtype=value.dtype).copy_(value)
-
-
-def main(argv=None):
-    """`python -m support.checkpoint [MODEL]`: store a model, halved, as assets/quick.pt."""
-    (path,) = (sys.argv[1:] if argv is None else argv) or ["checkpoints/best_model.pt"]
-    saved = load_checkpoint(path, ("weights",))
-    saved["weights"] = {name: value.half() for name, value in saved["weights"].items()}
-    for constants in (saved["info"]["config"], saved["info"]["script"]):
-        constants |= {"data_dir": "data", "save_dir": "checkpoints"}  # not those of a machine
-    save_checkpoint(STORED, saved)
-    print(f"{STORED}: {STORED.stat().st_size:,} bytes")
-
-
-if __name__ == "__main__":
-    main()

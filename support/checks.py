@@ -154,19 +154,16 @@ def denoiser(ddpm, losses):
         expected = f"the attribute num_classes of its {type(known[0]).__name__}, or None there"
         refuse("network", type(ddpm.network).__name__, expected)
     if ddpm.class_shares is not None:
-        table = np.array(ddpm.class_shares, dtype=object)
-        labels = len(table) if table.ndim == 2 and len(table) > 1 else 0
-        if (
-            not isinstance(ddpm.class_shares, (list, tuple))
-            or table.ndim != 2
-            or table.size + labels != ddpm.num_classes
-        ):
+        try:
+            table = torch.tensor(ddpm.class_shares, dtype=torch.float64)
+            labels = len(table) if len(table) > 1 else 0
+            fits = table.ndim == 2 and table.numel() + labels == ddpm.num_classes
+            fits = fits and table.min() >= 0 and 0 < table.sum(dim=1).min() < math.inf
+        except (TypeError, ValueError, RuntimeError):  # no numbers, or rows of several lengths
+            fits = False
+        if not fits or not isinstance(ddpm.class_shares, (list, tuple)):
             expected = f"a row of numbers for each label, as {ddpm.num_classes} classes have"
-            refuse("class_shares", ddpm.class_shares, expected)
-        for share in table.flat:
-            number("class_shares", share, 0)
-        if not all(map(sum, table)):
-            refuse("class_shares", ddpm.class_shares, "a number above 0 in each row")
+            refuse("class_shares", ddpm.class_shares, f"{expected}, above 0 in sum")
         if labels and not 0 < ddpm.label_dropout < 1:
             expected = "between 0 and 1: a half of it learns the label without its clusters"
             refuse("label_dropout", ddpm.label_dropout, expected)

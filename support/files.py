@@ -253,6 +253,6 @@ def one_line(error):
     return f"{type(error).__name__}: {reason}"
 
 
-def printable(path):
-    """A path for a message, with line breaks and bytes that are not text escaped."""
-    return str(path) if str(path).isprintable() else repr(str(path))
+def printable(value):
+    """A path or another value as one line, with line breaks and bytes that are no text escaped."""
+    return str(value) if str(value).isprintable() else repr(str(value))

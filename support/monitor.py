@@ -18,7 +18,7 @@ from support.console import (
     progress_bar,
     warning_if_it_fails,
 )
-from support.files import make_folder, unused, write_text
+from support.files import make_folder, printable, unused, write_text
 from support.pictures import write_denoising, write_grid
 
 # measures that compare runs, on TensorBoard's HParams page
@@ -97,8 +97,8 @@ class Monitor:
         # the reference counts the averaged weights too
         known = {"parameters": params, "total_params": 2 * params, "optimizer_type": "AdamW"}
         known |= {"num_classes": ddpm.num_classes, **vars(self.config)}
-        rows = [f"| {name} | {value} |" for name, value in known.items()]
-        self.events.add("text", "config", printable("\n".join(["| | |", "| --- | --- |", *rows])))
+        rows = [f"| {name} | {printable(value)} |" for name, value in known.items()]
+        self.events.add("text", "config", "\n".join(["| | |", "| --- | --- |", *rows]))
         self.events.add_hparams(known)
         self.write_grid(real, "real.png", "real")
 
@@ -132,11 +132,6 @@ class Monitor:
         self.events.add("scalar", "eval/frechet", real, step, part="real")
         self.progress["frechet_curve"].append([step, samples])
         self.show(frechet=samples)
-
-
-def printable(value):
-    """A text that TensorBoard takes: a path may hold any bytes."""
-    return str(value).encode(errors="replace").decode()
 
 
 class EventLog:

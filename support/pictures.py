@@ -1,14 +1,8 @@
-"""Pictures that a run leaves: grids, the loss curve, films of denoising and of training.
+"""Pictures that a run leaves: grids, the loss curve, films of denoising and of training."""
 
-`python -m support.pictures [FOLDER]` makes the README's images/denoising.gif and process.png from a
-run's folder.
-"""
-
-import argparse
 import io
 import itertools
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +12,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from support.console import warning_if_it_fails
-from support.files import make_folder, one_line, unused, whole_file
+from support.files import make_folder, unused, whole_file
 
-COLUMNS, ROWS, README_ROWS = 10, 10, 6  # of a film: images in a row; rows
+COLUMNS, ROWS = 10, 10  # of a film: images in a row; rows
 MOST_PIXELS, FRAMES, LAST_TIME = 400, 32, 2000  # width and height; frames; ms of the last frame
 SEED = 987_654_321  # of the noise between two steps; another than that of a run
-LIMIT, README_LIMIT = 1_000_000, 600_000  # largest size of a film, in bytes
+LIMIT = 1_000_000  # largest size of a film, in bytes
 # levels of grey, tried in turn until a film fits; those of the last frame
 LEVELS, LAST_LEVELS = (16, 8, 7, 6, 5, 4, 3, 2), 64
-# of the strip: rows of each half, columns; sampling steps of the lower half
-STRIP_ROWS, STRIP_COLUMNS, STRIP_STEPS = 3, 9, 100
 
 
 def write_grid(images, path, events=None, tag=None, step=None):
@@ -96,10 +88,10 @@ def watch(walk, timesteps):
     return xt, frames
 
 
-def write_denoising(ddpm, frames, path):
-    """A GIF of noise that becomes images, of at most LIMIT bytes; `frames` are those of `watch`."""
+def write_denoising(ddpm, frames, path, limit=LIMIT):
+    """A GIF of noise that becomes images, of at most `limit` bytes; `frames` are `watch`'s."""
     with warning_if_it_fails("writing a picture"):
-        _write_film(_denoising(ddpm, frames), path, LIMIT)
+        _write_film(_denoising(ddpm, frames), path, limit)
 
 
 def write_training_film(folder):
@@ -123,76 +115,6 @@ def _size(path):
     """Width and height of a picture."""
     with Image.open(path) as picture:
         return picture.size
-
-
-def film_strip(ddpm, x0, y, path):
-    """A PNG: how noise is added to real images, and how a `DDPM` removes it.
-
-    `x0` are real images in [-1, 1], (N, C, H, W), and `y` the labels of its N samples, or None.
-    """
-    from torchvision.utils import make_grid
-
-    steps = min(STRIP_STEPS, ddpm.num_timesteps)
-    sequence = ddpm.sample(len(x0), y, steps=steps, seed=0, return_sequence="xt")
-    times = torch.tensor([*ddpm.timesteps(steps)[1:], -1], device=ddpm.device)
-    angles = ddpm.alpha_bar(times).flatten().sqrt().acos()
-    even = torch.linspace(angles[0], 0, STRIP_COLUMNS)
-    picked = [(angles - angle).abs().argmin().item() for angle in even]
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(ddpm.device)
-    x0 = x0.to(ddpm.device)
-    forward = [ddpm.q_sample(x0, times[i].expand(len(x0)), eps) for i in reversed(picked)]
-    halves = {
-        "Forward: noise is added to real digits": (torch.stack(forward), picked[::-1]),
-        "Reverse: the network removes noise": (sequence[picked], picked),
-    }
-    figure = Figure(figsize=(7.2, 5.2), layout="constrained")
-    for axis, (title, (images, at)) in zip(figure.subplots(2), halves.items()):
-        images = images.transpose(0, 1).mean(dim=2).flatten(0, 1)[:, None]  # a row for each image
-        picture = make_grid(images.clamp(-1, 1).cpu(), nrow=len(at), pad_value=1)[0]
-        axis.imshow(picture.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-        names = ["image" if (t := times[i].item()) < 0 else f"t = {t}" for i in at]
-        width = picture.shape[1] / len(at)
-        axis.set_xticks([width * (i + 0.5) for i in range(len(at))], names)
-        axis.set(yticks=[], title=title, frame_on=False)
-        axis.tick_params(length=0)
-    figure.savefig(buffer := io.BytesIO(), dpi=160, format="png")
-    with whole_file(path) as partial:
-        picture = Image.open(buffer).convert("L").quantize(16)
-        picture.save(partial, format="png", optimize=True)
-
-
-def main(argv=None):
-    """The command that makes the README's pictures. Returns the exit status."""
-    from dataprocess import load_data
-    from diffusion import DDPM
-
-    parser = argparse.ArgumentParser(prog="python -m support.pictures")
-    parser.description = "Make the pictures of the README."
-    parser.add_argument(
-        "folder", nargs="?", default="checkpoints", help="a run's, of best_model.pt"
-    )
-    parser.add_argument("--data_dir", default="data", help="folder of the data")
-    args = parser.parse_args(argv)
-    try:
-        ddpm = DDPM.load(Path(args.folder) / "best_model.pt")
-        config, n = ddpm.info["config"], COLUMNS * README_ROWS
-        sizes = {"image_size": ddpm.image_size, "channels": ddpm.channels}
-        real = load_data(config["dataset"], args.data_dir, **sizes)[1]
-        (x0, y), digits = real.batch(slice(STRIP_ROWS)), config["use_conditional_generation"]
-        generator = torch.Generator(ddpm.device).manual_seed(0)
-        noise = ddpm.draw_noise(n, generator)
-        timesteps = ddpm.timesteps(ddpm.sample_steps)
-        asked = torch.arange(n, device=ddpm.device) % 10 if digits else None
-        asked = ddpm.draw_classes(n, asked, generator)
-        how = ddpm.sampler, None, ddpm.guidance_scale if digits else 0
-        _, frames = watch(ddpm.walk(noise, timesteps, asked, *how, generator), timesteps)
-        film = make_folder("images") / "denoising.gif"
-        _write_film(_denoising(ddpm, frames), film, README_LIMIT)
-        film_strip(ddpm, x0, y if digits else None, Path("images") / "process.png")
-    except (KeyError, ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def _denoising(ddpm, frames):
@@ -245,7 +167,3 @@ def _write_film(frames, path, limit):
             break
     with whole_file(path) as partial:
         Path(partial).write_bytes(buffer.getvalue())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

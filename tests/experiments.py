@@ -2,9 +2,12 @@
 
 Each row trains the quick recipe and measures it by `train_eval.py --evaluate`. Complete trainings
 are used again, stopped ones go on. Flags that are not listed follow those of each training.
+`--renew FOLDER` makes of a run of the default what the repository keeps: assets/quick.pt, and the
+README's pictures.
 """
 
 import argparse
+import io
 import json
 import re
 import signal
@@ -13,6 +16,18 @@ import sys
 import zlib
 from itertools import product
 from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torchvision.utils import make_grid
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from dataprocess import load_data  # noqa: E402
+from diffusion import DDPM  # noqa: E402
+from support import checkpoint, pictures  # noqa: E402
 
 HEADS = {"frechet": "Fréchet", "accuracy": "read as asked", "bits_per_dim": "bits per dimension"}
 FORMATS = {"accuracy": "{:.1%}", "bits_per_dim": "{:#.4g}"}  # of others: three digits
@@ -97,11 +112,59 @@ def measured(args, columns, training, sampling, seed):
 
 def script(args, folder, flags):
     """Run train_eval.py in a folder and return what it prints; if it fails, so do we."""
-    words = [sys.executable, str(Path(__file__).resolve().parent.parent / "train_eval.py")]
+    words = [sys.executable, str(ROOT / "train_eval.py")]
     words += ["--recipe", "quick", "--data_dir", args.data_dir, "--save_dir", str(folder)]
     print(*words, flags, file=sys.stderr, flush=True)
     run = subprocess.run(words + flags.split(), stdout=subprocess.PIPE, encoding="utf-8")
     return sys.exit(run.returncode) if run.returncode else run.stdout
+
+
+def renew(folder, data_dir, root=ROOT):
+    """Write assets/quick.pt, a run's best model in half precision, and the README's pictures."""
+    saved = checkpoint.load_checkpoint(Path(folder, "best_model.pt"), ("weights",))
+    saved["weights"] = {name: value.half() for name, value in saved["weights"].items()}
+    for constants in (saved["info"]["config"], saved["info"]["script"]):
+        constants |= {"data_dir": "data", "save_dir": "checkpoints"}  # not those of a machine
+    checkpoint.save_checkpoint(root / "assets" / "quick.pt", saved)
+    ddpm = DDPM.load(root / "assets" / "quick.pt")
+    n, generator = 6 * pictures.COLUMNS, torch.Generator(ddpm.device).manual_seed(0)
+    noise, timesteps = ddpm.draw_noise(n, generator), ddpm.timesteps(ddpm.sample_steps)
+    y = ddpm.draw_classes(n, torch.arange(n, device=ddpm.device) % 10, generator)
+    walk = ddpm.walk(noise, timesteps, y, ddpm.sampler, None, ddpm.guidance_scale, generator)
+    _, frames = pictures.watch(walk, timesteps)
+    pictures.write_denoising(ddpm, frames, root / "images" / "denoising.gif", 600_000)
+    sizes = {"image_size": ddpm.image_size, "channels": ddpm.channels}
+    x0, y = load_data("mnist", data_dir, **sizes)[1].batch(slice(3))
+    film_strip(ddpm, x0, y, root / "images" / "process.png")
+
+
+def film_strip(ddpm, x0, y, path):
+    """A PNG: how noise is added to images, (N, C, H, W), and removed to N samples of labels y."""
+    columns, steps = 9, min(100, ddpm.num_timesteps)
+    sequence = ddpm.sample(len(x0), y, steps=steps, seed=0, return_sequence="xt")
+    times = torch.tensor([*ddpm.timesteps(steps)[1:], -1], device=ddpm.device)
+    angles = ddpm.alpha_bar(times).flatten().sqrt().acos()
+    even = torch.linspace(angles[0], 0, columns)
+    picked = [(angles - angle).abs().argmin().item() for angle in even]
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(ddpm.device)
+    x0 = x0.to(ddpm.device)
+    forward = [ddpm.q_sample(x0, times[i].expand(len(x0)), eps) for i in reversed(picked)]
+    halves = {
+        "Forward: noise is added to real digits": (torch.stack(forward), picked[::-1]),
+        "Reverse: the network removes noise": (sequence[picked], picked),
+    }
+    figure = Figure(figsize=(7.2, 5.2), layout="constrained")
+    for axis, (title, (images, at)) in zip(figure.subplots(2), halves.items()):
+        images = images.transpose(0, 1).mean(dim=2).flatten(0, 1)[:, None]  # a row for each image
+        picture = make_grid(images.clamp(-1, 1).cpu(), nrow=len(at), pad_value=1)[0]
+        axis.imshow(picture.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        names = ["image" if (t := times[i].item()) < 0 else f"t = {t}" for i in at]
+        width = picture.shape[1] / len(at)
+        axis.set_xticks([width * (i + 0.5) for i in range(len(at))], names)
+        axis.set(yticks=[], title=title, frame_on=False)
+        axis.tick_params(length=0)
+    figure.savefig(buffer := io.BytesIO(), dpi=160, format="png")
+    Image.open(buffer).convert("L").quantize(16).save(path, format="png", optimize=True)
 
 
 def main():
@@ -109,11 +172,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", nargs="?", choices=TABLES, metavar="TABLE", help="see --list")
     parser.add_argument("--list", action="store_true", help="names and questions of the tables")
+    parser.add_argument("--renew", metavar="FOLDER", help="a run of the default recipe")
     parser.add_argument("--data_dir", default="data", help="folder of the data")
     parser.add_argument("--folder", default="experiments", help="where the runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
     args, flags = parser.parse_known_args()
     args.flags = " ".join(flags)
+    if args.renew:
+        return renew(args.renew, args.data_dir)
     if args.list or not args.table:
         return print("\n".join(f"{name:16}{table[0]}" for name, table in TABLES.items()))
     signal.signal(signal.SIGINT, lambda *_: None)  # the script saves and stops, and then we do

@@ -151,16 +151,7 @@ VALUES = {  # of each kind, some that are refused
     "t": [None, [0, 9], T + 1, T - 1, T.int(), T.float(), T[:1], T[:, None]],
     "weights": [None, 0.5, "01", ["0"], [True], [NAN], [2], [[0.5]], {0.5}, [], [HUGE]],
     "return": ["x0", 2, None, [True], torch.ones(2)],
-    "shares": [
-        [[1.0]],
-        [[1, -1, 1]],
-        [[1, NAN, 1]],
-        [[0, 0, 0]],
-        [[1, "1", 1]],
-        [1, 1, 1],
-        "abc",
-        3,
-    ],
+    "shares": [[[1.0]], [[1, -1, 1]], [[1, NAN, 1]], [[0, 0, 0]], [[1, "1", 1]], [1, 1, 1], "a", 3],
     "bytes": [None, [0], X, BYTES[0], BYTES[:0], BYTES[:, :0], BYTES.numpy()],
     "digits": [3, DIGITS[:4], DIGITS.float(), DIGITS[:, None], [0] * 5],
     "features": [None, 3, FEATURES.long(), FEATURES[0], with_value(FEATURES, NAN), FEATURES[:, :0]],
@@ -222,7 +213,7 @@ class Wrapper(nn.Module):
         vars(self).update(told)
 
 
-UNCONDITIONAL = tiny_ddpm()
+UNCONDITIONAL, FINER = tiny_ddpm(), partial(NEW, network=Wrapper(num_classes=4))
 ZERO = dict(zero_terminal_snr=True, prediction="v")
 TOGETHER = [  # what does not fit together, or is just beyond a limit
     (partial(GaussianProcess, 1, **ZERO), "num_timesteps 1: expected at least 2"),
@@ -246,21 +237,10 @@ TOGETHER = [  # what does not fit together, or is just beyond a limit
     (partial(NEW, network=Wrapper(num_classes="3")), "num_classes '3': expected a whole number"),
     (partial(tiny_ddpm, guidance_scale=2), "guidance_scale 2: expected 1", "unconditional"),
     (partial(tiny_ddpm, class_shares=[[1]]), "class_shares [[1]]: expected", "None classes"),
-    (
-        partial(NEW, class_shares=[[1, 1]] * 2),
-        "class_shares [[1, 1], [1, 1]]: expected",
-        "3 classes",
-    ),
-    (
-        partial(NEW, class_shares=[[1], [0]], network=Wrapper(num_classes=4)),
-        "class_shares [[1], [0]]: expected a number above 0",
-    ),
+    (partial(NEW, class_shares=[[1, 1]] * 2), "class_shares [[1, 1], [1, 1]]: exp", "3 classes"),
+    (partial(FINER, class_shares=[[1], [0]]), "class_shares [[1], [0]]: expected", "above 0"),
     (partial(NEW, class_shares=np.ones((1, 3))), "class_shares", "expected a row of numbers"),
-    (
-        partial(NEW, class_shares=[[1], [1]], network=Wrapper(num_classes=4), label_dropout=0),
-        "label_dropout 0",
-        "expected betw",
-    ),
+    (partial(FINER, class_shares=[[1], [1]], label_dropout=0), "label_dropout 0: expected between"),
     (partial(MIX, start=3), "start 3: expected nothing"),
     (partial(NEW, skip_std=0.1), "skip_std 0.1: expected 0 with prediction 'eps', not 'x0'"),
     (partial(AVERAGE, decay=1), "ema_decay 1: expected a number from 0 to below 1"),
@@ -328,9 +308,8 @@ def test_images_and_numbers_of_every_precision_are_taken():
         assert MODEL(x, three).isfinite() and PREDICT(xt=x, y=3)[0].isfinite().all()  # 'no label'
         assert MIX(x0=x, weights=np.array([half]), steps=three).shape == (1, 2, 1, 8, 8)
         assert BOUND(x0=x, y=np.arange(2)[::-1], terms=three, seed=three).total > 0
-    new = NEW(
-        num_timesteps=three, sample_steps=three, guidance_scale=half, class_shares=[[1, 2, 1]]
-    )
+    how = dict(sample_steps=three, guidance_scale=half, class_shares=[[1, 2, 1]])
+    new = NEW(num_timesteps=three, **how)
     assert new.sample(three, eta=half).isfinite().all()
     assert NEW(network=Wrapper(num_classes=None)).num_classes is None  # on purpose
 

@@ -104,6 +104,7 @@ FOLLOWS = {  # flags: what follows from them on any device
     "quick --loss vlb": dict(target_references=0, timestep_sampling="uniform"),
     "quick --variance learned": dict(timestep_sampling="uniform", target_references=4096),
     NO_LABELS: dict(num_clusters=256, timestep_std=0.8, guidance_scale=1.1, sample_steps=6),
+    "quick --dataset kmnist": dict(sample_steps=25, preview_steps=20, guidance_scale=1.2),
     f"{NO_LABELS} --num_clusters 0": dict(sample_steps=25, timestep_std=0.6, guidance_scale=1),
 }
 
@@ -117,9 +118,8 @@ def test_the_recipe_and_other_lines_decide_those_below_them(flags, expected):
 
 @pytest.mark.parametrize("recipe", ["quick", "reference"])
 def test_only_what_belongs_to_the_machine_looks_at_the_device(recipe):
-    cpu, card = (
-        vars(configured("--recipe", recipe, "--device", x).config) for x in ("cpu", "cuda")
-    )
+    flags = "--recipe", recipe, "--device"
+    cpu, card = (vars(configured(*flags, device).config) for device in ("cpu", "cuda"))
     free = {"device", "bf16", "use_compile", "sample_every"}
     assert {name for name in cpu if cpu[name] != card[name]} - free == set()
 
@@ -128,9 +128,8 @@ def test_only_what_belongs_to_the_machine_looks_at_the_device(recipe):
 WRONG = {int: ['"3"', "2.5", "True", "None"], float: ['"1e-3"', "True", 'float("nan")', "1e999"]}
 WRONG |= {bool: ["1", '"True"', "None"], str: ["None", '""', '"a\\0b"'], tuple: ["[8]", "(8.0,)"]}
 WRONG |= {bool | str: ["3"], dict: ['"Quick"', "None", "3"]}
-KINDS = {
-    name: dict if isinstance(c.kind, (dict, tuple)) else c.kind for name, c in CONSTANTS.items()
-}
+KINDS = {name: c.kind for name, c in CONSTANTS.items()}
+KINDS = {name: dict if isinstance(kind, (dict, tuple)) else kind for name, kind in KINDS.items()}
 OUT_OF_RANGE = """
     sample=-1 digits=12 seed=-1 train_size=0 test_size=1 image_size=0 channels=2 num_clusters=-1
     base_channels=50 channel_mult=0 num_res_blocks=0 dropout=1.5 attention_resolutions=7

@@ -50,9 +50,8 @@ def write(data_dir, files, folder="MNIST"):
 def numbered(n=250, **settings):
     """Images of which every pixel of image i is i, and the label too."""
     number = torch.arange(n)
-    return Images(
-        "mnist", number.byte()[:, None, None, None].expand(n, 1, 8, 8), number, **settings
-    )
+    images = number.byte()[:, None, None, None].expand(n, 1, 8, 8)
+    return Images("mnist", images, number, **settings)
 
 
 def test_values_are_those_of_the_first_images_of_the_file_from_minus_one_to_one(tmp_path):
@@ -143,11 +142,8 @@ def test_flips_mirror_about_half_of_the_training_images_and_colours_end_in_their
     flipped = (x0 == mirrored / 127.5 - 1).flatten(1).all(dim=1)
     assert same(x0[~flipped], images[~flipped] / 127.5 - 1) and 70 < flipped.sum() < 130
     white = torch.full((50, 3, 8, 8), 255, dtype=torch.uint8)
-    for name, x, edge in (
-        ("own", white, 1),
-        ("own", white[:, :1], 1),
-        ("kmnist", white[:, :1], -1),
-    ):
+    grey = white[:, :1]
+    for name, x, edge in (("own", white, 1), ("own", grey, 1), ("kmnist", grey, -1)):
         split = Images(name, x, torch.zeros(50).long(), channels=x.shape[1], augment=True)
         assert (split.batch(slice(None))[0].min() > 0.99) == (edge > 0)
 
@@ -173,10 +169,8 @@ def test_clusters_gather_what_is_alike_whatever_its_label():
     kinds = torch.tensor([0] * 100 + [1] * 60 + [2] * 30 + [3] * 10)[torch.randperm(200)]
     shapes = torch.zeros(4, 32, 32)
     shapes[0, :16], shapes[1, 16:], shapes[2, :, :16], shapes[3, :, 16:] = 200, 200, 200, 200
-    images, labels = (
-        (shapes[kinds] + 40 * torch.rand(200, 32, 32)).byte()[:, None],
-        torch.arange(200) % 10,
-    )
+    images = (shapes[kinds] + 40 * torch.rand(200, 32, 32)).byte()[:, None]
+    labels = torch.arange(200) % 10
     split, again, other = (Images("mnist", images, labels, seed=seed) for seed in (3, 3, 4))
     shares = split.use_clusters(4)
     assert same(split.labels, labels) and same(split.batch(torch.arange(7))[1], split.y[:7])

@@ -387,9 +387,7 @@ class CpuForCuda(TorchFunctionMode):
         return func(*map(here, args), **{name: here(x) for name, x in (kwargs or {}).items()})
 
 
-def test_a_whole_run_on_a_card_comes_to_what_it_comes_to_on_a_cpu(
-    tmp_path, monkeypatch, data_flags
-):
+def test_a_whole_run_on_a_card_comes_to_that_on_a_cpu(tmp_path, monkeypatch, data_flags):
     monkeypatch.setattr(PretendGenerator, "__new__", lambda cls, device="cpu": REAL("cpu"))
     asked = "get_rng_state", "max_memory_allocated", "get_device_properties"
     card = SimpleNamespace(name="a card", total_memory=0)
@@ -567,9 +565,7 @@ OLD, NEW = (f"no code for capability {x}: see pytorch.org" for x in ("7.5", "12.
         ("cuda", "sm_80 compute_90", (12, 0), ""),  # source, which the driver compiles
     ],
 )
-def test_a_card_that_is_not_used_is_said_with_its_reason(
-    device, built_for, found, words, monkeypatch
-):
+def test_a_card_not_used_is_said_with_its_reason(device, built_for, found, words, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", built_for and "13.0")
     monkeypatch.setattr(machine.shutil, "which", lambda name: found == name)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: found == "mps")
@@ -654,10 +650,7 @@ def test_what_ends_a_run_is_said_in_one_line():
     for error, words in (
         (OSError(28, "No space"), "[Errno 28] No space; what was saved before is whole"),
         (torch.OutOfMemoryError("CUDA.\nmore"), "out of memory (OutOfMemoryError: CUDA.); try --"),
-        (
-            MemoryError(),
-            "out of memory (MemoryError: ); try --grad_accumulation 2 or more, or a sm",
-        ),
+        (MemoryError(), "out of memory (MemoryError: ); try --grad_accumulation 2 or more, or"),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), "out of memory (RuntimeError: CUBLAS_"),
         (RuntimeError("[gloo] closed"), "another process of the run has ended, or cannot be rea"),
     ):

@@ -99,9 +99,8 @@ def test_a_run_that_moved_to_its_own_folder_goes_on_with_its_log(tmp_path):
     assert log_of(tmp_path)[1]["train/batch_loss"] == {4: 2.0, 8: 1.0}
     assert not (moved / "tensorboard_logs").exists()
     command = console.tensorboard_command(moved, "log")
-    assert os.path.samefile(
-        shlex.split(command)[1].partition("=")[2], tmp_path / "tensorboard_logs"
-    )
+    folder = shlex.split(command)[1].partition("=")[2]
+    assert os.path.samefile(folder, tmp_path / "tensorboard_logs")
 
 
 def test_what_took_long_is_done_again_when_it_has_paid_off(tmp_path, monkeypatch):

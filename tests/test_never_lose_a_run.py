@@ -144,9 +144,8 @@ def check_same(folder, whole):
     assert last.keys() == expected.keys()
     compared = expected.keys() - {"config", "log"}
     assert [name for name in compared if not same(last[name], expected[name])] == []
-    best, expected = (
-        load_checkpoint(path / "best_model.pt", ["weights", "info"]) for path in (folder, whole)
-    )
+    paths = folder / "best_model.pt", whole / "best_model.pt"
+    best, expected = (load_checkpoint(path, ["weights", "info"]) for path in paths)
     assert same(best["weights"], expected["weights"])
     assert same(best["info"]["test_loss"], expected["info"]["test_loss"])
     assert snapshot(folder / "samples") == snapshot(whole / "samples")

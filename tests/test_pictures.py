@@ -1,7 +1,6 @@
-"""Films: how many frames, in which order, how large; the command for the README's pictures."""
+"""Films: how many frames, in which order, how large."""
 
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,9 +53,8 @@ def test_frames_between_two_steps_are_those_of_the_process(monkeypatch, times):
         x = ratio**0.5 * x + (1 - ratio) ** 0.5 * torch.randn(x.shape, generator=generator)
         known.insert(0, (t, x))
     seen = []  # what is handed to the grid, before it is clipped
-    monkeypatch.setattr(
-        "torchvision.utils.make_grid", lambda x, nrow: seen.append(2 * x - 1) or x[0]
-    )
+    grid = "torchvision.utils.make_grid"
+    monkeypatch.setattr(grid, lambda x, nrow: seen.append(2 * x - 1) or x[0])
     pictures._denoising(process, known)
     assert len(seen) == pictures.FRAMES and torch.equal(seen[-1], known[-1][1])
     angles = torch.linspace(1, 0, pictures.FRAMES) * process.alphas_cumprod[-1].sqrt().acos()
@@ -118,20 +116,3 @@ def test_pictures_that_cannot_be_written_are_one_warning(tmp_path, capsys, monke
     path.write_bytes(b"damaged")
     write_training_film(tmp_path)
     assert "writing a picture failed (UnidentifiedImageError" in capsys.readouterr().err
-
-
-def test_the_command_makes_the_pictures_of_the_readme(tmp_path, monkeypatch, data_flags, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert pictures.main(["nowhere"]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("python -m support.pictures: error: ") and err.count("\n") == 1
-    ddpm = tiny_ddpm(10, channels=3, num_timesteps=30, sample_steps=3)
-    config = {"dataset": "mnist", "use_conditional_generation": True}
-    ddpm.save(tmp_path / "best_model.pt", config=config)
-    assert pictures.main([".", *data_flags]) == 0
-    names = sorted(path.name for path in Path("images").iterdir())
-    assert names == ["denoising.gif", "process.png"]
-    assert frames("images/denoising.gif")[0].shape == (32, 6 * (8 + 2) + 2, 10 * (8 + 2) + 2)
-    strip = grey(Image.open("images/process.png"))
-    assert strip.shape[1] > 1000 and strip.unique().numel() <= 16
-    assert Path("images/process.png").stat().st_size < 150_000

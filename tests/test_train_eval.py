@@ -8,6 +8,7 @@ import signal
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 
+import experiments
 import numpy as np
 import pytest
 import torch
@@ -27,6 +28,7 @@ from support import checkpoint, configurator, console, pictures, processes
 from support.monitor import Monitor
 from timesteps import UniformSampler
 
+PICTURES = ["denoising.gif", "process.png"]  # of README
 UNLABELLED = "--no-use_conditional_generation --num_clusters 0 --guidance_scale 1".split()
 CLUSTERS = "--no-use_conditional_generation --num_clusters 6".split()
 
@@ -93,12 +95,7 @@ def test_a_run_leaves_everything_that_it_promises(trained):
 
 
 def test_a_run_says_what_it_does_and_what_to_do_next(trained):
-    said = [
-        "160 images to train, 80 to test, 10 labels, 0.00 GB",
-        "with labels",
-        "device: cpu",
-        "recipe quick",
-    ]
+    said = ["160 images to train, 80 to test, 10 labels, 0.00 GB", "device: cpu", "recipe quick"]
     said += ["test loss ", "(40 images of mnist", "of 70 read as the label asked for"]
     said += ["train_eval.py --evaluate", "--resume --epochs 4", "tensorboard --logdir"]
     assert [words for words in said if words not in trained.out] == []
@@ -555,10 +552,8 @@ def test_samples_become_files_that_measure_as_their_model_does(trained, tmp_path
         assert again(tmp_path / "run", *data, "--sample", 70, "--guidance_scale", 1.5) == 0
     names = sorted(path.name for path in drawn.iterdir())
     assert names[:2] == ["00000_0.png", "00001_1.png"] and len(names) == 70
-    assert (
-        Image.open(drawn / names[0]).size == (16, 16)
-        and (tmp_path / "run/samples/drawn.png").exists()
-    )
+    assert Image.open(drawn / names[0]).size == (16, 16)
+    assert drawn.with_suffix(".png").exists()
     again_ = drawn.with_name("drawn-2")
     assert all((drawn / name).read_bytes() == (again_ / name).read_bytes() for name in names)
     assert again(tmp_path / "run", *data, "--sample", 4, "--digits", "3,1") == 0
@@ -577,9 +572,7 @@ def test_samples_become_files_that_measure_as_their_model_does(trained, tmp_path
     assert "digits (3, 10): expected labels below 10" in capsys.readouterr().err
 
 
-def test_measures_are_printed_though_the_folder_cannot_be_written(
-    trained, tmp_path, capsys, monkeypatch
-):
+def test_measures_are_printed_where_nothing_can_be_written(trained, tmp_path, capsys, monkeypatch):
     shutil.copytree(trained.folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "samples")
     (tmp_path / "run" / "samples").write_text("in the way")
@@ -614,8 +607,10 @@ def test_the_stored_model_is_of_the_recipe_of_today():
 
 def test_without_a_run_the_stored_model_is_taken(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(checkpoint, "STORED", tmp_path / "assets" / "quick.pt")
-    (tmp_path / "assets").mkdir()
-    checkpoint.main([str(trained.folder / "best_model.pt")])
+    for name in ("assets", "images"):
+        (tmp_path / name).mkdir()
+    experiments.renew(trained.folder, trained.flags[1], tmp_path)
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == PICTURES
     whole, stored = trained.folder / "best_model.pt", checkpoint.STORED
     assert stored.stat().st_size < 0.7 * whole.stat().st_size
     monkeypatch.chdir(tmp_path)
@@ -677,9 +672,8 @@ def test_ones_own_images_train_in_colour_and_are_measured(tmp_path, capsys, with
     """With labels a classifier measures them; without, clusters are trained on."""
     own, data, drawn = tmp_path / "own", ["--data_dir", tmp_path], tmp_path / "samples" / "drawn"
     for k in range(80):
-        (path := own / labels[k % len(labels)] / f"{k:02}.png").parent.mkdir(
-            exist_ok=True, parents=True
-        )
+        path = own / labels[k % len(labels)] / f"{k:02}.png"
+        path.parent.mkdir(exist_ok=True, parents=True)
         Image.new("RGB", (20, 24), (200 * (k % 2), 3 * k, 99)).save(path)
     flags = [*data, "--dataset", own, "--save_dir", tmp_path, "--num_clusters", 50]
     assert run(*flags, "--channels", 3, "--epochs", 1) == 0
