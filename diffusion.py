@@ -349,17 +349,16 @@ class DDPM(Denoiser):
             ValueError: an argument does not fit the model or the others.
         """
         given = x0, other, weights, t, y, options
-        x0, other, weights, y, generator = checks.mixture(self, SAMPLERS, *given)
+        x0, other, weights, y, options["seed"] = checks.mixture(self, *given)
         at = torch.full((len(x0),), t, device=self.device)
-        noise = self.draw_noise(2 * len(x0), generator).chunk(2)
+        noise = self.draw_noise(2 * len(x0), options["seed"]).chunk(2)
         xt, xt_other = self.q_sample(x0, at, noise[0]), self.q_sample(other, at, noise[1])
         mixed = torch.cat([torch.lerp(xt, xt_other, weight) for weight in weights])
         if y is None:  # `sample` would draw labels
             options["guidance_scale"] = 0
         else:
             y = y.repeat(len(weights))
-        options |= {"xT": mixed, "start": t, "seed": generator}
-        images = self.sample(len(mixed), y, **options)
+        images = self.sample(len(mixed), y, xT=mixed, start=t, **options)
         return images.unflatten(-4, (len(weights), len(x0)))
 
     # Likelihood
@@ -379,7 +378,7 @@ class DDPM(Denoiser):
         Raises:
             ValueError: no images, or an argument does not fit the model.
         """
-        x0, y, generator = checks.bound(self, x0, y, terms, seed, progress)
+        x0, y, generator = checks.bound(self, x0, y, terms, seed)
         found = []
         with evaluating(self):
             parts = torch.arange(len(x0), device=self.device).split(BATCH)

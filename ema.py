@@ -18,7 +18,7 @@ class EMA:
 
     Args:
         module: its parameters are averaged.
-        decay: weight of the past at each update, from 0 to below 1.
+        decay: weight of the past at each update, from 0 to 1.
         start: number of steps before averaging begins.
         update_rate: number of steps from one update to the next.
 

@@ -290,7 +290,7 @@ class FrechetMeter:
         return frechet_distance(self.classifier.read(samples)[0], self.features)
 
 
-def measure(classifier, samples, train, test, labels=None, seed=0):
+def measure(classifier, samples, train, test, labels=None):
     """Compare samples with real images.
 
     The Fréchet distance compares the samples with all of `test`. Precision and recall compare them
@@ -299,7 +299,7 @@ def measure(classifier, samples, train, test, labels=None, seed=0):
     `precision` and `recall` need at least 4 samples.
 
     Most figures come a second time, as `NAME_real`, for real images in place of the samples: the
-    mean of up to DRAWS sets of equally many images of `train`, chosen by `seed`. The classifier has
+    mean of up to DRAWS sets of equally many images of `train`. The classifier has
     learned from these, so unseen images would measure slightly worse. `nearest_real` and
     `nearest_1st_real` alone are of test images.
 
@@ -308,7 +308,6 @@ def measure(classifier, samples, train, test, labels=None, seed=0):
         samples: images, uint8. They may be on another device than the real images.
         train, test: real images, uint8, at least as many as samples.
         labels: those that were asked for, int64, (N,), or None.
-        seed: chooses the real images.
 
     Returns:
         report: a dict of plain numbers, ready for JSON:
@@ -328,8 +327,8 @@ def measure(classifier, samples, train, test, labels=None, seed=0):
     Raises:
         ValueError: there are no samples, or more than training or test images.
     """
-    checks.measured(samples, train, test, labels, seed)
-    n, generator = len(samples), torch.Generator().manual_seed(seed)
+    checks.measured(samples, train, test, labels)
+    n, generator = len(samples), torch.Generator().manual_seed(0)
     order, order_test = (torch.randperm(len(x), generator=generator) for x in (train, test))
     real = [train[index] for index in order.split(n)[:DRAWS] if len(index) == n]
     unseen = test[order_test[:n]]

@@ -6,8 +6,6 @@ SNR: 2305.08891. Timesteps are 0-based: t = 0 is the papers' t = 1, and t = -1 i
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -48,45 +46,20 @@ def times(coefficient, x):
     return coefficient.to(x.dtype) * x
 
 
-class Prediction(NamedTuple):
-    """What a network predicts. `alpha_bar` is float64, (N, 1, 1, 1); images are (N, C, H, W)."""
-
-    target: Callable  # (alpha_bar, x0, eps) -> the output that is right
-    x0: Callable  # (alpha_bar, xt, output) -> the x0 that an output stands for
-    error_ratio: Callable  # SNR -> squared error of the output / squared error of its x0
-
-
 # Each name that can be chosen is a key of the dictionary that holds what it stands for.
 BETA_SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas, "straight": straight_betas}
+# What a network can predict is a sum of x0 and eps: their factors, from alpha_bar.
 PREDICTIONS = {
-    "eps": Prediction(
-        target=lambda alpha_bar, x0, eps: eps,
-        x0=lambda alpha_bar, xt, eps: (  # DDPM eq. 15
-            times(1 / alpha_bar.sqrt(), xt) - times((1 / alpha_bar - 1).sqrt(), eps)
-        ),
-        error_ratio=lambda snr: snr,
-    ),
-    "v": Prediction(  # 2202.00512 sec. 4
-        target=lambda alpha_bar, x0, eps: (
-            times(alpha_bar.sqrt(), eps) - times((1 - alpha_bar).sqrt(), x0)
-        ),
-        x0=lambda alpha_bar, xt, v: times(alpha_bar.sqrt(), xt) - times((1 - alpha_bar).sqrt(), v),
-        error_ratio=lambda snr: snr + 1,
-    ),
-    "x0": Prediction(
-        target=lambda alpha_bar, x0, eps: x0,
-        x0=lambda alpha_bar, xt, x0: x0,
-        error_ratio=torch.ones_like,
-    ),
+    "eps": lambda alpha_bar: (torch.zeros_like(alpha_bar), torch.ones_like(alpha_bar)),
+    "v": lambda alpha_bar: (-(1 - alpha_bar).sqrt(), alpha_bar.sqrt()),  # 2202.00512 sec. 4
+    "x0": lambda alpha_bar: (torch.ones_like(alpha_bar), torch.zeros_like(alpha_bar)),
 }
-# log variance of p(x_s | x_t) from those of the two bounds, whether s is the image, and the
-# network's fraction. The image itself gets the small one, as in the code of Improved DDPM.
+# Where the log variance of p(x_s | x_t) lies: 0 is the small one, 1 the large one. The image itself
+# gets the small one, as in the code of Improved DDPM. `fraction` is what a network says.
 VARIANCES = {
-    "fixed_small": lambda small, large, is_image, fraction: small,
-    "fixed_large": lambda small, large, is_image, fraction: torch.where(is_image, small, large),
-    "learned": lambda small, large, is_image, fraction: (  # Improved DDPM eq. 15
-        fraction * large + (1 - fraction) * small
-    ),
+    "fixed_small": lambda s, fraction: 0.0,
+    "fixed_large": lambda s, fraction: (s >= 0).double()[:, None, None, None],
+    "learned": lambda s, fraction: fraction,  # Improved DDPM eq. 15
 }
 # Timesteps from `start` down, float64. 'trailing' leaves out the clean end, where little happens
 # (2305.08891 sec. 3.3); 'linspace' goes down to 0 (Improved DDPM sec. 4).
@@ -141,22 +114,19 @@ class GaussianProcess(nn.Module):
         self.zero_terminal_snr = zero_terminal_snr
         self.timestep_spacing = timestep_spacing
         checks.process(self, BETA_SCHEDULES, PREDICTIONS, VARIANCES, SPACINGS)
-        self._make_tables("cpu")
-
-    def _make_tables(self, device):
-        """The settings decide these tables, so they are not saved."""
-        betas = BETA_SCHEDULES[self.beta_schedule](self.num_timesteps)
-        betas = with_zero_terminal_snr(betas) if self.zero_terminal_snr else betas
-        # float64, since 1 - alphas_cumprod is small at the clean end
-        self.register_buffer("betas", betas.to(device), persistent=False)
-        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-        self.register_buffer("alphas_cumprod", alphas_cumprod.to(device), persistent=False)
+        betas = BETA_SCHEDULES[beta_schedule](num_timesteps)
+        betas = with_zero_terminal_snr(betas) if zero_terminal_snr else betas
+        # Float64, since 1 - alphas_cumprod is small at the clean end. The settings decide the
+        # tables, so they are not saved.
+        self.register_buffer("betas", betas, persistent=False)
+        self.register_buffer("alphas_cumprod", torch.cumprod(1 - betas, dim=0), persistent=False)
 
     def _apply(self, fn, recurse=True):
         """What `.to()` and `.half()` call: the tables follow to the device and stay float64."""
+        tables = self.betas, self.alphas_cumprod
         super()._apply(fn, recurse)
         if self.betas.dtype != torch.float64:
-            self._make_tables(self.device)
+            self.betas, self.alphas_cumprod = (table.to(self.device) for table in tables)
         return self
 
     @property
@@ -225,11 +195,17 @@ class GaussianProcess(nn.Module):
 
     def target(self, x0, eps, t):
         """What the network should predict for x_t = q_sample(x0, t, eps), (N, C, H, W)."""
-        return PREDICTIONS[self.prediction].target(self.alpha_bar(t), x0, eps)
+        of_x0, of_eps = PREDICTIONS[self.prediction](self.alpha_bar(t))
+        return times(of_x0, x0) + times(of_eps, eps)
 
     def x0_from_output(self, output, xt, t):
-        """The x0 that a network's output stands for, (N, C, H, W), not clipped."""
-        return PREDICTIONS[self.prediction].x0(self.alpha_bar(t), xt, output)
+        """The x0 that a network's output stands for, (N, C, H, W), not clipped (DDPM eq. 15)."""
+        alpha_bar = self.alpha_bar(t)
+        of_x0, of_eps = PREDICTIONS[self.prediction](alpha_bar)
+        signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        # the output and x_t, eq. 4, are two sums of x0 and eps
+        determinant = of_eps * signal - of_x0 * noise
+        return times(of_eps / determinant, xt) - times(noise / determinant, output)
 
     def with_skip(self, x0, xt, t):
         """Improve a network's x0 by x_t, which knows more of the image at the clean end.
@@ -258,7 +234,9 @@ class GaussianProcess(nn.Module):
         """
         alpha_bar = self.alphas_cumprod[t]
         snr = alpha_bar / (1 - alpha_bar)
-        return snr.clamp(max=gamma) / PREDICTIONS[self.prediction].error_ratio(snr)
+        of_x0, of_eps = PREDICTIONS[self.prediction](alpha_bar)
+        error = (of_x0 - of_eps * snr.sqrt()) ** 2  # of the output, divided by that of its x0
+        return snr.clamp(max=gamma) / error
 
     # The reverse process
 
@@ -285,8 +263,8 @@ class GaussianProcess(nn.Module):
         (N, C, H, W) if it is learned; `variance_fraction` is then what the network says, 0 to 1.
         """
         small, large = self.log_variances(t, s)
-        is_image = s[:, None, None, None] < 0
-        return VARIANCES[self.variance](small, large, is_image, variance_fraction)
+        place = VARIANCES[self.variance](s, variance_fraction)
+        return place * large + (1 - place) * small
 
     def step(self, x0, eps, t, s, eta=0.0, noise=None, variance_fraction=None):
         """From t to the less noisy s, given the predicted x0 and eps (DDIM eq. 12 and 16).

@@ -18,8 +18,7 @@ from dataprocess import load_data
 from diffusion import DDPM, LOSSES, SAMPLERS, SETTINGS
 from ema import EMA
 from process import BETA_SCHEDULES, PREDICTIONS, SPACINGS, VARIANCES
-from support import configurator, console, machine, monitor, pictures, processes
-from support.checkpoint import best_model, load_checkpoint, load_last, restore, save_last
+from support import checkpoint, checks, configurator, console, machine, monitor, pictures, processes
 from support.configurator import input_errors
 from support.datasets import DATASETS, read_folder
 from support.files import RunFolder, make_folder
@@ -188,7 +187,7 @@ def run_training(chosen, interrupt):
         processes.barrier()
         if config.resume:
             with input_errors():
-                saved = load_last(config.save_dir)
+                saved = checkpoint.load_last(config.save_dir)
                 free = FREE_TO_RESUME, OF_THE_MACHINE
                 config = configurator.adopt(chosen, saved, config.save_dir, *free)
                 run = prepare(config, saved["script"], saved)
@@ -224,7 +223,7 @@ def prepare(config, script, saved=None):
     progress = {"step": 0, "best_loss": math.inf, "log": time.strftime("%Y-%m-%d_%H-%M-%S")}
     progress |= {f"{name}_curve": [] for name in ("train", "test", "fixed", "frechet")}
     if saved is not None:
-        restore(config, parts, progress, saved)
+        checkpoint.restore(config, parts, progress, saved)
         saved.clear()  # gigabytes, for the reference
     choosing, measuring = split_test(test_images)
     steps_per_epoch = math.ceil(len(train_images) / config.batch_size)
@@ -313,9 +312,9 @@ def train(run, interrupt):
                 look(run, watch)
             if asked or last or saving and watch.affordable("saving"):
                 with watch.doing("saving"):
-                    on_main(save_last)(config, run.parts, run.constants | progress)
+                    on_main(checkpoint.save_last)(config, run.parts, run.constants | progress)
                 if asked == "save":
-                    on_main(console.print_saved)(progress)
+                    on_main(print)(f"\nsaved at step {step:,}", file=sys.stderr)
             # the second question: during the last look or save
             if stopped := asked == "stop" or last and interrupt.asked() == "stop":
                 break
@@ -471,23 +470,14 @@ def draw(config, ddpm, n, advice="", **how):
     return in_chunks(n, config.seed, images, advice=advice), y
 
 
-def load_best(config):
-    """The model of best_model.pt, or that in assets/, in the network of the constants."""
-    path = best_model(config.save_dir, say=lambda line: None)
-    ddpm = machine.place(DDPM.load(path, config.device, build_network(config)), config)
-    ddpm.timestep_spacing = config.timestep_spacing
-    machine.compile_network(config, ddpm)
-    return ddpm
-
-
 def draw_final(run):
     """After training: the test loss of best_model.pt, and a grid by its own sampler."""
     processes.barrier()  # until it is written
-    for name in ("network", "ema", "optimizer"):  # the memory is needed for a second model
-        del run.parts[name]
-    run.ddpm = None
-    ddpm = load_best(run.config)
-    measure_and_draw(run.config, ddpm, run.measuring_images, run.meter)
+    path = Path(run.config.save_dir, "best_model.pt")
+    best = checkpoint.load_checkpoint(path, ("weights", "info"))
+    checkpoint.load_weights(run.ddpm.network, best["weights"])
+    run.ddpm.info = best["info"]
+    measure_and_draw(run.config, run.ddpm, run.measuring_images, run.meter)
     console.print_end(run)
     return True
 
@@ -517,29 +507,32 @@ def draw_grid(config, ddpm, loss, meter):
         print(f"final grid: {read:.0%} of {n} read as the label asked for")
 
 
-def adopt_best(chosen):
-    """The constants of the run of best_model.pt, and its `info`."""
-    path = best_model(chosen.config.save_dir)
-    info = load_checkpoint(path, ("info",))["info"]
+def load_best(chosen):
+    """The constants of the run of best_model.pt, or of that in assets/, and the model."""
+    path = checkpoint.best_model(chosen.config.save_dir)
+    info = checkpoint.load_checkpoint(path, ("info",))["info"]
     known = {"config", "script", "step", "log"} <= info.keys()
     if not (known and "num_classes" in info["config"]):
         raise ValueError(f"{path}: not written by this train_eval.py; load it with DDPM.load")
     config = configurator.adopt(chosen, info, path, FREE_TO_EVALUATE, OF_THE_MACHINE)
     config.num_classes = info["config"]["num_classes"]
     configurator.check_together(config)
-    return config, info
+    ddpm = machine.place(DDPM.load(path, config.device, build_network(config)), config)
+    for name in ("sampler", "sample_steps", "guidance_scale", "timestep_spacing"):
+        setattr(ddpm, name, getattr(config, name))
+    checks.ddpm(ddpm, SAMPLERS)
+    machine.compile_network(config, ddpm)
+    return config, ddpm
 
 
 def draw_files(chosen):
     """Draw `sample` images with best_model.pt: PNGs in a new folder, and a grid. Returns True."""
     with input_errors():
-        config, _ = adopt_best(chosen)
-        ddpm = load_best(config)
+        config, ddpm = load_best(chosen)
         if not {*config.digits} <= {*range(ddpm.num_labels or 0)}:
             raise ValueError(f"digits {config.digits}: expected labels below {ddpm.num_labels}")
         on_main(make_folder)(Path(config.save_dir) / "samples")  # or it fails before the work
-    how = {"sampler": config.sampler, "guidance_scale": config.guidance_scale}
-    images, y = draw(config, ddpm, config.sample, steps=config.sample_steps, **how)
+    images, y = draw(config, ddpm, config.sample)
     on_main(pictures.write_files)(config, metrics.as_bytes(images), y)
     return True
 
@@ -547,23 +540,21 @@ def draw_files(chosen):
 def evaluate_model(chosen):
     """Measure best_model.pt of save_dir: test loss, bits per dimension, samples. Returns True."""
     with input_errors():
-        config, info = adopt_best(chosen)
+        config, ddpm = load_best(chosen)
         train_images, test_images = load_images(config)
-        ddpm = load_best(config)
     loss = measure_and_draw(config, ddpm, split_test(test_images)[1])
     bits = bits_per_dim(config, ddpm, test_images)
     n = min(config.eval_samples, len(train_images), len(test_images))
-    how = {"sampler": config.sampler, "guidance_scale": config.guidance_scale}
-    how["steps"] = config.sample_steps
     advice = "--eval_samples 2000 shortens it, and makes its figures rougher"
     if config.sample_steps > 100:
         advice = f"--sample_steps 100 or {advice}"
-    samples, y = draw(config, ddpm, n, advice, **how)
-    known = {"bits_per_dim": bits.total, "bits_per_dim_error": bits.standard_error, **how}
-    known |= {"seed": config.seed, "step": info["step"], "test_loss": loss}
+    samples, y = draw(config, ddpm, n, advice)
+    known = {name: vars(config)[name] for name in ("sampler", "guidance_scale", "seed")}
+    known |= {"bits_per_dim": bits.total, "bits_per_dim_error": bits.standard_error}
+    known |= {"steps": config.sample_steps, "step": ddpm.info["step"], "test_loss": loss}
     decisive = chosen.names(FREE_TO_EVALUATE) - {"num_samples", "preview_steps"}
-    own = all(vars(config)[name] == info["config"].get(name) for name in decisive)
-    measure(config, metrics.as_bytes(samples), y, train_images, test_images, known, info, own)
+    own = all(vars(config)[name] == ddpm.info["config"].get(name) for name in decisive)
+    measure(config, metrics.as_bytes(samples), y, train_images, test_images, known, ddpm.info, own)
     return True
 
 

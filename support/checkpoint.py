@@ -110,12 +110,12 @@ def load_checkpoint(path, keys):
     return saved
 
 
-def best_model(save_dir="checkpoints", say=print):
+def best_model(save_dir="checkpoints"):
     """The path of best_model.pt of a run; where no run was named and none is, that in assets/."""
     path = Path(save_dir, "best_model.pt")
     run = path.exists() or any(path.parent.glob("last*.pt"))
     if save_dir == "checkpoints" and not run and STORED.exists():
-        say(f"no run in {save_dir}: this is assets/{STORED.name}, a run of the quick recipe")
+        print(f"no run in {save_dir}: this is assets/{STORED.name}, a run of the quick recipe")
         return STORED
     return path
 

@@ -19,9 +19,6 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-# Kinds
-
-
 def refuse(name, value, expected):
     """Raise the ValueError."""
     raise ValueError(f"{name} {shown(value)}: expected {expected}")
@@ -62,12 +59,6 @@ def path(name, value):
     """What can name a file. (A number would be an open file, and reading it could wait.)"""
     if not isinstance(value, (str, os.PathLike)) or "\0" in str(value):
         refuse(name, value, "the path of a file or folder")
-
-
-def module(name, value):
-    """A torch module."""
-    if not isinstance(value, nn.Module):
-        refuse(name, value, "a torch.nn.Module")
 
 
 def device(value):
@@ -139,7 +130,8 @@ def denoiser(ddpm, losses):
     if ddpm.min_snr_gamma and (ddpm.loss != "mse" or ddpm.zero_terminal_snr):
         expected = "0: the weights are for loss 'mse', and zero where zero_terminal_snr starts"
         refuse("min_snr_gamma", ddpm.min_snr_gamma, expected)
-    module("network", ddpm.network)
+    if not isinstance(ddpm.network, nn.Module):
+        refuse("network", ddpm.network, "a torch.nn.Module")
     config = getattr(ddpm.network, "config", None)
     sizes = dict(image_size=ddpm.image_size, channels=ddpm.channels, out_channels=ddpm.outputs)
     if isinstance(config, dict) and sizes.keys() <= config.keys():  # a UNet
@@ -154,16 +146,10 @@ def denoiser(ddpm, losses):
         expected = f"the attribute num_classes of its {type(known[0]).__name__}, or None there"
         refuse("network", type(ddpm.network).__name__, expected)
     if ddpm.class_shares is not None:
-        try:
-            table = torch.tensor(ddpm.class_shares, dtype=torch.float64)
-            labels = len(table) if len(table) > 1 else 0
-            fits = table.ndim == 2 and table.numel() + labels == ddpm.num_classes
-            fits = fits and table.min() >= 0 and 0 < table.sum(dim=1).min() < math.inf
-        except (TypeError, ValueError, RuntimeError):  # no numbers, or rows of several lengths
-            fits = False
-        if not fits or not isinstance(ddpm.class_shares, (list, tuple)):
+        labels = len(ddpm.class_shares) if len(ddpm.class_shares) > 1 else 0
+        if labels + sum(map(len, ddpm.class_shares)) != ddpm.num_classes:
             expected = f"a row of numbers for each label, as {ddpm.num_classes} classes have"
-            refuse("class_shares", ddpm.class_shares, f"{expected}, above 0 in sum")
+            refuse("class_shares", ddpm.class_shares, expected)
         if labels and not 0 < ddpm.label_dropout < 1:
             expected = "between 0 and 1: a half of it learns the label without its clusters"
             refuse("label_dropout", ddpm.label_dropout, expected)
@@ -234,13 +220,12 @@ def sampling(given, samplers):
     sequence = given["return_sequence"]
     if not isinstance(sequence, (bool, str)) or sequence not in (False, True, "xt"):
         refuse("return_sequence", sequence, "False, True or 'xt'")
-    switch("progress", given["progress"])
     xT = None if xT is None else images(ddpm, "xT", xT, n)
     return labels(ddpm, given["y"], n), xT, generator(given["seed"], ddpm.device)
 
 
-def mixture(ddpm, samplers, x0, other, weights, t, y, options):
-    """`DDPM.interpolate` -> x0, other, weights, y, generator."""
+def mixture(ddpm, x0, other, weights, t, y, options):
+    """`DDPM.interpolate` -> x0, other, weights, y, generator. `sample` checks the other options."""
     weights = weights.tolist() if hasattr(weights, "tolist") else weights  # a tensor or an array
     if not isinstance(weights, (list, tuple)) or not weights:
         refuse("weights", weights, "a list of numbers from 0 to 1")
@@ -252,14 +237,11 @@ def mixture(ddpm, samplers, x0, other, weights, t, y, options):
         refuse(name, options[name], "nothing: the mixture starts at t")
     if options.get("guidance_scale") is not None:
         guidance(ddpm, options["guidance_scale"], y)
-    given = dict.fromkeys(("sampler", "steps", "eta", "guidance_scale", "seed"))
-    given |= dict(return_sequence=False, progress=False) | options
-    given |= {"self": ddpm, "n": len(x0), "y": y, "xT": x0, "start": t}
-    y, _, draws = sampling(given, samplers)
-    return x0, other, weights, y, draws
+    draws = generator(options.get("seed"), ddpm.device)
+    return x0, other, weights, labels(ddpm, y, len(x0)), draws
 
 
-def bound(ddpm, x0, y, terms, seed, progress):
+def bound(ddpm, x0, y, terms, seed):
     """`DDPM.bits_per_dim` -> x0 on the device of the model, in its precision; y, generator."""
     tensor("x0", x0, FLOATS, ("N", *ddpm.image_shape), -1, 1)
     if not len(x0):
@@ -267,7 +249,6 @@ def bound(ddpm, x0, y, terms, seed, progress):
     if terms is not None:
         most = ddpm.num_timesteps
         whole("terms", terms, min(2, most), most, ", the number of timesteps")
-    switch("progress", progress)
     y, generator_ = labels(ddpm, y, len(x0)), generator(seed, ddpm.device)
     levels = (x0.double() + 1) * 127.5
     off = (levels - levels.round()).abs().max().item()
@@ -281,10 +262,9 @@ def bound(ddpm, x0, y, terms, seed, progress):
 
 def ema(averaged, decay, start, update_rate):
     """The settings of an `EMA`."""
-    module("module", averaged)
+    if not isinstance(averaged, nn.Module):
+        refuse("module", averaged, "a torch.nn.Module")
     number("ema_decay", decay, 0, 1)
-    if decay == 1:
-        refuse("ema_decay", decay, "a number from 0 to below 1")
     whole("ema_start", start, 0, note=" steps")
     whole("ema_update_rate", update_rate, note=" step")
 
@@ -339,7 +319,7 @@ def features(extra, **sets):
             refuse(name, x, f"at least {least} images, of at least one feature")
 
 
-def measured(samples, train, test, labels, seed):
+def measured(samples, train, test, labels):
     """`metrics.measure`."""
     for name, images in (("samples", samples), ("train", train), ("test", test)):
         pictures(name, images)
@@ -347,4 +327,3 @@ def measured(samples, train, test, labels, seed):
             refuse("samples", samples, f"at most {len(images)}, as many as {name} images")
     if labels is not None:
         tensor("labels", labels, (torch.int64,), (len(samples),))
-    whole("seed", seed, 0, 2**32 - 1)

@@ -17,12 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from support import checks
 from support.folders import has_labels
 
 EXPECTED = {
-    int: "a whole number",
-    float: "a finite number",
-    bool: "True or False",
     str: "text that is not empty, in quotes in the script",
     tuple: "a tuple of whole numbers, for example (8,)",
     bool | str: "True, False or the name of a folder",
@@ -181,66 +179,46 @@ def integers(text):
 
 def check_kind(name, value, kind, low=-math.inf, high=math.inf):
     """ValueError if a constant is not of its kind or out of its limits."""
+    if kind is int:
+        return checks.whole(name, value, low, high)
     if kind is float:
-        fits = type(value) in (int, float) and -math.inf < value < math.inf
-    elif kind is tuple:
+        return checks.number(name, value, low, high)
+    if kind is bool:
+        return checks.switch(name, value)
+    if isinstance(kind, (dict, tuple)):
+        return checks.choice(name, value, kind)
+    if kind is tuple:
         fits = type(value) is tuple and all(type(part) is int for part in value)
-    elif kind is str:
+    else:  # text, or a switch that may name a folder
         fits = type(value) is str and value and "\0" not in value
-    elif kind == bool | str:
-        fits = type(value) is bool or type(value) is str and value
-    elif isinstance(kind, type):
-        fits = type(value) is kind
-    else:
-        fits = type(value) is str and value in kind
+        fits = fits or kind is not str and type(value) is bool
     if not fits:
-        names = isinstance(kind, (dict, tuple))
-        expected = f"one of {', '.join(kind)}" if names else EXPECTED[kind]
-        raise ValueError(f"{name} {value!r}: expected {expected}")
-    if kind in (int, float) and not low <= value <= high:
-        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise ValueError(f"{name} {value!r}: expected {limits}")
+        checks.refuse(name, value, EXPECTED[kind])
 
 
 def check_together(config):
     """ValueError for constants that do not fit together, where no constructor would see it."""
     if config.preview_steps > config.num_timesteps:
-        raise ValueError(
-            f"preview_steps {config.preview_steps}: expected at most num_timesteps "
-            f"{config.num_timesteps}"
-        )
+        expected = f"at most num_timesteps {config.num_timesteps}"
+        checks.refuse("preview_steps", config.preview_steps, expected)
     if config.digits and not config.use_conditional_generation:
-        raise ValueError(f"digits {config.digits}: the model was trained without labels")
+        checks.refuse("digits", config.digits, "(): the model was trained without labels")
     if config.use_conditional_generation and not has_labels(config.dataset):
-        raise ValueError(
-            f"use_conditional_generation True: dataset {config.dataset} has no labels; expected "
-            "two subfolders of images or more, or --no-use_conditional_generation"
-        )
+        expected = f"False, or two subfolders of images or more: {config.dataset} has no labels"
+        checks.refuse("use_conditional_generation", True, expected)
     if config.channels not in (1, 3):
-        raise ValueError(f"channels {config.channels}: expected 1 (grey) or 3 (RGB)")
-    if config.grad_accumulation > config.batch_size:
-        raise ValueError(
-            f"grad_accumulation {config.grad_accumulation}: expected at most batch_size "
-            f"{config.batch_size}, the images that there are"
-        )
+        checks.refuse("channels", config.channels, "1 (grey) or 3 (RGB)")
     graphs = config.use_compile and config.compile_mode == "reduce-overhead"
-    if graphs and config.grad_accumulation > 1:
-        raise ValueError(
-            f"grad_accumulation {config.grad_accumulation} with compile_mode 'reduce-overhead': "
-            "CUDA graphs would overwrite gradients (pytorch#169545); expected 1"
-        )
+    if graphs and config.grad_accumulation > 1:  # gradients would be overwritten (pytorch#169545)
+        expected = "1 with compile_mode 'reduce-overhead', CUDA graphs"
+        checks.refuse("grad_accumulation", config.grad_accumulation, expected)
     if config.target_references and config.loss != "mse":
-        raise ValueError(
-            f"target_references {config.target_references} with loss {config.loss!r}: their mean "
-            "is the target of 'mse' alone; expected 0"
-        )
+        expected = f"0 with loss {config.loss!r}, not 'mse'"
+        checks.refuse("target_references", config.target_references, expected)
     bound = config.loss == "vlb" or config.variance == "learned"
-    if config.timestep_sampling == "logit-normal" and bound:
-        raise ValueError(
-            f"timestep_sampling 'logit-normal' with loss {config.loss!r} and variance "
-            f"{config.variance!r}: it would change the weights of the bound's terms; expected "
-            "uniform or importance"
-        )
+    if config.timestep_sampling == "logit-normal" and bound:  # it would weigh the bound's terms
+        expected = f"another one with loss {config.loss!r} and variance {config.variance!r}"
+        checks.refuse("timestep_sampling", "logit-normal", expected)
 
 
 def adopt(chosen, run, path, free, machine):

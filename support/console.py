@@ -169,11 +169,6 @@ def print_left_out(names, why):
         print(f"{len(names):,} left out, since {why}: {', '.join(names[:10])}{more}")
 
 
-def print_saved(progress):
-    """Print that a run was saved, as it was asked to."""
-    print(f"\nsaved at step {progress['step']:,}", file=sys.stderr)
-
-
 def print_stopped(config, progress):
     """Print where a run stopped, and how to continue it."""
     print(

@@ -49,7 +49,7 @@ def read_dataset(name, data_dir, channels=3):
             _download(name, raw, folder, files, missing)
         if cifar:
             return [_read_cifar(raw.parent, train, channels) for train in (True, False)]
-        found = {raw / file: _read_bytes(raw / file) for file in FILES}
+        found = {raw / file: (raw / file).read_bytes() for file in FILES}
     arrays = [(where, _parse(where, data)) for where, data in found.items()]
     splits = []
     for (_, images), (where, labels) in (arrays[:2], arrays[2:]):
@@ -72,15 +72,6 @@ def _read_archive(where):
         raise ValueError(
             f"{where}: damaged ({one_line(error)}); bring it back with git, or delete it, and the "
             "next run downloads MNIST"
-        ) from None
-
-
-def _read_bytes(where):
-    try:
-        return where.read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"{printable(where)}: {error.strerror}; expected a file that can be read"
         ) from None
 
 

@@ -138,13 +138,10 @@ class RunFolder:
                 for partial in (*self.path.glob("*.partial"), *self.path.glob("samples/*.partial")):
                     if partial.is_file():  # of a run that was killed while it wrote
                         partial.unlink()
-                if new:
-                    # whatever can fail, fails before the move
-                    make_folder(self.path / "tensorboard_logs")
-                if new or any(self.path.glob("run_*.moving")):
-                    self._move_earlier_run()
-                if new:
-                    (self.path / "samples").mkdir(exist_ok=True)
+            if new:
+                make_folder(self.path / "tensorboard_logs")  # what can fail, before the move
+                self._move_earlier_run()
+                (self.path / "samples").mkdir(exist_ok=True)
         except ValueError:
             self.close()
             raise
@@ -164,56 +161,38 @@ class RunFolder:
     def close(self):
         """Release the lock."""
         if self.lock is not None:
-            try:
-                os.remove(self.lock.name)
-            except OSError:
-                pass  # Windows removes no open file; what stays locks nothing
             self.lock.close()
             self.lock = None
 
     def _acquire(self):
-        """Lock the folder by its file .lock, which says who holds it."""
-        while self.lock is None:
-            file = open(self.path / ".lock", "a+", encoding="utf-8")
-            if not _try_lock(file):
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                file.close()
-                raise ValueError(
-                    f"save_dir {str(self.path)!r}: in use by {holder}; wait until that run ends, "
-                    "or name another --save_dir"
-                )
-            try:
-                removed = not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
-            except FileNotFoundError:
-                removed = True
-            if removed:  # by a run that ended between our open and our lock
-                file.close()
-            else:
-                self.lock = file
-        self.lock.truncate(0)
+        """Lock the folder by its file .lock, which stays there and says who holds it."""
+        file = open(self.path / ".lock", "a+", encoding="utf-8")
+        if not _try_lock(file):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise ValueError(
+                f"save_dir {str(self.path)!r}: in use by {holder}; wait until that run ends, "
+                "or name another --save_dir"
+            )
+        self.lock = file
+        file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n")
-        self.lock.flush()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n")
+        file.flush()
 
     def _move_earlier_run(self):
-        """Move the files of an earlier run aside. If this is killed, the next call finishes it."""
+        """Move the files of an earlier run to a folder of their own."""
         earlier = [path for pattern in RUN_FILES for path in sorted(self.path.glob(pattern))]
         earlier = [path for path in earlier if path.name != "samples" or any(path.iterdir())]
-        moving = next(self.path.glob("run_*.moving"), None)
-        if moving is None:
-            if not earlier:
-                return
+        if earlier:
             newest = max(path.stat().st_mtime for path in earlier)
             name = time.strftime("run_%Y-%m-%d_%H-%M-%S", time.localtime(newest))
             aside = unused(self.path / name)
-            moving = aside.with_name(aside.name + ".moving")
-            moving.mkdir()
-        for path in earlier:
-            path.rename(unused(moving / path.name))
-        aside = unused(moving.with_suffix(""))
-        moving.rename(aside)
-        print(f"what an earlier run left in {self.path} is now in {aside}")
+            aside.mkdir()
+            for path in earlier:
+                path.rename(aside / path.name)
+            print(f"what an earlier run left in {self.path} is now in {aside}")
 
 
 def _try_lock(file):

@@ -5,7 +5,7 @@ import math
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -135,7 +135,7 @@ class Monitor:
 
 
 class EventLog:
-    """TensorBoard's log of a run, as a context manager.
+    """TensorBoard's log of a run, to be closed.
 
     What belongs into one chart has the same tag and another `part`, a subfolder, which TensorBoard
     shows as a run of its own: losses of training and test images, real and generated samples. If
@@ -147,12 +147,6 @@ class EventLog:
         # With one, even 0, a session begins there: readers forget what was logged beyond it.
         self.purge_step, self.writers, self.works = purge_step, {}, writes
         self.hook, threading.excepthook = threading.excepthook, self._quiet
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.close()
 
     def add(self, kind, *what, part="."):
         """SummaryWriter's `add_scalar`, `add_image` or `add_text`, or a ready "summary"."""
@@ -167,17 +161,14 @@ class EventLog:
 
     def add_hparams(self, values, part="."):
         """The constants of the run, or of a part, and which measures compare it: HParams."""
-        if not self.works:
-            return
-        with warning_if_it_fails("TensorBoard's log"):
-            from torch.utils.tensorboard.summary import hparams
+        from torch.utils.tensorboard.summary import hparams
 
-            plain = {
-                name: value if type(value) in (int, float) else printable(value)
-                for name, value in values.items()
-            }
-            for summary in hparams(plain, {f"final/{name}": 0 for name in FINAL})[:2]:
-                self.add("summary", summary, part=part)  # the third would say "finished"
+        plain = {
+            name: value if type(value) in (int, float) else printable(value)
+            for name, value in values.items()
+        }
+        for summary in hparams(plain, {f"final/{name}": 0 for name in FINAL})[:2]:
+            self.add("summary", summary, part=part)  # the third would say "finished"
 
     def close(self):
         """Write what is left, and close the files."""
@@ -294,7 +285,7 @@ def write_final(config, ddpm, images, frames, test_loss):
 
     `frames` are the noisy images on the way, see `pictures.write_denoising`. All files are new.
     """
-    with EventLog(config.save_dir, ddpm.info["log"]) as events:
+    with closing(EventLog(config.save_dir, ddpm.info["log"])) as events:
         events.add("scalar", "final/test_loss", test_loss, ddpm.info["step"])
         with warning_if_it_fails("writing a picture"):  # the folder of another person
             path = unused(make_folder(Path(config.save_dir) / "samples") / "final.png")
@@ -326,7 +317,7 @@ def report(config, measured, known, info=None, own=True):
         write_text(path, json.dumps(plain, indent=2) + "\n")  # JSON has no NaN
         picture = unused(make_folder(save_dir / "samples") / f"nearest{name}.png")
         log, step = (info["log"], info["step"]) if info else ("", None)
-        with EventLog(save_dir, log, writes=info is not None) as events:
+        with closing(EventLog(save_dir, log, writes=info is not None)) as events:
             part = "." if own else path.stem
             if not own:
                 events.add_hparams(vars(config), part)

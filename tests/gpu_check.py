@@ -121,7 +121,12 @@ class Bench:
         began = time.perf_counter()
         step()
         self.wait()
-        first, ms = time.perf_counter() - began, self.clock(step, 30 if self.cuda else 1)
+        first = time.perf_counter() - began
+        if self.cuda:
+            torch.cuda.set_sync_debug_mode("error")  # an error if a step waits for the device
+            step()
+            torch.cuda.set_sync_debug_mode("default")
+        ms = self.clock(step, 30 if self.cuda else 1)
         work, launches = self.busy(step)
         peak = torch.cuda.max_memory_allocated() / 1e9 if self.cuda else 0
         print(

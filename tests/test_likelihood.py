@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import MEAN, STD, gaussian
 
-from likelihood import discrete_log_likelihood, summarise
+from likelihood import discrete_log_likelihood
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 gaussian = partial(gaussian, prediction="x0")
@@ -105,16 +105,6 @@ def test_fewer_terms_estimate_the_same_bound_and_know_their_error():
     assert some.total == pytest.approx(whole.total, abs=4 * errors)
     for part in ("prior", "decoder", "kl"):
         assert getattr(some, part) == pytest.approx(getattr(whole, part), abs=4 * errors)
-
-
-def test_a_summary_has_the_means_their_error_and_the_curve():
-    bits = torch.tensor([[0.5, 1.5], [1.0, 3.0], [2.0, 2.0], [4.0, 6.0]], dtype=torch.float64)
-    errors = torch.tensor([[0.25, 0.25], [0.0, 0.02], [0.0, 0.0]], dtype=torch.float64)
-    found = summarise(bits, errors)
-    assert found[:5] == (10.0, 2.5, 1.0, 4.0, 5.0)  # the images have 7.5 and 12.5 bits
-    assert found.rate.tolist() == [1.0, 3.0, 5.0]  # before each x_t is known
-    assert found.rmse.tolist() == pytest.approx([127.5 * 0.5, 12.75, 0.0])
-    assert math.isnan(summarise(bits[:, :1], errors[:, :1]).standard_error)
 
 
 def test_the_bound_uses_labels():

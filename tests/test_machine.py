@@ -235,14 +235,6 @@ def test_a_planted_fault_is_found_in_the_loss_and_in_sampling(fault, monkeypatch
             monkeypatch.setattr(GaussianProcess, "alpha_bar", fault)
 
 
-def test_the_pretended_gpu_leaves_the_cpu_alone():
-    with PretendCuda(may_read=True):
-        assert torch.arange(4).sum().item() == 6 and not on_cuda(torch.zeros(1))
-        (x0, y), read = batch(2), (batch(2)[0] + 1).cpu()
-        assert type(read) is torch.Tensor and read.shape == (2, 1, 8, 8) and not read.any()
-        assert x0.sum().item() == 0 and (y > 0).tolist() == [True] * 2 and on_cuda(y[y > 0])
-
-
 # Training
 
 
@@ -477,17 +469,6 @@ def test_a_run_compiles_no_more_graphs_than_it_needs(flags, compiler, monkeypatc
     assert compiler.graphs == ["training", "inference"]
 
 
-def test_an_evaluation_compiles_no_more_graphs_than_it_needs(compiler, monkeypatch):
-    """Two, if any: one for the size of a grid, and one for any size when the next size comes."""
-    run, _, _ = compiled_run("--guidance_scale 2", monkeypatch)
-    for run.config.use_compile in (False, True):
-        machine.compile_network(run.config, run.ddpm)
-        run.ddpm.sample(100, steps=1)
-        assert compiler.graphs == ["inference"] * run.config.use_compile
-    evaluate(run)
-    assert compiler.graphs == ["inference", "inference"]
-
-
 @pytest.mark.parametrize("broken", ("training", "inference"))
 def test_a_compiler_that_fails_costs_a_line(broken, compiler, monkeypatch, capsys):
     run, model, warm_up = compiled_run("", monkeypatch)
@@ -586,17 +567,6 @@ def test_a_card_not_used_is_said_with_its_reason(device, built_for, found, words
             assert described == f"{device}, H100 of 80 GB"
 
 
-def test_the_precision_is_said_with_its_reason(monkeypatch):
-    for pays, bf16, words in (
-        (True, True, "bf16, which this device has units for"),
-        (False, True, "bf16, as asked; --no-bf16 is faster"),
-        (True, False, "fp32, as asked"),
-        (False, False, "fp32, since bf16 does not pay on this device"),
-    ):
-        monkeypatch.setattr(machine, "has_bf16", lambda device, pays=pays: pays)
-        assert machine.describe_precision(SimpleNamespace(device="", bf16=bf16)).startswith(words)
-
-
 @pytest.mark.parametrize(
     "device, bf16, capability",
     [
@@ -620,13 +590,6 @@ def test_a_module_is_placed_in_its_fast_layout(device, bf16, capability, monkeyp
     with machine.autocast(config):
         assert torch.is_autocast_enabled(kind) == bf16
         assert not bf16 or torch.get_autocast_dtype(kind) == torch.bfloat16
-
-
-def test_evaluation_leaves_every_part_in_its_mode_of_before():
-    network = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
-    with pytest.raises(EOFError, match="False, False, False"), machine.evaluating(network):
-        raise EOFError(*(part.training for part in network.modules()))
-    assert [part.training for part in network.modules()] == [True, True, False]
 
 
 def test_the_process_is_prepared_on_any_console_and_keeps_freed_memory(monkeypatch):

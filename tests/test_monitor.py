@@ -4,6 +4,7 @@ import math
 import os
 import shlex
 import time
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -156,7 +157,7 @@ def test_statistics_go_on_after_a_resume_if_entries_have_the_same_distance(every
 
 def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(console, "WARNED", set())
-    with full_disk(9_000), EventLog(tmp_path, "log") as log:
+    with full_disk(9_000), closing(EventLog(tmp_path, "log")) as log:
         for step in range(5):
             log.add("image", "noise", torch.rand(3, 100, 100), step)
             time.sleep(0.1)  # a thread of its own writes

@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 from test_never_lose_a_run import KILL, RESUME, STEP, at_call, draw_no_curve, fork
-from tiny import FLAGS, refused, same, tiny_ddpm, tiny_unet
+from tiny import FLAGS, refused, same, tiny_ddpm
 from torch.testing import assert_close
 
 import train_eval
@@ -290,34 +290,6 @@ def test_each_process_has_its_share_and_all_come_to_the_whole(tmp_path):
     assert first["largest"] == 3
     assert same(first["chunks"], processes.in_chunks(7, 3, noisy, size=2))
     assert_close(first["gradients"], [gradients(n, parts=1) for n in (7, 1)])
-
-
-def compile_a_network(folder):
-    """Train and sample with a compiled network of 5 MB; the graphs of each go into a file."""
-    graphs = {True: 0, False: 0}
-
-    def backend(graph, inputs):
-        graphs[torch.is_grad_enabled()] += 1
-        return graph.forward
-
-    with processes.joined(SimpleNamespace(device="cpu")):
-        ddpm = tiny_ddpm(network=tiny_unet(base_channels=128))
-        model = processes.parallel(ddpm).train()
-        ddpm.network.compile(backend=backend)
-        config = SimpleNamespace(grad_accumulation=2, bf16=False, device="cpu", use_compile=False)
-        x0, t = torch.zeros(4, 1, 8, 8), torch.arange(4)
-        train_eval.backward(config, model, x0, None, t, x0, torch.ones(4))
-        ddpm.sample(2, steps=1)
-        torch.save(graphs, folder / f"{processes.world()[0]}.pt")
-
-
-@pytest.mark.slow
-def test_compiled_gradients_are_averaged_while_others_are_computed(tmp_path):
-    """The graph of training is cut where a bucket of gradients ends, that of sampling is whole."""
-    done = fork(*((compile_a_network, [tmp_path], (), variables) for variables in ranks(2)))
-    assert [status for status, _, _ in done] == [0, 0], done
-    for rank in (0, 1):
-        assert torch.load(tmp_path / f"{rank}.pt") == {True: 2, False: 1}
 
 
 def test_gpus_that_cannot_be_shared_are_refused(monkeypatch):
