@@ -71,6 +71,7 @@ class EMA:
         self.shadow.load_state_dict(state["shadow"])
         self.step = state["step"]
 
+    @torch.no_grad()
     def _follow(self):
         """Bring the shadow up to date in what is copied, not averaged."""
         if self.step < self.start:

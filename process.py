@@ -228,10 +228,7 @@ class GaussianProcess(nn.Module):
         return times(1 / (1 - alpha_bar).sqrt(), xt) - times(noise_to_signal, x0)
 
     def min_snr_weight(self, t, gamma):
-        """Loss weights, float64, (N,): a squared error becomes min(SNR, gamma) times that of x0.
-
-        (2303.09556 sec. 3.4)
-        """
+        """Loss weights, (N,): an error becomes min(SNR, gamma) times x0's (2303.09556 sec. 3.4)."""
         alpha_bar = self.alphas_cumprod[t]
         snr = alpha_bar / (1 - alpha_bar)
         of_x0, of_eps = PREDICTIONS[self.prediction](alpha_bar)

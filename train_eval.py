@@ -137,7 +137,7 @@ LEAST = dict.fromkeys(
     ("seed", "sample", "num_clusters", "target_references", "warmup_steps", "ema_start"), 0
 )
 LEAST |= dict.fromkeys(("test_size", "bound_images", "bound_terms"), 2)
-MOST = {"adam_beta2": 0.99999, "num_samples": 1000, "log_every": 100_000}
+MOST = {"seed": 2**32 - 1, "adam_beta2": 0.99999, "num_samples": 1000, "log_every": 100_000}
 OF_THE_MACHINE = {"machine", "command", "hardware"}  # groups that a saved run does not keep
 # Groups and names that may differ from the saved run.
 FREE_TO_RESUME = {"evaluation", "rhythm", "epochs", "learning_rate", "grad_accumulation"}
@@ -220,13 +220,20 @@ def prepare(config, script, saved=None):
         "timesteps": make_timesteps(config.timestep_sampling, *spread),
         "stats": monitor.RunningStats(config),
     }
-    progress = {"step": 0, "best_loss": math.inf, "log": time.strftime("%Y-%m-%d_%H-%M-%S")}
+    data = [len(train_images), train_images.images.sum(dtype=torch.int64).item()]
+    log = time.strftime("%Y-%m-%d_%H-%M-%S")
+    progress = {"step": 0, "data": data, "best_loss": math.inf, "log": log}
     progress |= {f"{name}_curve": [] for name in ("train", "test", "fixed", "frechet")}
     if saved is not None:
         checkpoint.restore(config, parts, progress, saved)
         saved.clear()  # gigabytes, for the reference
     choosing, measuring = split_test(test_images)
     steps_per_epoch = math.ceil(len(train_images) / config.batch_size)
+    if progress["data"] != data:
+        raise ValueError(
+            f"dataset {config.dataset}: not the images that the run in {config.save_dir} began "
+            "with; bring them back, or start another run in another --save_dir"
+        )
     if progress["step"] > steps_per_epoch * config.epochs:
         raise ValueError(
             f"epochs {config.epochs}: {steps_per_epoch * config.epochs} steps, but the run in "
@@ -269,14 +276,14 @@ def build_network(config):
 
 
 def load_images(config):
-    """Load both splits. Also writes the sizes of what was loaded into the config."""
+    """Load both splits."""
     names = ("data_dir", "image_size", "channels", "train_size", "test_size", "seed", "device")
     settings = {name: getattr(config, name) for name in names}
     with processes.main_first():
         switches = {"augment": config.use_augmentation, "flips": config.use_flips}
         splits = load_data(config.dataset, **settings, **switches)
-    config.train_size, config.test_size = map(len, splits)
-    processes.check_same(vars(config) | {"torch": torch.__version__})
+    found = {"images": [*map(len, splits)], "torch": torch.__version__}
+    processes.check_same(vars(config) | found)
     return splits
 
 
@@ -496,11 +503,10 @@ def draw_grid(config, ddpm, loss, meter):
     y = asked_labels(config, ddpm, n)
     classes = ddpm.draw_classes(n, None if y is None else y.to(config.device), generator)
     noise = ddpm.draw_noise(n, generator)
-    timesteps = ddpm.timesteps(config.sample_steps)
     how = config.sampler, None, config.guidance_scale, generator
     with autocast(config):
-        walk = ddpm.walk(noise, timesteps, classes, *how)
-        images, frames = pictures.watch(walk, timesteps)
+        walk = ddpm.walk(noise, ddpm.timesteps(config.sample_steps), classes, *how)
+        images, frames = pictures.watch(noise, walk, config.sample_steps)
     monitor.write_final(config, ddpm, images, frames, loss)
     if meter and config.use_conditional_generation:
         read = meter.classifier.accuracy(metrics.as_bytes(images), y)

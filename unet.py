@@ -35,7 +35,7 @@ class UNet(nn.Module):
             unfold them at the output. Inside, the network works at `image_size / patch_size`.
         num_heads: heads in each attention layer; it does not change the number of parameters.
         adaptive_norm: the embedding scales and shifts the output of the second GroupNorm of a
-            residual block (Improved DDPM, sec. 6) instead of being added before it.
+            residual block (Improved DDPM, app. A) instead of being added before it.
         out_channels: channels of the prediction; None means `channels`. A learned variance needs
             twice as many.
 

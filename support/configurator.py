@@ -72,7 +72,8 @@ def configure(script, scope, least, most, argv):
     constants = read(vars(first))
     given = vars(make_parser(constants).parse_args(argv))
     for name, constant in read(given).items():
-        limits = least.get(name, int(constant.kind is int)), most.get(name, math.inf)
+        whole = constant.kind is int
+        limits = least.get(name, int(whole)), most.get(name, 2**31 - 1 if whole else math.inf)
         check_kind(name, constant.value, constant.kind, *limits)
     config = argparse.Namespace(**values_of(constants))
     asked = [name for name in ("resume", "evaluate", "sample") if vars(config).get(name)]
@@ -81,6 +82,8 @@ def configure(script, scope, least, most, argv):
     if config.digits and not config.sample:
         raise ValueError(f"digits {config.digits}: expected --sample beside them")
     config.save_dir = os.path.expanduser(config.save_dir)
+    if isinstance(config.evaluate, str):
+        config.evaluate = os.path.expanduser(config.evaluate)
     return Chosen(config, set(given), values_of(read({})), read)
 
 
@@ -242,7 +245,9 @@ def adopt(chosen, run, path, free, machine):
     if not isinstance(saved, dict) or not isinstance(script, dict):
         raise ValueError(f"the run in {path}: its constants are no dictionaries")
     own, free = chosen.names(machine), chosen.names(free)
-    then = chosen.read({name: script[name] for name in own if name in script})
+    # a folder of images that is not here any more, or has changed, is no edit
+    then = {"has_labels": lambda dataset: script.get("use_conditional_generation")}
+    then = chosen.read(then | {name: script[name] for name in own if name in script})
     flags = {name: vars(chosen.config)[name] for name in chosen.given}
     edited = {name for name, constant in then.items() if constant.value != script.get(name)}
     edited &= script.keys() - own

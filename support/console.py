@@ -132,14 +132,14 @@ def print_bits(config, bits, images, terms):
     )
 
 
-def print_measures(result, accuracy):
+def print_measures(result, accuracy, dataset):
     """Print what `metrics.measure` gave; `accuracy` is None where there is no classifier."""
     result = dict(result)
     for suffix in ("", "_real"):
         if shares := result.get(f"digits{suffix}"):
             result[f"rarest_digit{suffix}"] = min(shares)
             result[f"commonest_digit{suffix}"] = max(shares)
-    head = f"{result['samples']:,} samples, as many real images:"
+    head = f"{result['samples']:,} samples, as many images of {dataset}:"
     print(f"{head:50}{'samples':>10}{'real':>10}")
     for name, text in MEASURES.items():
         if name in result:

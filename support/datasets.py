@@ -143,7 +143,7 @@ def read_folder(folder, size=math.inf):
 
     Raises:
         ValueError: there is no folder or no PNG in it, it holds the grids of a run, or a PNG is
-            unreadable, has another size than the first one, has transparent pixels, or is animated.
+            unreadable, has another size than the first one, or has transparent pixels.
     """
     path("evaluate", folder)
     pngs, left_out = [], []
@@ -207,14 +207,9 @@ def read_png(file):
     from PIL import Image
 
     try:
-        if not file.is_file():  # opening a pipe would wait forever
-            raise OSError("a broken link, or not a regular file")
         with Image.open(file, formats=["PNG"]) as image:
             image.verify()  # the checksums, which reading pixels ignores
         with Image.open(file, formats=["PNG"]) as image:
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1:
-                raise OSError(f"an animation of {frames} frames; save it as a single picture")
             pixels = np.array(in_8_bits(image).convert("RGBA"))
             pixels = torch.from_numpy(pixels).permute(2, 0, 1)
             if pixels[3].min() < 255:

@@ -20,15 +20,18 @@ from support.machine import check_memory
 def has_labels(dataset):
     """Whether a data set has labels. A folder that is not here, where a model came from, may."""
     folder = os.path.expanduser(str(dataset))
-    return dataset in DATASETS or not os.path.isdir(folder) or len(list_images(folder)[0]) > 1
+    try:
+        return dataset in DATASETS or not os.path.isdir(folder) or len(list_images(folder)[0]) > 1
+    except ValueError:  # `load_data` says it, where the images are needed
+        return True
 
 
 def list_images(folder):
     """The images of a folder: files with the extension of a format that Pillow reads.
 
-    Subfolders are labels, and what lies deeper belongs to them. `train` and `test` above them are
-    the splits where both are there. Else the last tenth of each label, at least one image, is the
-    test split. Names alone decide, and nothing hidden counts.
+    Subfolders are labels, and what lies deeper belongs to them. `train` and `test`, or `val`, above
+    them are the splits where both are there. Else the last tenth of each label, at least one image,
+    is the test split. Names alone decide, and nothing hidden counts.
 
     Returns:
         Names of the labels, sorted, or [""] if fewer than two subfolders have training images; the
@@ -55,9 +58,12 @@ def list_images(folder):
     parts = [[file for file in files if formats.get(file.suffix.lower()) in Image.OPEN]]
     if not parts[0]:
         refuse("no image is in it; expected some, as .png or .jpg")
-    split = {"train", "test"} <= {file.parts[0] for file in parts[0] if len(file.parts) > 1}
+    tops = {file.parts[0] for file in parts[0] if len(file.parts) > 1}
+    tests = [top for top in ("test", "val", "valid", "validation") if top in tops]
+    split = "train" in tops and bool(tests)
     if split:
-        parts = [[file for file in parts[0] if file.parts[0] == top] for top in ("train", "test")]
+        tops = "train", tests[0]
+        parts = [[file for file in parts[0] if file.parts[0] == top] for top in tops]
     names = sorted({*map(label, parts[0])} - {""})
     if len(names) < 2:
         names, label = [""], lambda file: ""

@@ -161,14 +161,15 @@ class EventLog:
 
     def add_hparams(self, values, part="."):
         """The constants of the run, or of a part, and which measures compare it: HParams."""
-        from torch.utils.tensorboard.summary import hparams
+        with warning_if_it_fails("TensorBoard's log"):
+            from torch.utils.tensorboard.summary import hparams
 
-        plain = {
-            name: value if type(value) in (int, float) else printable(value)
-            for name, value in values.items()
-        }
-        for summary in hparams(plain, {f"final/{name}": 0 for name in FINAL})[:2]:
-            self.add("summary", summary, part=part)  # the third would say "finished"
+            plain = {
+                name: value if type(value) in (int, float) else printable(value)
+                for name, value in values.items()
+            }
+            for summary in hparams(plain, {f"final/{name}": 0 for name in FINAL})[:2]:
+                self.add("summary", summary, part=part)  # the third would say "finished"
 
     def close(self):
         """Write what is left, and close the files."""
@@ -290,7 +291,7 @@ def write_final(config, ddpm, images, frames, test_loss):
         with warning_if_it_fails("writing a picture"):  # the folder of another person
             path = unused(make_folder(Path(config.save_dir) / "samples") / "final.png")
             write_grid(images, path, events, "final", ddpm.info["step"])
-            write_denoising(ddpm, frames, unused(path.with_name("denoising.gif")))
+            write_denoising(frames, unused(path.with_name("denoising.gif")))
             print(f"samples: {path}")
 
 
@@ -305,7 +306,7 @@ def report(config, measured, known, info=None, own=True):
         own: whether the run's own constants drew them; else they are a part of their own there.
     """
     result, pairs, accuracy = measured
-    print_measures(result, accuracy)  # first, in case that a file cannot be written
+    print_measures(result, accuracy, config.dataset)  # first, in case that a file cannot be written
     pairs = pairs.float() / 127.5 - 1
     save_dir, name = Path(config.save_dir), ""
     everything = {"dataset": config.dataset, "classifier_accuracy": accuracy, **known, **result}

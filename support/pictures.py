@@ -16,7 +16,6 @@ from support.files import make_folder, unused, whole_file
 
 COLUMNS, ROWS = 10, 10  # of a film: images in a row; rows
 MOST_PIXELS, FRAMES, LAST_TIME = 400, 32, 2000  # width and height; frames; ms of the last frame
-SEED = 987_654_321  # of the noise between two steps; another than that of a run
 LIMIT = 1_000_000  # largest size of a film, in bytes
 # levels of grey, tried in turn until a film fits; those of the last frame
 LEVELS, LAST_LEVELS = (16, 8, 7, 6, 5, 4, 3, 2), 64
@@ -73,25 +72,27 @@ def plot_losses(config, progress, path):
         figure.savefig(partial, dpi=120, format="png")
 
 
-def watch(walk, timesteps):
-    """Run a `DDPM.walk` through timesteps to its end, with a progress bar at a terminal.
+def watch(noise, walk, steps):
+    """Run a `DDPM.walk` of so many steps to its end, with a progress bar at a terminal.
 
     Returns:
-        The images, (N, C, H, W), and at most FRAMES pairs (t, x_t) on the way, for
-        `write_denoising`, of the first images: grey, (at most 100, 1, H, W).
+        The images, (N, C, H, W), and for `write_denoising` the noise and at most FRAMES of the x_t,
+        of the first images: grey, (at most 100, 1, H, W).
     """
-    steps, frames = len(timesteps), []
-    walk = tqdm(walk, total=steps, disable=None, leave=False)
-    for left, t, (_, xt) in zip(reversed(range(steps)), [*timesteps[1:], -1], walk):
+    frames = [noise]
+    for left, (_, xt) in zip(reversed(range(steps)), tqdm(walk, total=steps, disable=None)):
         if left % math.ceil(steps / FRAMES) == 0:
-            frames.append((t, xt[: COLUMNS * ROWS].mean(dim=1, keepdim=True).cpu()))
-    return xt, frames
+            frames.append(xt)
+    return xt, [x[: COLUMNS * ROWS].mean(dim=1, keepdim=True).cpu() for x in frames]
 
 
-def write_denoising(ddpm, frames, path, limit=LIMIT):
+def write_denoising(frames, path, limit=LIMIT):
     """A GIF of noise that becomes images, of at most `limit` bytes; `frames` are `watch`'s."""
+    from torchvision.utils import make_grid
+
     with warning_if_it_fails("writing a picture"):
-        _write_film(_denoising(ddpm, frames), path, limit)
+        grids = [make_grid((x + 1) / 2, nrow=COLUMNS)[0].clamp(0, 1) for x in frames]
+        _write_film(grids, path, limit)
 
 
 def write_training_film(folder):
@@ -115,38 +116,6 @@ def _size(path):
     """Width and height of a picture."""
     with Image.open(path) as picture:
         return picture.size
-
-
-def _denoising(ddpm, frames):
-    """Noise that becomes images, as grey grids. The first is noise, the last the images.
-
-    They are evenly spaced in the angle arccos(sqrt(alpha_bar)), so that most show how the images
-    emerge. Between two steps they are drawn from q(x_u | x_s, x_t), which makes a film of few steps
-    smooth; the noise, from q(x_T | x_s).
-    """
-    from torchvision.utils import make_grid
-
-    times = torch.tensor([t for t, _ in frames], device=ddpm.device)
-    alpha_bar = ddpm.alpha_bar(times).flatten().tolist()
-    noisiest = ddpm.alphas_cumprod[-1].item()
-    angles = [math.acos(math.sqrt(value)) for value in (noisiest, *alpha_bar)]
-    generator, grids = torch.Generator().manual_seed(SEED), []
-    after, before, x = 0, 0.0, 0.0
-    for angle in torch.linspace(angles[0], 0, FRAMES, dtype=torch.float64).tolist():
-        while angles[after + 1] > angle:
-            x, before, after = frames[after][1], alpha_bar[after], after + 1
-        now, clean = math.cos(angle) ** 2, frames[after][1]
-        a, b = now / alpha_bar[after], before / now  # alpha_bar of u seen from s, of t seen from u
-        variance = max(0.0, (1 - a) * (1 - b) / (1 - a * b))
-        noise = torch.randn(clean.shape, generator=generator)
-        x = (  # DDPM eq. 7, with x_s in place of x_0
-            math.sqrt(a) * (1 - b) / (1 - a * b) * clean
-            + math.sqrt(b) * (1 - a) / (1 - a * b) * x
-            + math.sqrt(variance) * noise
-        )
-        grids.append(make_grid((x + 1) / 2, nrow=COLUMNS)[0].clamp(0, 1))
-        before = now
-    return grids
 
 
 def _write_film(frames, path, limit):

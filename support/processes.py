@@ -59,6 +59,8 @@ def check_device(device):
         )
     if launched() and device == "cuda" and not dist.is_nccl_available():
         raise ValueError("device 'cuda' for several processes: needs NCCL, which this torch lacks")
+    if launched() and device == "cuda":
+        torch.cuda.set_device(local_rank)  # else each would open the first card
     checks.device(device)
 
 
@@ -76,11 +78,9 @@ def joined(config):
     if not launched():
         yield
         return
-    cuda = config.device == "cuda"
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    backend = "cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo"
+    # a lost process is noticed by its connection; the first one may measure or draw for long
+    dist.init_process_group(backend, timeout=timedelta(days=1))
     stdout = sys.stdout
     try:
         if dist.get_rank():

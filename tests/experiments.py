@@ -114,11 +114,12 @@ def renew(folder, data_dir, root=ROOT):
     checkpoint.save_checkpoint(root / "assets" / "quick.pt", saved)
     ddpm = DDPM.load(root / "assets" / "quick.pt")
     n, generator = 6 * pictures.COLUMNS, torch.Generator(ddpm.device).manual_seed(0)
-    noise, timesteps = ddpm.draw_noise(n, generator), ddpm.timesteps(ddpm.sample_steps)
+    noise = ddpm.draw_noise(n, generator)
     y = ddpm.draw_classes(n, torch.arange(n, device=ddpm.device) % 10, generator)
-    walk = ddpm.walk(noise, timesteps, y, ddpm.sampler, None, ddpm.guidance_scale, generator)
-    _, frames = pictures.watch(walk, timesteps)
-    pictures.write_denoising(ddpm, frames, root / "images" / "denoising.gif", 600_000)
+    steps = pictures.FRAMES  # more than its own, for a smooth film
+    how = ddpm.sampler, None, ddpm.guidance_scale, generator
+    _, frames = pictures.watch(noise, ddpm.walk(noise, ddpm.timesteps(steps), y, *how), steps)
+    pictures.write_denoising(frames, root / "images" / "denoising.gif", 600_000)
     sizes = {"image_size": ddpm.image_size, "channels": ddpm.channels}
     x0, y = load_data("mnist", data_dir, **sizes)[1].batch(slice(3))
     film_strip(ddpm, x0, y, root / "images" / "process.png")

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 from conftest import configured
+from PIL import Image
 from tiny import FLAGS, refused, snapshot
 
 import train_eval
 from support import configurator
+from support.folders import has_labels
 
 SCRIPT = Path(train_eval.__file__)
 CONSTANTS = configured().read({})
@@ -198,9 +200,9 @@ def test_flags_are_of_every_kind():
     assert (config.evaluate, config.save_dir) == ("a folder", str(Path("~/x").expanduser()))
 
 
-def saved(*flags):
+def saved(*flags, script=str(SCRIPT)):
     """A run that began with these flags, on a machine with the device that they name."""
-    chosen = configured(*flags)
+    chosen = configured(*flags, script=script)
     script = chosen.read({"device": chosen.config.device})
     return {"config": dict(vars(chosen.config)), "script": configurator.values_of(script)}
 
@@ -209,6 +211,20 @@ def adopted(run, *flags, free=train_eval.FREE_TO_RESUME, script=str(SCRIPT)):
     """The config with which it goes on, on a CPU."""
     chosen = configured("--device", "cpu", "--save_dir", "here", *flags, script=script)
     return configurator.adopt(chosen, run, "here", free, train_eval.OF_THE_MACHINE)
+
+
+def test_a_folder_of_images_that_is_gone_is_no_edit(tmp_path):
+    (own := tmp_path / "own").mkdir()
+    script = edited(tmp_path, dataset=repr(str(own)))
+    saved("--sample", 1, script=script)  # an empty one is refused where its images are needed
+    for k in range(2):
+        Image.new("L", (9, 9)).save(own / f"{k}.png")
+    has_labels.cache_clear()
+    run = saved(script=script)
+    assert run["config"]["use_conditional_generation"] is False
+    own.rename(tmp_path / "gone")
+    has_labels.cache_clear()
+    assert adopted(run, script=script).use_conditional_generation is False
 
 
 BEGAN = ("--device", "cpu", "--epochs", "7", "--base_channels", "64", "--dropout", "0.2")

@@ -36,6 +36,10 @@ LAYOUTS = {  # files -> names of labels, test images, other files
         ["train/a/1.png", "train/b/x/1.png", "test/b/1.png", "val/a/1.png", "train/b/.2.png"],
         (["a", "b"], ["test/b/1.png"], ["val/a/1.png"]),
     ),
+    "train and val": (
+        ["train/a/1.png", "train/b/1.png", "val/b/1.png"],
+        ("ab", ["val/b/1.png"], []),
+    ),
     "train and test without labels": (
         ["train/1.png", "train/a/2.png", "test/c/1.png"],
         ([""], ["test/c/1.png"], []),
@@ -53,7 +57,7 @@ def test_names_alone_decide_labels_and_splits(tmp_path, files, expected):
     (tmp_path / "notes.txt").write_text("no image")
     names, train, test, others = list_images(str(tmp_path))
     found = names, [file.as_posix() for file, _ in test], [file.as_posix() for file in others]
-    assert found == (*expected[:2], ["notes.txt", *expected[2]])
+    assert found == ([*expected[0]], expected[1], ["notes.txt", *expected[2]])
     visible = {file for file in files if "/." not in f"/{file}"}
     assert {file.as_posix() for file, _ in train} == visible - {*found[1], *found[2]}
     for file, number in train + test:

@@ -183,9 +183,10 @@ def test_measures_stand_beside_the_constants_that_they_are_of(own, tmp_path):
 
 
 def test_the_table_shows_real_images_beside_and_names_what_is_missing(capsys):
-    console.print_measures(RESULT, 0.9955)
+    console.print_measures(RESULT, 0.9955, "mnist")
     text = " ".join(capsys.readouterr().out.split())
-    said = ["1,234 samples", "precision 0.500 0.750 ", "share of the rarest label 0.250 0.500 "]
+    said = ["1,234 samples, as many images of mnist", "precision 0.500 0.750 "]
+    said += ["share of the rarest label 0.250 0.500 "]
     said += ["of the classifier 0.900 ", "mnist-12345678, 99.55% test accuracy"]
     assert [words for words in said if words not in text] == []
     assert text.endswith("too few images: Fréchet distance to the test set, recall")

@@ -593,6 +593,11 @@ def test_ones_own_images_train_in_colour_and_are_measured(tmp_path, capsys, with
     out = capsys.readouterr().out
     told = "2 labels" if len(labels) > 1 else "no labels"
     assert f"72 images to train, 8 to test, {told}, 0.00 GB" in out
+    path.with_name("more.png").write_bytes(path.read_bytes())
+    with pytest.raises(SystemExit):
+        again(tmp_path, *flags, "--resume", "--epochs", 2)
+    assert "not the images that the run in" in capsys.readouterr().err
+    path.with_name("more.png").unlink()
     assert again(tmp_path, *flags, "--resume", "--epochs", 2) == 0, "the clusters asked for"
     capsys.readouterr()
     assert again(tmp_path, *data, "--evaluate") == 0
