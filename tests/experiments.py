@@ -66,8 +66,7 @@ TABLES = {  # question, columns, rows of (label, flags to train, flags to --eval
     + drawn("sde 6 1.2/1", SHORT, "labels alone, ")
     + drawn("sde 6 1.2/1", f"{SHORT} {FINER}", "250 clusters, "),
     "unlabelled": ["How good is the recipe without labels?", "frechet precision recall"]
-    + drawn("sde 6 1.1/1", NONE)
-    + drawn("sde 6 1.1", f"{NONE} {SHORT}", "a third of the time, "),
+    + drawn("sde 6 1.1/1", NONE),
     "schedules": ["Which schedule, at how many steps?", ALL]
     + drawn("sde 6/10/25 1.2", SHORT, "linear, ")
     + drawn("sde 6/10/25 1.2", f"{SHORT} --beta_schedule straight", "straight, "),

@@ -338,7 +338,7 @@ def test_an_evaluation_of_the_unet_in_bf16_mixes_no_devices(monkeypatch):
         ddpm.info = {"step": 0}
         assert train_eval.measure_and_draw(config, ddpm, images) == 0
         assert seen == {nn.Conv2d: torch.bfloat16, nn.GroupNorm: torch.float32}  # autocast's rule
-        assert shown[2].shape == (4, 3, 16, 16) and len(shown[3]) == 2  # images, frames
+        assert shown[2].shape == (4, 3, 16, 16) and len(shown[3]) == 3  # images, frames
         assert isinstance(train_eval.bits_per_dim(config, ddpm, images).total, float)
         samples, y = train_eval.draw(config, ddpm, 6, sampler="ddim", steps=2)
         assert samples.device.type == "cpu" and samples.dtype == torch.float32 and len(y) == 6

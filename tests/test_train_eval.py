@@ -618,7 +618,7 @@ def test_ones_own_images_train_in_colour_and_are_measured(tmp_path, capsys, with
             again(tmp_path, *data, "--sample", 1, "--digits", "1,2")
         else:
             run(*flags, "--dataset", tmp_path / "moved", "--use_conditional_generation")
-    words = "expected labels below 2" if len(labels) > 1 else "moved has no labels; expected"
+    words = "expected labels below 2" if len(labels) > 1 else "moved has no labels"
     assert words in capsys.readouterr().err
 
 
