@@ -52,14 +52,14 @@ def launched():
 def check_device(device):
     """ValueError for a device that cannot be used, or that the processes cannot share."""
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if launched() and device != "cpu" and (device != "cuda" or local_rank >= gpus):
-        raise ValueError(
-            f"device {device!r} for process {local_rank + 1} of this machine, which has {gpus} "
-            "GPUs: expected cuda, and at most one process a GPU, or cpu"
-        )
-    if launched() and device == "cuda" and not dist.is_nccl_available():
-        raise ValueError("device 'cuda' for several processes: needs NCCL, which this torch lacks")
-    if launched() and device == "cuda":
+    if launched() and device != "cpu":
+        if device != "cuda" or local_rank >= gpus:
+            raise ValueError(
+                f"device {device!r} for process {local_rank + 1} of this machine, which has {gpus} "
+                "GPUs: expected cuda, and at most one process a GPU, or cpu"
+            )
+        if not dist.is_nccl_available():
+            raise ValueError("device 'cuda' for several processes: needs NCCL; this torch has none")
         torch.cuda.set_device(local_rank)  # else each would open the first card
     checks.device(device)
 

@@ -175,13 +175,13 @@ def test_a_signal_to_any_process_is_for_all(alone, flags, tmp_path):
 @pytest.mark.parametrize(
     "rank, function, error, status, words",
     [
-        (0, "RunFolder", ValueError("in use"), 2, "error: in use"),
-        (0, "save_last", OSError(28, "full"), 1, "full; what was saved before is whole"),
-        (1, "load_data", ValueError("damaged"), 2, "error: damaged"),
+        (0, "train_eval.RunFolder", ValueError("in use"), 2, "error: in use"),
+        (0, "support.checkpoint.save_last", OSError(28, "full"), 1, "full; what was saved before"),
+        (1, "train_eval.load_data", ValueError("damaged"), 2, "error: damaged"),
     ],
 )
 def test_an_error_of_one_process_ends_all(flags, tmp_path, rank, function, error, status, words):
-    patch = (at_call, f"train_eval.{function}", 1, error)
+    patch = (at_call, function, 1, error)
     done = run(2, tmp_path, *flags, patches={rank: [patch]})
     assert [end for end, _, _ in done] == [status if k == rank else 1 for k in (0, 1)], done
     lines = [error_lines(err) for _, _, err in done]
