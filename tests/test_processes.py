@@ -300,6 +300,11 @@ def test_gpus_that_cannot_be_shared_are_refused(monkeypatch):
         words = f"device '{device}' for process 2 of this machine, which has 1 GPUs: expected"
         refused(partial(processes.check_device, device), words)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(processes.dist, "is_nccl_available", lambda: False)
-    refused(partial(processes.check_device, "cuda"), "device 'cuda'", "needs NCCL")
-    processes.check_device("cpu")
+    asked = []
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(processes.checks, "device", asked.append)
+    for nccl, words in ((False, "needs NCCL"), (True, None)):
+        monkeypatch.setattr(processes.dist, "is_nccl_available", lambda nccl=nccl: nccl)
+        call = partial(processes.check_device, "cuda")
+        refused(call, "device 'cuda'", words) if words else call()
+    assert asked == [1, "cuda"], "each opens its own card first"
