@@ -14,16 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.checks import path
+from support.checks import path, refuse
 from support.files import one_line, printable
 
 # Names of classes in torchvision.datasets, and, but for CIFAR-10, of the folders of their files.
 DATASETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 DATASETS |= {"cifar10": "CIFAR10"}
-FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte") + (
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+FILES = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+FILES += "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 CIFAR_FILES = (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch", "batches.meta")
 MNIST = Path(__file__).parent.parent / "assets" / "mnist.tar.xz"  # assets/README.md has its source
 DOWNLOAD_TIMEOUT = 10  # seconds without a byte before a download is given up
@@ -134,12 +132,11 @@ def read_folder(folder, size=math.inf):
     """Read all PNGs of a folder and its subfolders, sorted by path; hidden ones are left out.
 
     Each PNG becomes the RGB picture that a person sees. 16 bits become 8: grey levels are rounded,
-    v / 257, and for colours Pillow keeps the high byte. Links to folders are not followed. Larger
-    pictures are resized to `size` pixels of height and width, so that many fit the memory.
+    v / 257, and for colours Pillow keeps the high byte. Larger pictures are resized to `size`
+    pixels of height and width, so that many fit the memory.
 
     Returns:
-        The images, uint8, (N, 3, H, W), and a sorted list of the relative paths of what was left
-        out: files that are not PNGs, and links to folders.
+        The images, uint8, (N, 3, H, W), and a sorted list of the relative paths of other files.
 
     Raises:
         ValueError: there is no folder or no PNG in it, it holds the grids of a run, or a PNG is
@@ -147,22 +144,17 @@ def read_folder(folder, size=math.inf):
     """
     path("evaluate", folder)
     pngs, left_out = [], []
-    for here, folders, files in walk(folder) if os.path.isdir(folder) else ():
-        links = [name for name in folders if os.path.islink(os.path.join(here, name))]
-        for name in files + links:
-            kept = name in files and name.lower().endswith(".png")
-            (pngs if kept else left_out).append(Path(here, name).relative_to(folder))
-    if not pngs:
-        found = "there is no such folder" if not os.path.exists(folder) else "it is a file"
-        found = "no PNG is in it" if os.path.isdir(folder) else found
-        raise ValueError(
-            f"evaluate {str(folder)!r}: expected a folder of PNGs, one per image; {found}"
+    for here, _, files in walk(folder) if os.path.isdir(folder) else ():
+        for name in files:
+            kept = pngs if name.lower().endswith(".png") else left_out
+            kept.append(Path(here, name).relative_to(folder))
+    grids = any(png.name in ("real.png", "final.png") for png in pngs)
+    if not pngs or grids:
+        found = (
+            "it holds the grids of a run" if grids else "there is no such folder, or no PNG in it"
         )
+        refuse("evaluate", str(folder), f"a folder of PNGs, one for each image; {found}")
     pngs.sort(key=lambda png: png.parts)
-    if any(png.name in ("real.png", "final.png") for png in pngs):
-        raise ValueError(
-            f"evaluate {str(folder)!r}: holds the grids of a run; expected a PNG for each image"
-        )
     images, shape = [], None
     for png in pngs:
         image = read_png(Path(folder, png))
@@ -181,13 +173,13 @@ def read_folder(folder, size=math.inf):
     return torch.stack(images), sorted(map(Path.as_posix, left_out))
 
 
-def walk(folder, links=False):
+def walk(folder):
     """`os.walk` without what is hidden, and a ValueError for what cannot be read."""
 
-    def refuse(error):
+    def unreadable(error):
         raise ValueError(f"{printable(error.filename)}: not a readable folder ({one_line(error)})")
 
-    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=links):
+    for here, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield here, folders, [name for name in files if not name.startswith(".")]
 

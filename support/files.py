@@ -14,9 +14,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-RUN_FILES = ("last.pt", "last.previous.pt", "best_model.pt", "loss_curve.png", "samples") + (
-    "evaluation*.json",
-)
+RUN_FILES = "last*.pt", "best_model.pt", "loss_curve.png", "samples", "evaluation*.json"
 PATIENCE = 5  # seconds in which a rename that is refused is tried again
 
 

@@ -52,7 +52,7 @@ def list_images(folder):
     if not os.path.isdir(folder):
         refuse(f"expected {', '.join(DATASETS)} or a folder of images")
     formats, files = Image.registered_extensions(), []
-    for here, _, names in walk(folder, links=True):
+    for here, _, names in walk(folder):
         files += [Path(os.path.relpath(here, folder), name) for name in names]
     files.sort(key=lambda file: file.parts)
     parts = [[file for file in files if formats.get(file.suffix.lower()) in Image.OPEN]]

@@ -64,10 +64,7 @@ def _watch_others(done, pause=1.0):
 
 
 def _core_seconds():
-    """Seconds of the cores' work for all programs, those for this process, and the time.
-
-    None if /proc is hidden.
-    """
+    """Seconds of work of all cores, those for this process, and the time; None without /proc."""
     try:
         with open("/proc/stat") as file:
             user, nice, system = map(int, file.readline().split()[1:4])
