@@ -460,6 +460,7 @@ FAULTS = {
         "png-with-wrong-checksum-taken": ("image.verify()", "pass"),
     },
     "support/folders.py | folders": {
+        "val-taken-for-a-label": ('"test", "val", "valid"', '"test", "valid"'),
         "labels-by-the-deepest-folder": ("return file.parts[split] if", "return file.parts[-2] if"),
         "last-image-of-a-label-in-training-too": ("parts[0] += group[:-last]", "parts[0] += group"),
         "labels-in-order-without-the-shuffle": (
@@ -472,6 +473,7 @@ FAULTS = {
         "last-channel-not-looked-at": ("(part == part[:, :1])", "(part[:, 1] == part[:, 0])"),
     },
     "train_eval.py | train_eval | own_images": {
+        "changed-images-resumed": ('if progress["data"] != data:', "if False:"),
         "clusters-asked-for-not-kept": (
             "    labels = train_images.num_labels if",
             "        config.num_clusters = len(shares[0])\n    labels = train_images.num_labels if",
@@ -585,6 +587,7 @@ FAULTS = {
             "if config.preview_steps > config.num_timesteps:",
             "if False:",
         ),
+        "folder-that-is-gone-an-edit": ("chosen.read(then | {name", "chosen.read({name"),
         "flags-without-meaning-taken": ("sorted(chosen.given - chosen.names(used))", "[]"),
         "exit-status-of-a-mistake": ("SystemExit(2) from None", "SystemExit(1) from None"),
         "edit-in-the-script-ignored-on-resume": ("in edited | flags.keys()", "in flags.keys()"),
@@ -651,6 +654,9 @@ FAULTS = {
     },
     "support/machine.py | diffusion | without_dropout": {
         "parts-not-put-back-into-training-mode": ("part.training = mode", "pass"),
+    },
+    "support/processes.py | processes | gpus": {
+        "all-processes-on-the-first-card": ("torch.cuda.set_device(local_rank)", "pass"),
     },
     "support/processes.py | processes | shares_and_parts or each_chunk or each_process": {
         "share-of-a-rank-shifted-by-one": (
