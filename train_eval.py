@@ -113,7 +113,7 @@ timestep_spacing: SPACINGS = "trailing"  # timesteps of a short sampler; linspac
 # 1 is no guidance; larger values give clearer, less varied digits
 guidance_scale: float = (1.2 if use_conditional_generation else 1.1) if quick and labelled else 1.0
 num_samples: int = 100  # images in a grid
-preview_steps: int = 5 if quick and dataset == "mnist" else 20  # those of grids during training
+preview_steps: int = 5 if quick and dataset == "mnist" else 20  # steps of grids in training
 
 # evaluation
 eval_samples: int = 2000 if quick else 10_000  # images that --evaluate draws and measures
