@@ -77,7 +77,7 @@ num_timesteps: int = 1000  # steps from image to noise
 beta_schedule: BETA_SCHEDULES = "linear"  # how the noise grows
 prediction: PREDICTIONS = "x0" if quick else "eps"  # the noise eps, the velocity v or x0
 # assumed error of a predicted x0, beside x_t; less leaves less grain in greys; 0: no x_t
-skip_std: float = (0.2 if dataset == "mnist" else 0.05) if prediction == "x0" else 0.0
+skip_std: float = (0.2 if dataset == "mnist" else 0.1) if prediction == "x0" else 0.0
 loss: LOSSES = "mse"  # mse or l1 between prediction and truth, or vlb, the variational bound
 target_references: int = 4096 if quick and loss == "mse" else 0  # images that average the target
 variance: VARIANCES = "fixed_small"  # of a reverse step; learned adds 0.001 of the bound

@@ -68,8 +68,8 @@ TABLES = {  # question, columns, rows of (label, flags to train, flags to --eval
     "unlabelled": ["How good is the recipe without labels?", "frechet precision recall"]
     + drawn("sde 6 1.1/1", NONE),
     "schedules": ["Which schedule, at how many steps?", ALL]
-    + drawn("sde 6/10/25 1.2", SHORT, "linear, ")
-    + drawn("sde 6/10/25 1.2", f"{SHORT} --beta_schedule straight", "straight, "),
+    + drawn("sde 6/10 1.2", SHORT, "linear, ")
+    + drawn("sde 6/10 1.2", f"{SHORT} --beta_schedule straight", "straight, "),
     "samplers": ["Which sampler?", ALL, *drawn("ddpm 25 1, ddim 10/25 1, dpm++ 6 1, sde 4/5 1")],
     "ddpm1000": ["Do DDPM's 1000 steps pay?", ALL, *drawn("ddpm 1000 1, sde 6 1")],
     "likelihood": ["How many bits?", "bits_per_dim", ("no flags", "", "")]

@@ -106,7 +106,7 @@ FOLLOWS = {  # flags: what follows from them on any device
     "quick --loss vlb": dict(target_references=0, timestep_sampling="uniform"),
     "quick --variance learned": dict(timestep_sampling="uniform", target_references=4096),
     NO_LABELS: dict(num_clusters=256, timestep_std=0.8, guidance_scale=1.1, sample_steps=6),
-    "quick --dataset kmnist": dict(sample_steps=25, preview_steps=20, skip_std=0.05),
+    "quick --dataset kmnist": dict(sample_steps=25, preview_steps=20, skip_std=0.1),
     f"{NO_LABELS} --num_clusters 0": dict(sample_steps=25, timestep_std=0.6, guidance_scale=1),
 }
 
