@@ -299,9 +299,9 @@ def measure(classifier, samples, train, test, labels=None):
     `precision` and `recall` need at least 4 samples.
 
     Most figures come a second time, as `NAME_real`, for real images in place of the samples: the
-    mean of up to DRAWS sets of equally many images of `train`. The classifier has
-    learned from these, so unseen images would measure slightly worse. `nearest_real` and
-    `nearest_1st_real` alone are of test images.
+    mean of up to DRAWS sets of equally many images of `train`. The classifier has learned from
+    these, so unseen images would measure slightly worse. `nearest_real` and `nearest_1st_real`
+    alone are of test images.
 
     Args:
         classifier: its features are compared; without one, None, no figure needs features.

@@ -221,19 +221,18 @@ def prepare(config, script, saved=None):
         "timesteps": make_timesteps(config.timestep_sampling, *spread),
         "stats": monitor.RunningStats(config),
     }
-    data = [len(train_images), train_images.images.sum(dtype=torch.int64).item()]
     log = time.strftime("%Y-%m-%d_%H-%M-%S")
-    progress = {"step": 0, "data": data, "best_loss": math.inf, "log": log}
+    progress = {"step": 0, "images": len(train_images), "best_loss": math.inf, "log": log}
     progress |= {f"{name}_curve": [] for name in ("train", "test", "fixed", "frechet")}
     if saved is not None:
         checkpoint.restore(config, parts, progress, saved)
         saved.clear()  # gigabytes, for the reference
     choosing, measuring = split_test(test_images)
     steps_per_epoch = math.ceil(len(train_images) / config.batch_size)
-    if progress["data"] != data:
+    if progress["images"] != len(train_images):
         raise ValueError(
-            f"dataset {config.dataset}: not the images that the run in {config.save_dir} began "
-            "with; bring them back, or start another run in another --save_dir"
+            f"dataset {config.dataset}: {len(train_images)} images, but the run in "
+            f"{config.save_dir} began with {progress['images']}; expected the same images"
         )
     if progress["step"] > steps_per_epoch * config.epochs:
         raise ValueError(

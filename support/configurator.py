@@ -205,7 +205,7 @@ def check_together(config):
         expected = f"at most num_timesteps {config.num_timesteps}"
         checks.refuse("preview_steps", config.preview_steps, expected)
     if config.digits and not config.use_conditional_generation:
-        checks.refuse("digits", config.digits, "(): the model was trained without labels")
+        checks.refuse("digits", config.digits, "none: the model was trained without labels")
     if config.use_conditional_generation and not has_labels(config.dataset):
         expected = f"False, or two subfolders of images or more: {config.dataset} has no labels"
         checks.refuse("use_conditional_generation", True, expected)

@@ -174,6 +174,8 @@ class RunFolder:
                 "or name another --save_dir"
             )
         self.lock = file
+        with suppress(OSError):  # of another person, who has done this
+            os.chmod(file.name, 0o666)  # who may write the folder may use it
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n")

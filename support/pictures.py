@@ -79,8 +79,8 @@ def watch(noise, walk, steps):
         The images, (N, C, H, W), and for `write_denoising` the noise and at most FRAMES of the x_t,
         of the first images: grey, (at most 100, 1, H, W).
     """
-    frames = [noise]
-    for left, (_, xt) in zip(reversed(range(steps)), tqdm(walk, total=steps, disable=None)):
+    frames, bar = [noise], tqdm(walk, total=steps, disable=None, leave=False)
+    for left, (_, xt) in zip(reversed(range(steps)), bar):
         if left % math.ceil(steps / FRAMES) == 0:
             frames.append(xt)
     return xt, [x[: COLUMNS * ROWS].mean(dim=1, keepdim=True).cpu() for x in frames]

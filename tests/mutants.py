@@ -473,7 +473,7 @@ FAULTS = {
         "last-channel-not-looked-at": ("(part == part[:, :1])", "(part[:, 1] == part[:, 0])"),
     },
     "train_eval.py | train_eval | own_images": {
-        "changed-images-resumed": ('if progress["data"] != data:', "if False:"),
+        "changed-images-resumed": ('if progress["images"] != len(train_images):', "if False:"),
         "clusters-asked-for-not-kept": (
             "    labels = train_images.num_labels if",
             "        config.num_clusters = len(shares[0])\n    labels = train_images.num_labels if",

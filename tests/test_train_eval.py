@@ -596,7 +596,7 @@ def test_ones_own_images_train_in_colour_and_are_measured(tmp_path, capsys, with
     path.with_name("more.png").write_bytes(path.read_bytes())
     with pytest.raises(SystemExit):
         again(tmp_path, *flags, "--resume", "--epochs", 2)
-    assert "not the images that the run in" in capsys.readouterr().err
+    assert "73 images, but the run in" in capsys.readouterr().err
     path.with_name("more.png").unlink()
     assert again(tmp_path, *flags, "--resume", "--epochs", 2) == 0, "the clusters asked for"
     capsys.readouterr()
