@@ -78,7 +78,8 @@ beta_schedule: BETA_SCHEDULES = "linear"  # how the noise grows
 prediction: PREDICTIONS = "x0" if quick else "eps"  # the noise eps, the velocity v or x0
 # assumed error of a predicted x0, beside x_t; less leaves less grain in greys; 0: no x_t
 skip_std: float = (0.2 if dataset == "mnist" else 0.1) if prediction == "x0" else 0.0
-loss: LOSSES = "mse"  # mse or l1 between prediction and truth, or vlb, the variational bound
+# mse or l1 between prediction and truth, or the variational bound, vlb or clipped-vlb
+loss: LOSSES = "mse"
 target_references: int = 4096 if quick and loss == "mse" else 0  # images that average the target
 variance: VARIANCES = "fixed_small"  # of a reverse step; learned adds 0.001 of the bound
 zero_terminal_snr: bool = False  # end the schedule in pure noise; only for prediction v and x0
@@ -91,7 +92,7 @@ batch_size: int = 16  # images per step, of all processes together
 learning_rate: float = 1e-3 if quick else 1e-4  # peak learning rate of AdamW
 warmup_steps: int = 100 if quick else 0  # steps to rise to the peak; at most a tenth of the run
 grad_accumulation: int = 1  # parts that a batch is computed in, one by one, for less memory
-bound: shorthand = loss == "vlb" or variance == "learned"
+bound: shorthand = loss not in ("mse", "l1") or variance == "learned"
 # which timesteps training sees; logit-normal sees more of the middle
 timestep_sampling: TIMESTEP_SAMPLINGS = "logit-normal" if quick and not bound else "uniform"
 # how widely logit-normal spreads

@@ -223,6 +223,11 @@ FAULTS = {
         "vlb-not-times-timesteps": ("bound_weight * self.num_timesteps *", "bound_weight *"),
     },
     "diffusion.py | diffusion": {
+        "clipped-bound-not-clipped": (' == "clipped-vlb"', ' == "clipped"'),
+        "clipping-stops-the-gradient": (
+            "predicted + (predicted.clamp(-1, 1) - predicted).detach()",
+            "predicted.clamp(-1, 1)",
+        ),
         "labels-mostly-dropped": (
             "torch.where(drawn < self.label_dropout",
             "torch.where(drawn > self.label_dropout",

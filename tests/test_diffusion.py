@@ -9,6 +9,7 @@ import torch
 from tiny import MEAN, STD, gaussian, refused, same, tiny_ddpm, tiny_unet, truth
 
 from diffusion import DDPM, SAMPLERS, SETTINGS
+from likelihood import bound_term
 from process import PREDICTIONS
 from unet import UNet
 
@@ -89,6 +90,22 @@ def test_the_hybrid_loss_moves_the_mean_as_the_simple_loss_and_the_variance_as_t
     assert torch.equal(of_hybrid[:, :1], of_simple[:, :1])
     torch.testing.assert_close(of_hybrid[:, 1:], 0.001 * of_bound[:, 1:])
     assert (of_bound.flatten(2).abs().sum(2) > 0).all()
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sign", [1, -1], ids=["right", "wrong"])
+def test_the_clipped_bound_clips_as_bits_per_dim_does_and_mends_a_wrong_black(sign, prediction):
+    """For black and white images, of predictions beyond what is right, or beyond its opposite."""
+    (x0, eps), t = batch(), torch.full((4,), 3)
+    x0 = x0.sign()
+    ddpm = own(lambda *_: output, prediction=prediction, loss="clipped-vlb")
+    xt, beyond = ddpm.q_sample(x0, t, eps), 1.5 * sign * x0
+    output = ddpm.target(beyond, ddpm.eps_from_x0(beyond, xt, t), t).requires_grad_()
+    losses = ddpm.losses(x0, None, t, eps)
+    expected = 10 * bound_term(ddpm, x0, xt, t, sign * x0)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    moves = torch.autograd.grad(losses.sum(), output)[0].abs() > 1e-3
+    assert moves.all() if sign < 0 else not moves.any()
 
 
 # two labels, then two clusters of each, of which one is empty
