@@ -444,15 +444,23 @@ def save_best(run, value):
 
 @torch.no_grad()
 def test_loss(config, ddpm, images):
-    """Mean loss with plain targets, by labels, with the same noise and t each time."""
+    """Mean loss with plain targets, by labels, with the same noise and t each time.
+
+    Of the bound it is four terms of each image, chosen as `--evaluate` does: a single one, times
+    `num_timesteps`, is mostly chance.
+    """
     n, order = len(images), torch.Generator().manual_seed(0)
     t = (torch.arange(n) * config.num_timesteps // n)[torch.randperm(n, generator=order)]
 
     def losses(part, seed):
         x0, y = images.batch(part)
-        eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0.device)
         labels = y if config.use_conditional_generation else None
         with autocast(config), machine.evaluating(ddpm):
+            if LOSSES[config.loss][0] is None:
+                generator = torch.Generator(ddpm.device).manual_seed(seed)
+                terms = min(4, config.num_timesteps)
+                return likelihood.bound_terms(ddpm, x0, labels, terms, generator)[0].sum(dim=0)
+            eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0.device)
             return ddpm.losses(x0, labels, t[part].to(x0.device), eps)
 
     return in_chunks(n, 0, losses, size=64).double().mean().item()  # faster on a CPU than 256
