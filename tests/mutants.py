@@ -548,9 +548,10 @@ FAULTS = {
             'with watch.doing("evaluating"):',
         ),
         "test-loss-with-dropout": (
-            "machine.evaluating(ddpm):\n            return ddpm.losses(",
-            "torch.no_grad():\n            return ddpm.losses(",
+            "machine.evaluating(ddpm):\n            if LOSSES",
+            "torch.no_grad():\n            if LOSSES",
         ),
+        "test-loss-of-the-bound-by-one-term": ("LOSSES[config.loss][0] is None", "False"),
         "grids-with-new-noise-each-time": ("labels, seed=seed, **how", "labels, seed=None, **how"),
     },
     "train_eval.py | train_eval | one_command or shorter or samples_become": {

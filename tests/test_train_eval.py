@@ -14,7 +14,7 @@ import torch
 from conftest import configured
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import FLAGS, OwnNetwork, same
+from tiny import FLAGS, OwnNetwork, gaussian, same
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
@@ -393,6 +393,15 @@ def test_the_test_loss_is_a_mean_over_images_with_the_same_noise_each_time(flags
     assert abs(eps.std() - 1) < 0.05 and len(eps.flatten(1)[:, 0].unique()) == 100
 
 
+def test_for_the_bound_the_test_loss_is_an_estimate_of_bits_per_dim():
+    config = configured(*FLAGS, *UNLABELLED, "--loss", "vlb").config
+    pixels = (torch.randn(1000, 1, 8, 8) * 12.75 + 165.75).round().byte()
+    ddpm = gaussian(prediction="x0", loss="vlb", num_timesteps=20)
+    images = Images("mnist", pixels, torch.zeros(1000, dtype=torch.int64), channels=1)
+    bits = ddpm.bits_per_dim(images.batch(slice(None))[0]).total
+    assert train_eval.test_loss(config, ddpm, images) == pytest.approx(bits, rel=0.01)
+
+
 def test_samples_are_of_the_digits_in_turn_and_of_the_same_noise_each_time():
     config, asked = configured("--device", "cpu", "--seed", 7).config, []
 
@@ -555,7 +564,7 @@ def test_ones_own_network_trains_and_is_measured(data_flags, tmp_path, monkeypat
 
 
 OPTIONS = {
-    "reference": "--recipe reference --channels 3 --bf16 --no-use_scheduler --loss vlb "
+    "reference": "--recipe reference --channels 3 --bf16 --no-use_scheduler --loss clipped-vlb "
     "--no-use_compile",
     "clusters": " ".join(CLUSTERS) + " --prediction v --loss l1 --beta_schedule cosine "
     "--zero_terminal_snr --grad_clip 0 --ema_update_rate 3 --sampler ddim",
