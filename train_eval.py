@@ -446,7 +446,7 @@ def save_best(run, value):
 def test_loss(config, ddpm, images):
     """Mean loss with plain targets, by labels, with the same noise and t each time.
 
-    Of the bound it is four terms of each image, chosen as `--evaluate` does: a single one, times
+    Of the bound it is eight terms of each image, chosen as `--evaluate` does: a single one, times
     `num_timesteps`, is mostly chance.
     """
     n, order = len(images), torch.Generator().manual_seed(0)
@@ -458,7 +458,7 @@ def test_loss(config, ddpm, images):
         with autocast(config), machine.evaluating(ddpm):
             if LOSSES[config.loss][0] is None:
                 generator = torch.Generator(ddpm.device).manual_seed(seed)
-                terms = min(4, config.num_timesteps)
+                terms = min(8, config.num_timesteps)
                 return likelihood.bound_terms(ddpm, x0, labels, terms, generator)[0].sum(dim=0)
             eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0.device)
             return ddpm.losses(x0, labels, t[part].to(x0.device), eps)
