@@ -103,7 +103,7 @@ FOLLOWS = {  # flags: what follows from them on any device
     "reference": REFERENCE,
     "quick": dict(prediction="x0", target_references=4096, num_clusters=0, guidance_scale=1.2),
     "quick --loss l1": dict(target_references=0, timestep_sampling="logit-normal"),
-    "quick --loss vlb": dict(target_references=0, timestep_sampling="uniform"),
+    "quick --loss clipped-vlb": dict(target_references=0, timestep_sampling="uniform"),
     "quick --variance learned": dict(timestep_sampling="uniform", target_references=4096),
     NO_LABELS: dict(num_clusters=256, timestep_std=0.8, guidance_scale=1.1, sample_steps=6),
     "quick --dataset kmnist": dict(sample_steps=25, preview_steps=20, skip_std=0.1),

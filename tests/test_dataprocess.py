@@ -128,9 +128,7 @@ def test_augmentation_shifts_a_pixel_turns_five_degrees_and_scales_five_percent_
     assert (torch.corrcoef(found) - torch.eye(4)).abs().max() < 0.2
 
 
-def test_augmentation_keeps_the_range_and_the_black_background():
-    white = augment(torch.full((400, 1, 32, 32), 255.0))
-    assert white.max() == 255 and white.min() >= 0 and (white[..., 4:-4, 4:-4] > 254.9).all()
+def test_augmentation_keeps_the_black_background():
     black = Images("mnist", torch.zeros(9, 1, 8, 8).byte(), torch.zeros(9).long(), augment=True)
     assert (black.batch(slice(None))[0] == -1).all()
 
