@@ -19,7 +19,7 @@ from unet import UNet
 # The error between prediction and truth, and the weight of the bound: beside the error it trains a
 # learned variance (lambda of Improved DDPM eq. 16), without it the mean too.
 LOSSES = {"mse": (torch.square, 0.001), "l1": (torch.abs, 0.001)}
-LOSSES |= {"vlb": (None, 1.0), "clipped-vlb": (None, 1.0)}
+LOSSES |= dict.fromkeys(("vlb", "clipped-vlb"), (None, 1.0))
 # Share of DDPM's noise (eta), and order of the step.
 SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2), "sde-dpm++": (1.0, 2)}
 BATCH = 256  # images that the network sees at once in sampling, which limits the memory
@@ -34,8 +34,7 @@ class Denoiser(GaussianProcess):
             means 'no label'. With a learned variance it returns twice the channels.
         image_size: height and width of the images, in pixels.
         channels: channels of the images.
-        loss: 'mse' or 'l1' between prediction and truth, or the variational bound: 'vlb' or
-            'clipped-vlb'.
+        loss: 'mse', 'l1', 'vlb' or 'clipped-vlb', see `losses`.
         min_snr_gamma: cap on the SNR that weights 'mse' (2303.09556); 0 turns the weights off.
         label_dropout: share of the labels that training leaves out, which guidance needs.
         class_shares: of a network that knows clusters: how often an image is in each, a row of
@@ -127,7 +126,7 @@ class Denoiser(GaussianProcess):
         bound: the hybrid loss (Improved DDPM eq. 16). 'vlb' is one term of the bound times
         `num_timesteps`: its mean over uniform timesteps is the bound in bits per dimension, without
         the prior term, which is a constant. 'clipped-vlb' clips the predicted x0 to [-1, 1], as
-        `bits_per_dim` does: a prediction beyond black is then exactly black, at no loss.
+        `bits_per_dim` does: a prediction below -1 then counts as black, one above 1 as white.
 
         `candidates` is for 'mse': a tuple of images that may be behind x_t, (M, C, H, W) or grey
         (M, 1, H, W), and the classes of all of them, or None. The target becomes their mean, which
@@ -154,7 +153,7 @@ class Denoiser(GaussianProcess):
             output = output.detach()  # the bound trains the variance alone
         if error is None or self.variance == "learned":
             predicted = self.x0_from_output(output, xt, t)
-            if self.loss == "clipped-vlb":  # the gradient passes, or a wrong black would stay black
+            if self.loss == "clipped-vlb":  # but not the gradient: a wrong black would stay
                 predicted = predicted + (predicted.clamp(-1, 1) - predicted).detach()
             bound = likelihood.bound_term(self, x0, xt, t, predicted, variance_fraction)
             losses = losses + bound_weight * self.num_timesteps * bound

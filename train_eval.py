@@ -81,7 +81,7 @@ skip_std: float = (0.2 if dataset == "mnist" else 0.1) if prediction == "x0" els
 # mse or l1 between prediction and truth, or the variational bound, vlb or clipped-vlb
 loss: LOSSES = "mse"
 target_references: int = 4096 if quick and loss == "mse" else 0  # images that average the target
-variance: VARIANCES = "fixed_small"  # of a reverse step; learned adds 0.001 of the bound
+variance: VARIANCES = "fixed_small"  # of a reverse step; learned adds 0.001 of the bound to mse, l1
 zero_terminal_snr: bool = False  # end the schedule in pure noise; only for prediction v and x0
 min_snr_gamma: float = 0.0  # cap on the SNR that weights the mse loss; 5 is usual, 0 is off
 label_dropout: float = 0.1  # share of the labels that training leaves out, for guidance
@@ -92,7 +92,7 @@ batch_size: int = 16  # images per step, of all processes together
 learning_rate: float = 1e-3 if quick else 1e-4  # peak learning rate of AdamW
 warmup_steps: int = 100 if quick else 0  # steps to rise to the peak; at most a tenth of the run
 grad_accumulation: int = 1  # parts that a batch is computed in, one by one, for less memory
-bound: shorthand = loss not in ("mse", "l1") or variance == "learned"
+bound: shorthand = loss in ("vlb", "clipped-vlb") or variance == "learned"
 # which timesteps training sees; logit-normal sees more of the middle
 timestep_sampling: TIMESTEP_SAMPLINGS = "logit-normal" if quick and not bound else "uniform"
 # how widely logit-normal spreads
@@ -107,12 +107,13 @@ ema_update_rate: int = 1  # steps between updates of the averaged weights
 
 # sampling
 labelled: shorthand = use_conditional_generation or num_clusters > 0
+guided: shorthand = quick and labelled and label_dropout != 0
 sampler: SAMPLERS = "sde-dpm++" if quick else "ddpm"  # of final grids; others use sde-dpm++
 # sampling steps; six are enough for digits of a network that is told what they are
 sample_steps: int = (6 if labelled and dataset == "mnist" else 25) if quick else 1000
 timestep_spacing: SPACINGS = "trailing"  # timesteps of a short sampler; linspace goes down to 0
 # 1 is no guidance; larger values give clearer, less varied digits
-guidance_scale: float = (1.2 if use_conditional_generation else 1.1) if quick and labelled else 1.0
+guidance_scale: float = (1.2 if use_conditional_generation else 1.1) if guided else 1.0
 num_samples: int = 100  # images in a grid
 preview_steps: int = 5 if quick and dataset == "mnist" else 20  # steps of grids in training
 
@@ -446,8 +447,8 @@ def save_best(run, value):
 def test_loss(config, ddpm, images):
     """Mean loss with plain targets, by labels, with the same noise and t each time.
 
-    Of the bound it is eight terms of each image, chosen as `--evaluate` does: a single one, times
-    `num_timesteps`, is mostly chance.
+    For both losses of the bound: that of `bits_per_dim`, x0 clipped, by eight terms of each image.
+    One term, times `num_timesteps`, would be mostly chance.
     """
     n, order = len(images), torch.Generator().manual_seed(0)
     t = (torch.arange(n) * config.num_timesteps // n)[torch.randperm(n, generator=order)]

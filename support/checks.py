@@ -150,8 +150,8 @@ def denoiser(ddpm, losses):
         if labels + sum(map(len, ddpm.class_shares)) != ddpm.num_classes:
             expected = f"a row of numbers for each label, as {ddpm.num_classes} classes have"
             refuse("class_shares", ddpm.class_shares, expected)
-        if labels and not 0 < ddpm.label_dropout < 1:
-            expected = "between 0 and 1: a half of it learns the label without its clusters"
+        if not 0 < ddpm.label_dropout < 1:
+            expected = "between 0 and 1: a part of it learns to go without clusters"
             refuse("label_dropout", ddpm.label_dropout, expected)
 
 

@@ -218,7 +218,7 @@ def check_together(config):
     if config.target_references and config.loss != "mse":
         expected = f"0 with loss {config.loss!r}, not 'mse'"
         checks.refuse("target_references", config.target_references, expected)
-    bound = config.loss not in ("mse", "l1") or config.variance == "learned"
+    bound = config.loss in ("vlb", "clipped-vlb") or config.variance == "learned"
     if config.timestep_sampling == "logit-normal" and bound:  # it would weigh the bound's terms
         expected = f"another one with loss {config.loss!r} and variance {config.variance!r}"
         checks.refuse("timestep_sampling", "logit-normal", expected)

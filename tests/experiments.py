@@ -41,9 +41,11 @@ SLOW, NONE = "--adam_beta2 0.999", "--no-use_conditional_generation"
 USUAL = "--num_clusters 0 --no-adaptive_norm --timestep_sampling uniform --target_references 0 "
 USUAL += f"--warmup_steps 0 --prediction v --beta_schedule cosine {SLOW}"
 BOUND = f"{USUAL} --learning_rate 2e-3 {SHORT}"
-GREY = f"--channels 1 --image_size 28 --channel_mult 1,4 --attention_resolutions 7 {NONE} {SHORT} "
-GREY += "--num_clusters 0 --prediction v --beta_schedule cosine --target_references 0"
+GREY = f"--channels 1 --image_size 28 --channel_mult 1,4 --attention_resolutions 7 {NONE} "
+GREY += "--num_clusters 0 --target_references 0 --prediction v --beta_schedule cosine "
+GREY += "--variance learned"
 GREY_BOUND = "--bound_images 10000 --bound_terms 10 --eval_samples 500"
+BOUNDS, CODE = ("mse", "vlb", "clipped-vlb"), "--loss clipped-vlb --num_timesteps 4000"
 
 
 def drawn(ways, training="", label=""):
@@ -57,6 +59,7 @@ def drawn(ways, training="", label=""):
 
 TABLES = {  # question, columns, rows of (label, flags to train, flags to --evaluate)
     "default": ["How good is it, by steps?", ALL, *drawn("sde 6 1.2/1.1/1")],
+    "longer": ["Does a longer run pay?", ALL, *drawn("sde 6 1.2/1.1/1", "--epochs 6")],
     "time_to_quality": ["How good is a run of 1 to 15 minutes?", ALL]
     + [(f"{minutes} min, `{flags or 'no flags'}`", flags, "") for minutes, flags in LENGTHS],
     "skip": ["What does the skip give?", f"{ALL} bits_per_dim"]
@@ -74,9 +77,11 @@ TABLES = {  # question, columns, rows of (label, flags to train, flags to --eval
     "ddpm1000": ["Do DDPM's 1000 steps pay?", ALL, *drawn("ddpm 1000 1, sde 6 1")],
     "likelihood": ["How many bits?", "bits_per_dim", ("no flags", "", "")]
     + [("`--skip_std 0`", "--skip_std 0", ""), ("`--variance fixed_small`", BOUND, "")]
-    + [("`--variance learned`", f"{BOUND} --variance learned", "")],
+    + [("`--variance learned`", f"{BOUND} --variance learned", "")]
+    + [("the same, `--loss clipped-vlb`", f"{BOUND} --variance learned --loss clipped-vlb", "")],
     "grey28": ["How many bits does a grey image of 28x28 take?", "bits_per_dim"]
-    + [("`--variance learned`", f"{GREY} --variance learned", GREY_BOUND)],
+    + [(f"`--loss {loss}`", f"{GREY} {SHORT} --loss {loss}", GREY_BOUND) for loss in BOUNDS]
+    + [("the last, 4000 timesteps, a whole run", f"{GREY} {CODE}", GREY_BOUND)],
 }
 
 

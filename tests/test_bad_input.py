@@ -220,7 +220,7 @@ TOGETHER = [  # what does not fit together, or is just beyond a limit
     (partial(tiny_ddpm, guidance_scale=2), "guidance_scale 2: expected 1", "unconditional"),
     (partial(tiny_ddpm, class_shares=[[1]]), "class_shares [[1]]: expected", "None classes"),
     (partial(NEW, class_shares=[[1, 1]] * 2), "class_shares [[1, 1], [1, 1]]: exp", "3 classes"),
-    (partial(FINER, class_shares=[[1], [1]], label_dropout=0), "label_dropout 0: expected between"),
+    (partial(FINER, class_shares=[[1] * 4], label_dropout=0), "label_dropout 0: expected between"),
     (partial(MIX, start=3), "start 3: expected nothing"),
     (partial(NEW, skip_std=0.1), "skip_std 0.1: expected 0 with prediction 'eps', not 'x0'"),
     (partial(TIMESTEPS, sampling="logit-normal", std=0), "timestep_std 0: expected above 0"),

@@ -103,8 +103,9 @@ FOLLOWS = {  # flags: what follows from them on any device
     "reference": REFERENCE,
     "quick": dict(prediction="x0", target_references=4096, num_clusters=0, guidance_scale=1.2),
     "quick --loss l1": dict(target_references=0, timestep_sampling="logit-normal"),
-    "quick --loss clipped-vlb": dict(target_references=0, timestep_sampling="uniform"),
+    "quick --label_dropout 0": dict(guidance_scale=1, sample_steps=6),
     "quick --variance learned": dict(timestep_sampling="uniform", target_references=4096),
+    "quick --loss clipped-vlb": dict(target_references=0, timestep_sampling="uniform"),
     NO_LABELS: dict(num_clusters=256, timestep_std=0.8, guidance_scale=1.1, sample_steps=6),
     "quick --dataset kmnist": dict(sample_steps=25, preview_steps=20, skip_std=0.1),
     f"{NO_LABELS} --num_clusters 0": dict(sample_steps=25, timestep_std=0.6, guidance_scale=1),
@@ -178,7 +179,7 @@ BAD_FLAGS = {
     "--preview_steps 21": "preview_steps 21: expected at most num_timesteps 20",
     "--use_compile --compile_mode reduce-overhead --grad_accumulation 2": "expected 1 with comp",
     "--loss l1": "target_references 32: expected 0 with loss 'l1'",
-    "--loss vlb --target_references 0 --timestep_sampling logit-normal": "with loss 'vlb'",
+    "--loss clipped-vlb --target_references 0 --timestep_sampling logit-normal": "'clipped-vlb'",
 }
 
 
