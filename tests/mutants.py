@@ -570,7 +570,11 @@ FAULTS = {
             "measure_and_draw(run.config, run.ddpm, run.choosing_images,",
         ),
     },
+    "train_eval.py | configurator | decide_those_below": {
+        "guided-by-a-class-never-trained": ("labelled and label_dropout != 0", "labelled"),
+    },
     "support/checks.py | bad_input": {
+        "clusters-never-left-out": ("if not 0 < ddpm.label_dropout < 1:", "if False:"),
         "bound-of-augmented-images": ("if off > 255 *", "if False and off > 255 *"),
         "infinite-number-taken": ("not size <= sys.float_info.max or not low", "not low"),
         "unknown-name-taken": ("not isinstance(value, str) or value not in choices", "False"),
