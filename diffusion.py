@@ -153,7 +153,7 @@ class Denoiser(GaussianProcess):
             output = output.detach()  # the bound trains the variance alone
         if error is None or self.variance == "learned":
             predicted = self.x0_from_output(output, xt, t)
-            if self.loss == "clipped-vlb":  # but not the gradient: a wrong black would stay
+            if self.loss == "clipped-vlb":  # the gradient passes, or a wrong black would stay
                 predicted = predicted + (predicted.clamp(-1, 1) - predicted).detach()
             bound = likelihood.bound_term(self, x0, xt, t, predicted, variance_fraction)
             losses = losses + bound_weight * self.num_timesteps * bound

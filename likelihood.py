@@ -49,7 +49,7 @@ def bound_terms(ddpm, x0, y=None, terms=None, generator=None):
     bits, errors = [prior_term(ddpm, x0)], []
     for low, high in _intervals(ddpm.num_timesteps, terms):
         t = torch.randint(low, high, (len(x0),), generator=generator, device=ddpm.device)
-        eps = torch.randn(x0.shape, generator=generator, device=ddpm.device, dtype=x0.dtype)
+        eps = torch.randn(x0.shape, generator=generator, device=ddpm.device)
         xt = ddpm.q_sample(x0, t, eps)
         predicted, _, variance_fraction = ddpm.denoise(xt, t, y)
         term = bound_term(ddpm, x0, xt, t, predicted, variance_fraction)
