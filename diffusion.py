@@ -153,8 +153,11 @@ class Denoiser(GaussianProcess):
             output = output.detach()  # the bound trains the variance alone
         if error is None or self.variance == "learned":
             predicted = self.x0_from_output(output, xt, t)
-            if self.loss == "clipped-vlb":  # the gradient passes, or a wrong black would stay
-                predicted = predicted + (predicted.clamp(-1, 1) - predicted).detach()
+            if self.loss == "clipped-vlb":
+                # the gradient passes, or a wrong black would stay; but a right one is not driven on
+                clipped = predicted.clamp(-1, 1)
+                passing = predicted + (clipped - predicted).detach()
+                predicted = torch.where(clipped == x0, clipped, passing)
             bound = likelihood.bound_term(self, x0, xt, t, predicted, variance_fraction)
             losses = losses + bound_weight * self.num_timesteps * bound
         return losses

@@ -224,10 +224,8 @@ FAULTS = {
     },
     "diffusion.py | diffusion": {
         "clipped-bound-not-clipped": (' == "clipped-vlb"', ' == "clipped"'),
-        "clipping-stops-the-gradient": (
-            "predicted + (predicted.clamp(-1, 1) - predicted).detach()",
-            "predicted.clamp(-1, 1)",
-        ),
+        "clipping-stops-the-gradient": ("clipped, passing)", "clipped, clipped)"),
+        "a-right-black-is-driven-on": ("== x0, clipped,", "== x0, passing,"),
         "labels-mostly-dropped": (
             "torch.where(drawn < self.label_dropout",
             "torch.where(drawn > self.label_dropout",

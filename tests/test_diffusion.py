@@ -95,7 +95,7 @@ def test_the_hybrid_loss_moves_the_mean_as_the_simple_loss_and_the_variance_as_t
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("sign", [1, -1], ids=["right", "wrong"])
 def test_the_clipped_bound_clips_as_bits_per_dim_does_and_mends_a_wrong_black(sign, prediction):
-    (x0, eps), t = batch(), torch.full((4,), 3)
+    (x0, eps), t = batch(), torch.arange(4)
     x0 = x0.sign()  # black or white; the prediction goes beyond that, or beyond the opposite
     ddpm = own(lambda *_: output, prediction=prediction, loss="clipped-vlb")
     xt, beyond = ddpm.q_sample(x0, t, eps), 1.5 * sign * x0
