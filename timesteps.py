@@ -57,9 +57,10 @@ class LogitNormalSampler(UniformSampler):
 class ImportanceSampler(nn.Module):
     """Timesteps in proportion to the root mean square of their losses (Improved DDPM eq. 18).
 
-    It remembers ten losses of each timestep. It draws uniformly until it has them all, and also if
-    all are zero. One draw in a thousand stays uniform, so that no timestep is ever left out. The
-    losses times the weights have the same mean as under uniform draws. It has no use for `std`.
+    It remembers ten losses of each timestep. It draws uniformly until it has them all, about 25
+    draws for each timestep, and also if all are zero. One draw in a thousand stays uniform, so that
+    no timestep is ever left out. The losses times the weights have the same mean as under uniform
+    draws. It has no use for `std`.
     """
 
     HISTORY = 10
