@@ -563,6 +563,7 @@ FAULTS = {
     "train_eval.py | train_eval | evaluation_measures or samples_become": {
         "evaluation-ignores-its-spacing": (', "timestep_spacing"):', "):"),
         "sampling-flags-unchecked": ("checks.ddpm(ddpm, SAMPLERS)", "pass"),
+        "bound-of-all-test-images": ("images.split(config.bound_images)[0]", "images"),
         "test-loss-of-the-images-that-choose": (
             "measure_and_draw(run.config, run.ddpm, run.measuring_images,",
             "measure_and_draw(run.config, run.ddpm, run.choosing_images,",
