@@ -549,7 +549,7 @@ FAULTS = {
             "machine.evaluating(ddpm):\n            if LOSSES",
             "torch.no_grad():\n            if LOSSES",
         ),
-        "test-loss-of-the-bound-by-one-term": ("LOSSES[config.loss][0] is None", "False"),
+        "test-loss-of-the-bound-by-one-term": (" " * 8 + "if LOSSES", " " * 8 + "if 0 and LOSSES"),
         "grids-with-new-noise-each-time": ("labels, seed=seed, **how", "labels, seed=None, **how"),
     },
     "train_eval.py | train_eval | one_command or shorter or samples_become": {
@@ -560,7 +560,7 @@ FAULTS = {
         ),
         "digits-that-were-asked-for-ignored": ("config.digits or range", "range"),
     },
-    "train_eval.py | train_eval | evaluation_measures or samples_become": {
+    "train_eval.py | train_eval | evaluation_measures or samples_become or other_options": {
         "evaluation-ignores-its-spacing": (', "timestep_spacing"):', "):"),
         "sampling-flags-unchecked": ("checks.ddpm(ddpm, SAMPLERS)", "pass"),
         "bound-of-all-test-images": ("images.split(config.bound_images)[0]", "images"),
