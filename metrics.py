@@ -9,6 +9,7 @@ in a PNG, so a model and a folder of PNGs are measured in the same way.
 import hashlib
 import math
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -80,11 +81,8 @@ class Classifier(nn.Module):
         checks.pictures("images", images)
         self.eval()
         device = self.head.weight.device
-        parts = [
-            self.body(_prepared(batch.to(device), self.channels))
-            for batch in images.split(batch_size)
-        ]
-        features = torch.cat(parts)
+        batches = (_prepared(part.to(device), self.channels) for part in images.split(batch_size))
+        features = torch.cat([self.body(batch) for batch in batches])
         return features.cpu().double(), self.head(features).cpu().double().softmax(dim=1)
 
     def accuracy(self, images, labels):
@@ -112,26 +110,17 @@ def train_classifier(images, labels, *, seed=0, device="cpu", epochs=5, progress
         classifier = Classifier(int(labels.max()) + 1, channels).to(device).train()
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=rate, fused=True)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 2))
-        with tqdm(
-            total=epochs * len(images),
-            unit="img",
-            desc="classifier",
-            disable=not progress,
-            leave=False,
-        ) as bar:
-            for _ in range(epochs):
-                for index in torch.randperm(len(images)).split(batch_size):
-                    if len(index) == 1:
-                        continue  # BatchNorm needs two images
-                    x = torch.cat([distort(part) for part in images[index].to(device).split(8)])
-                    loss = F.cross_entropy(
-                        classifier.head(classifier.body(x)), labels[index].to(device)
-                    )
-                    loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    scheduler.step()
-                    bar.update(len(index))
+        shuffles = (torch.randperm(len(images)).split(batch_size) for _ in range(epochs))
+        batches = chain.from_iterable(shuffles)
+        for index in tqdm(batches, "classifier", steps, leave=False, disable=not progress):
+            if len(index) == 1:
+                continue  # BatchNorm needs two images
+            x = torch.cat([distort(part) for part in images[index].to(device).split(8)])
+            logits = classifier.head(classifier.body(x))
+            F.cross_entropy(logits, labels[index].to(device)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
     return classifier.eval()
 
 

@@ -138,6 +138,11 @@ class GaussianProcess(nn.Module):
         """alphas_cumprod at timesteps from -1 (where it is 1), (N,) -> float64, (N, 1, 1, 1)."""
         return torch.where(t < 0, 1.0, self.alphas_cumprod[t.clamp(min=0)])[:, None, None, None]
 
+    def snr(self, t):
+        """The signal-to-noise ratio of x_t, (N,) -> float64, (N, 1, 1, 1)."""
+        alpha_bar = self.alpha_bar(t)
+        return alpha_bar / (1 - alpha_bar)
+
     # The forward process and its posteriors
 
     def q_sample(self, x0, t, eps):
@@ -223,15 +228,12 @@ class GaussianProcess(nn.Module):
 
     def eps_from_x0(self, x0, xt, t):
         """The eps with q_sample(x0, t, eps) = x_t, (N, C, H, W) (DDPM eq. 4, solved for eps)."""
-        alpha_bar = self.alpha_bar(t)
-        noise_to_signal = (alpha_bar / (1 - alpha_bar)).sqrt()
-        return times(1 / (1 - alpha_bar).sqrt(), xt) - times(noise_to_signal, x0)
+        return times(1 / (1 - self.alpha_bar(t)).sqrt(), xt) - times(self.snr(t).sqrt(), x0)
 
     def min_snr_weight(self, t, gamma):
         """Loss weights, (N,): an error becomes min(SNR, gamma) times x0's (2303.09556 sec. 3.4)."""
-        alpha_bar = self.alphas_cumprod[t]
-        snr = alpha_bar / (1 - alpha_bar)
-        of_x0, of_eps = PREDICTIONS[self.prediction](alpha_bar)
+        snr = self.snr(t)[:, 0, 0, 0]
+        of_x0, of_eps = PREDICTIONS[self.prediction](self.alphas_cumprod[t])
         error = (of_x0 - of_eps * snr.sqrt()) ** 2  # of the output, divided by that of its x0
         return snr.clamp(max=gamma) / error
 

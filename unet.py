@@ -129,8 +129,7 @@ class UNet(nn.Module):
         """
         embedding = self.time_embedding(t)
         if self.label_embedding is not None:
-            if y is None:
-                y = torch.full_like(t, self.num_classes)
+            y = torch.full_like(t, self.num_classes) if y is None else y
             embedding = embedding + self.label_embedding(y)
         embedding = F.silu(embedding)
 
@@ -260,9 +259,8 @@ def _check(config):
             checks.refuse(name, config[name], "a tuple of whole numbers")
         for value in config[name]:
             checks.whole(name, value)
-    for name in ("image_size", "channels", "base_channels", "num_res_blocks", "time_emb_dim"):
-        checks.whole(name, config[name])
-    for name in ("patch_size", "num_heads"):
+    sizes = "image_size channels base_channels num_res_blocks time_emb_dim patch_size num_heads"
+    for name in sizes.split():
         checks.whole(name, config[name])
     for name in ("num_classes", "out_channels"):
         if config[name] is not None:
@@ -285,10 +283,8 @@ def _check(config):
     resolutions = [config["image_size"] // patch_size // 2**level for level in range(levels)]
     for resolution in config["attention_resolutions"]:
         if resolution not in resolutions:
-            heights = ", ".join(map(str, resolutions))
-            checks.refuse(
-                "attention_resolutions", resolution, f"heights of feature maps: {heights}"
-            )
+            expected = f"heights of feature maps: {', '.join(map(str, resolutions))}"
+            checks.refuse("attention_resolutions", resolution, expected)
     for mult, resolution in zip(config["channel_mult"], resolutions):
         width = config["base_channels"] * mult
         attention = resolution in (*config["attention_resolutions"], resolutions[-1])

