@@ -20,14 +20,14 @@ from unet import UNet
 # learned variance (lambda of Improved DDPM eq. 16), without it the mean too.
 LOSSES = {"mse": (torch.square, 0.001), "l1": (torch.abs, 0.001)}
 LOSSES |= dict.fromkeys(("vlb", "clipped-vlb"), (None, 1.0))
-CLEAN_WEIGHT = 0.2  # of the squared error in units of the noise, beside 1 of the simple loss
+CLEAN_WEIGHT = 0.2  # of the squared error in units of the noise, which a skip adds to 'mse'
 # Share of DDPM's noise (eta), and order of the step.
 SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2), "sde-dpm++": (1.0, 2)}
 BATCH = 256  # images that the network sees at once in sampling, which limits the memory
 
 
 def clipped(x0, true):
-    """x0 in [-1, 1]. A wrong black has a gradient, or it would stay; a right one is left alone."""
+    """x0 in [-1, 1]. The gradient ignores the clip where it is wrong: a wrong black is mended."""
     inside = x0.clamp(-1, 1)
     return torch.where(inside == true, inside, x0 + (inside - x0).detach())
 
@@ -130,11 +130,12 @@ class Denoiser(GaussianProcess):
         """The loss of each image, (N,), at timestep t, (N,), with noise eps, (N, C, H, W).
 
         'mse' and 'l1' are the simple loss (DDPM eq. 14). A learned variance adds 0.001 of the
-        bound: the hybrid loss (Improved DDPM eq. 16). A skip adds the error of the clipped x0 in
-        units of the noise, as the bound counts it. 'vlb' is one term of the bound times
-        `num_timesteps`: its mean over uniform timesteps is the bound in bits per dimension, without
-        the constant prior term. 'clipped-vlb' clips the predicted x0 to [-1, 1], as
-        `bits_per_dim` does: a prediction below -1 then counts as black, one above 1 as white.
+        bound: the hybrid loss (Improved DDPM eq. 16). A skip adds CLEAN_WEIGHT of the squared error
+        of the clipped x0 in units of the noise to 'mse', if it has no other weights (min-SNR).
+        'vlb' is one term of the bound times `num_timesteps`: its mean over uniform timesteps is the
+        bound in bits per dimension, without the constant prior term. 'clipped-vlb' clips the
+        predicted x0 to [-1, 1], as `bits_per_dim` does: below -1 it counts as black, above 1 as
+        white.
 
         `candidates` is for 'mse': a tuple of images that may be behind x_t, (M, C, H, W) or grey
         (M, 1, H, W), and the classes of all of them, or None. The target becomes their mean, which
@@ -158,10 +159,9 @@ class Denoiser(GaussianProcess):
             losses = error(output - target).flatten(1).mean(dim=1)
             if self.min_snr_gamma:
                 losses = losses * self.min_snr_weight(t, self.min_snr_gamma).to(losses.dtype)
-            elif self.skip_std:
-                off = clipped(output, target) - target
-                off = times((CLEAN_WEIGHT * self.snr(t)).sqrt(), off)
-                losses = losses + error(off).flatten(1).mean(dim=1)
+            elif self.skip_std and self.loss == "mse":  # the output is x0
+                off = times((CLEAN_WEIGHT * self.snr(t)).sqrt(), clipped(output, target) - target)
+                losses = losses + off.square().flatten(1).mean(dim=1)
             output = output.detach()  # the bound trains the variance alone
         if error is None or self.variance == "learned":
             predicted = self.x0_from_output(output, xt, t)

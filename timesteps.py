@@ -43,7 +43,7 @@ class LogitNormalSampler(UniformSampler):
     """Mostly timesteps from the middle, where strokes take shape (2403.03206 sec. 3.1).
 
     t/T is the sigmoid of N(0, std^2). That hardly ever draws the clean end, which decides most of
-    the likelihood, so one draw in fifty has an even log(t + 1). The weights are 1, so the loss
+    the likelihood, so one in fifty is drawn evenly in log(t + 1). The weights are 1, so the loss
     counts the middle more. Do not use it with the variational bound.
     """
 

@@ -380,17 +380,17 @@ def test_half_of_the_dropped_clusters_become_their_label():
     assert (ddpm.drop_labels(torch.full((9,), 6)) == 6).all()  # 'no label' stays so
 
 
-@pytest.mark.parametrize("loss, power", [("mse", 2), ("l1", 1)])
-def test_the_skip_is_in_every_prediction_and_its_noise_in_the_loss(loss, power):
-    ddpm = own(lambda xt, t, y: 0 * xt + 0.5, prediction="x0", skip_std=0.2, loss=loss)
+@pytest.mark.parametrize("loss", ["mse", "l1", "min-SNR"])
+def test_the_skip_is_in_every_prediction_and_its_noise_in_the_loss(loss):
+    settings = dict(min_snr_gamma=1e9) if loss == "min-SNR" else dict(loss=loss)
+    ddpm = own(lambda xt, t, y: 0 * xt + 0.5, prediction="x0", skip_std=0.2, **settings)
     (x0, eps), t = batch(2), torch.tensor([0, 5])
-    xt = ddpm.q_sample(x0, t, eps)
+    xt, snr = ddpm.q_sample(x0, t, eps), ddpm.snr(t).float()
     expected = ddpm.with_skip(torch.full_like(xt, 0.5), xt, t)
     assert torch.equal(ddpm.predict(xt, t)[0], expected.clamp(-1, 1))
-    noise = (1 / ddpm.alpha_bar(t) - 1).sqrt().float()  # of x_t / sqrt(alpha_bar)
-    errors = [expected - x0, 0.2**0.5 * (expected.clamp(-1, 1) - x0) / noise]
-    errors = sum(error.abs().pow(power).mean((1, 2, 3)) for error in errors)
-    torch.testing.assert_close(ddpm.losses(x0, None, t, eps), errors)
+    error, clipped = expected - x0, expected.clamp(-1, 1) - x0
+    true = {"l1": error.abs(), "min-SNR": snr * error**2, "mse": error**2 + 0.2 * snr * clipped**2}
+    torch.testing.assert_close(ddpm.losses(x0, None, t, eps), true[loss].mean((1, 2, 3)))
 
 
 def test_interpolation_mixes_two_noisy_images_and_denoises_the_mixture():
