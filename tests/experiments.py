@@ -78,7 +78,7 @@ TABLES = {  # question, columns, rows of (label, flags to train, flags to --eval
     "ddpm1000": ["Do DDPM's 1000 steps pay? (200 samples)", ALL]
     + [(*row, f"{how} --eval_samples 200") for *row, how in drawn("ddpm 1000 1, sde 6 1")],
     "likelihood": ["How many bits?", "bits_per_dim", ("no flags", "", "")]
-    + [("`--skip_std 0`", "--skip_std 0", ""), ("`--variance fixed_small`", BOUND, "")]
+    + [("`--variance fixed_small`", BOUND, "")]
     + [("`--variance learned`", f"{BOUND} --variance learned", "")],
     "grey28": ["How many bits does a grey image of 28x28 take?", "bits_per_dim"]
     + [("`--loss vlb`, 8,000 images", f"{GREY} {TINY} --loss vlb", FEW_TERMS)]
