@@ -20,7 +20,7 @@ from unet import UNet
 # learned variance (lambda of Improved DDPM eq. 16), without it the mean too.
 LOSSES = {"mse": (torch.square, 0.001), "l1": (torch.abs, 0.001)}
 LOSSES |= dict.fromkeys(("vlb", "clipped-vlb"), (None, 1.0))
-CLEAN_WEIGHT = 0.2  # of the squared error in units of the noise, which a skip adds to 'mse'
+CLEAN_WEIGHT = 5  # times skip_std^2: of the squared error in units of the noise, beside 'mse'
 # Share of DDPM's noise (eta), and order of the step.
 SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2), "sde-dpm++": (1.0, 2)}
 BATCH = 256  # images that the network sees at once in sampling, which limits the memory
@@ -130,12 +130,11 @@ class Denoiser(GaussianProcess):
         """The loss of each image, (N,), at timestep t, (N,), with noise eps, (N, C, H, W).
 
         'mse' and 'l1' are the simple loss (DDPM eq. 14). A learned variance adds 0.001 of the
-        bound: the hybrid loss (Improved DDPM eq. 16). A skip adds CLEAN_WEIGHT of the squared error
-        of the clipped x0 in units of the noise to 'mse', if it has no other weights (min-SNR).
-        'vlb' is one term of the bound times `num_timesteps`: its mean over uniform timesteps is the
-        bound in bits per dimension, without the constant prior term. 'clipped-vlb' clips the
-        predicted x0 to [-1, 1], as `bits_per_dim` does: below -1 it counts as black, above 1 as
-        white.
+        bound: the hybrid loss (Improved DDPM eq. 16). A skip adds the squared error of the
+        clipped x0, in units of the noise, to 'mse', if it has no other weights (min-SNR). 'vlb' is
+        one term of the bound times `num_timesteps`: its mean over uniform timesteps is the bound in
+        bits per dimension, without the constant prior term. 'clipped-vlb' clips x0 to [-1, 1], as
+        `bits_per_dim` does: below -1 it counts as black, above 1 as white.
 
         `candidates` is for 'mse': a tuple of images that may be behind x_t, (M, C, H, W) or grey
         (M, 1, H, W), and the classes of all of them, or None. The target becomes their mean, which
@@ -160,7 +159,8 @@ class Denoiser(GaussianProcess):
             if self.min_snr_gamma:
                 losses = losses * self.min_snr_weight(t, self.min_snr_gamma).to(losses.dtype)
             elif self.skip_std and self.loss == "mse":  # the output is x0
-                off = times((CLEAN_WEIGHT * self.snr(t)).sqrt(), clipped(output, target) - target)
+                weight = CLEAN_WEIGHT * self.skip_std**2 * self.snr(t)
+                off = times(weight.sqrt(), clipped(output, target) - target)
                 losses = losses + off.square().flatten(1).mean(dim=1)
             output = output.detach()  # the bound trains the variance alone
         if error is None or self.variance == "learned":

@@ -226,7 +226,7 @@ FAULTS = {
         "skip-not-clipped-in-training": ("clipped(output, target)", "output"),
         "clean-end-of-l1-too": ('elif self.skip_std and self.loss == "mse"', "elif self.skip_std"),
         "clean-end-beside-min-snr": ("elif self.skip_std and", "if self.skip_std and"),
-        "error-in-units-of-no-noise": ("(CLEAN_WEIGHT * self.snr(t)).sqrt()", "self.snr(t)"),
+        "error-in-units-of-no-noise": ("times(weight.sqrt(), clipped", "times(weight, clipped"),
         "labels-mostly-dropped": (
             "torch.where(drawn < self.label_dropout",
             "torch.where(drawn > self.label_dropout",
