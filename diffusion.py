@@ -20,7 +20,6 @@ from unet import UNet
 # learned variance (lambda of Improved DDPM eq. 16), without it the mean too.
 LOSSES = {"mse": (torch.square, 0.001), "l1": (torch.abs, 0.001)}
 LOSSES |= dict.fromkeys(("vlb", "clipped-vlb"), (None, 1.0))
-CLEAN_WEIGHT = 5  # times skip_std^2: of the squared error in units of the noise, beside 'mse'
 # Share of DDPM's noise (eta), and order of the step.
 SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2), "sde-dpm++": (1.0, 2)}
 BATCH = 256  # images that the network sees at once in sampling, which limits the memory
@@ -43,6 +42,7 @@ class Denoiser(GaussianProcess):
         channels: channels of the images.
         loss: 'mse', 'l1', 'vlb' or 'clipped-vlb', see `losses`.
         min_snr_gamma: cap on the SNR that weights 'mse' (2303.09556); 0 turns the weights off.
+        clean_weight: for 'mse' of 'x0': weight of the clean end's own error, see `losses`; 0: off.
         label_dropout: share of the labels that training leaves out, which guidance needs.
         class_shares: of a network that knows clusters: how often an image is in each, a row of
             numbers for each label, or a single row without labels. Its classes are the labels, then
@@ -58,6 +58,7 @@ class Denoiser(GaussianProcess):
         channels=3,
         loss="mse",
         min_snr_gamma=0.0,
+        clean_weight=0.0,
         label_dropout=0.1,
         class_shares=None,
         **settings,
@@ -69,6 +70,7 @@ class Denoiser(GaussianProcess):
         self.image_shape = channels, image_size, image_size
         self.loss = loss
         self.min_snr_gamma = min_snr_gamma
+        self.clean_weight = clean_weight
         self.label_dropout = label_dropout
         self.class_shares = class_shares
         self.outputs = 2 * channels if self.variance == "learned" else channels
@@ -130,11 +132,11 @@ class Denoiser(GaussianProcess):
         """The loss of each image, (N,), at timestep t, (N,), with noise eps, (N, C, H, W).
 
         'mse' and 'l1' are the simple loss (DDPM eq. 14). A learned variance adds 0.001 of the
-        bound: the hybrid loss (Improved DDPM eq. 16). A skip adds the squared error of the
-        clipped x0, in units of the noise, to 'mse', if it has no other weights (min-SNR). 'vlb' is
-        one term of the bound times `num_timesteps`: its mean over uniform timesteps is the bound in
-        bits per dimension, without the constant prior term. 'clipped-vlb' clips x0 to [-1, 1], as
-        `bits_per_dim` does: below -1 it counts as black, above 1 as white.
+        bound: the hybrid loss (Improved DDPM eq. 16). `clean_weight` adds to 'mse' so much of the
+        squared error of the clipped x0 in units of the noise. 'vlb' is one term of the bound times
+        `num_timesteps`: its mean over uniform timesteps is the bound in bits per dimension, without
+        the constant prior term. 'clipped-vlb' clips x0 to [-1, 1], as `bits_per_dim` does: below -1
+        it counts as black, above 1 as white.
 
         `candidates` is for 'mse': a tuple of images that may be behind x_t, (M, C, H, W) or grey
         (M, 1, H, W), and the classes of all of them, or None. The target becomes their mean, which
@@ -158,8 +160,8 @@ class Denoiser(GaussianProcess):
             losses = error(output - target).flatten(1).mean(dim=1)
             if self.min_snr_gamma:
                 losses = losses * self.min_snr_weight(t, self.min_snr_gamma).to(losses.dtype)
-            elif self.skip_std and self.loss == "mse":  # the output is x0
-                weight = CLEAN_WEIGHT * self.skip_std**2 * self.snr(t)
+            elif self.clean_weight:  # the output is x0
+                weight = self.clean_weight * self.snr(t)
                 off = times(weight.sqrt(), clipped(output, target) - target)
                 losses = losses + off.square().flatten(1).mean(dim=1)
             output = output.detach()  # the bound trains the variance alone

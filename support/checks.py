@@ -126,6 +126,9 @@ def denoiser(ddpm, losses):
     whole("image_size", ddpm.image_size)
     choice("loss", ddpm.loss, losses)
     number("min_snr_gamma", ddpm.min_snr_gamma, 0)
+    number("clean_weight", ddpm.clean_weight, 0)
+    if ddpm.clean_weight and (ddpm.loss, ddpm.prediction, ddpm.min_snr_gamma) != ("mse", "x0", 0):
+        refuse("clean_weight", ddpm.clean_weight, "0, or loss mse of x0 without min_snr_gamma")
     number("label_dropout", ddpm.label_dropout, 0, 1)
     if ddpm.min_snr_gamma and (ddpm.loss != "mse" or ddpm.zero_terminal_snr):
         expected = "0: the weights are for loss 'mse', and zero where zero_terminal_snr starts"

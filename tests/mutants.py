@@ -224,8 +224,7 @@ FAULTS = {
         "clipping-stops-the-gradient": ("x0 + (inside - x0).detach()", "inside"),
         "a-right-black-is-driven-on": ("inside == true, inside,", "inside != inside, inside,"),
         "skip-not-clipped-in-training": ("clipped(output, target)", "output"),
-        "clean-end-of-l1-too": ('elif self.skip_std and self.loss == "mse"', "elif self.skip_std"),
-        "clean-end-beside-min-snr": ("elif self.skip_std and", "if self.skip_std and"),
+        "clean-end-beside-min-snr": ("elif self.clean_weight:", "if False:"),
         "error-in-units-of-no-noise": ("times(weight.sqrt(), clipped", "times(weight, clipped"),
         "labels-mostly-dropped": (
             "torch.where(drawn < self.label_dropout",
