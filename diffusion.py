@@ -348,8 +348,7 @@ class DDPM(Denoiser):
                 x0 = self.extrapolate(predicted, x0_before, t_before, t, s)
                 eps = self.eps_from_x0(x0, xt, t)
             x0_before, t_before = predicted, t
-            like = {"device": xt.device, "dtype": xt.dtype}
-            noise = torch.randn(xt.shape, generator=generator, **like) if eta else None
+            noise = self.draw_noise(len(xt), generator) if eta else None
             xt = self.step(x0, eps, t, s, eta, noise, variance_fraction)
             yield predicted, xt
 
@@ -447,8 +446,7 @@ class DDPM(Denoiser):
             checkpoint.load_weights(ddpm.network, saved["weights"])
             ddpm.info = dict(saved["info"])
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            reason = one_line(error)
-            raise ValueError(f"{path}: of another version or network ({reason})") from None
+            raise ValueError(f"{path}: of another version or network ({one_line(error)})") from None
         return ddpm.to(device).eval()
 
 

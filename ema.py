@@ -34,7 +34,7 @@ class EMA:
         self.step = 0
         self.module = module
         self.shadow = copy.deepcopy(module).requires_grad_(False)
-        self.weights = list(module.parameters()), list(self.shadow.parameters())
+        self.pair = list(self.shadow.parameters()), list(module.parameters())
 
     @torch.no_grad()
     def update(self):
@@ -45,8 +45,7 @@ class EMA:
         elif self.step > self.start and self.step % self.update_rate == 0:
             k = (self.step - self.start) // self.update_rate
             decay = min(self.decay, (1 + k) / (10 + k))
-            weights, averages = self.weights
-            torch._foreach_lerp_(averages, weights, 1 - decay)
+            torch._foreach_lerp_(*self.pair, 1 - decay)
 
     @contextmanager
     def applied(self):
@@ -80,8 +79,7 @@ class EMA:
             copied.copy_(buffer)
 
     def _copy(self):
-        weights, averages = self.weights
-        torch._foreach_copy_(averages, weights)
+        torch._foreach_copy_(*self.pair)
 
     @torch.no_grad()
     def _swap(self):

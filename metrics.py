@@ -371,8 +371,7 @@ def _channels(images):
 
 def _prepared(images, channels):
     """uint8 (N, H, W) or (N, C, H, W) -> float32 (N, channels, 32, 32) in [-1, 1]."""
-    x = images.float()
-    x = x[:, None] if x.ndim == 3 else x
+    x = (images[:, None] if images.ndim == 3 else images).float()
     x = x.mean(dim=1, keepdim=True) if channels == 1 else x.expand(-1, channels, -1, -1)
     if x.shape[2:] != (SIZE, SIZE):
         x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", antialias=True)

@@ -108,10 +108,9 @@ def generator(seed, device):
 
 def process(process, beta_schedules, predictions, variances, spacings):
     """The settings of a `GaussianProcess`."""
-    choice("beta_schedule", process.beta_schedule, beta_schedules)
-    choice("prediction", process.prediction, predictions)
-    choice("variance", process.variance, variances)
-    choice("timestep_spacing", process.timestep_spacing, spacings)
+    names = ("beta_schedule", "prediction", "variance", "timestep_spacing")
+    for name, known in zip(names, (beta_schedules, predictions, variances, spacings)):
+        choice(name, getattr(process, name), known)
     switch("zero_terminal_snr", process.zero_terminal_snr)
     whole("num_timesteps", process.num_timesteps, 2 if process.zero_terminal_snr else 1)
     number("skip_std", process.skip_std, 0)
@@ -128,11 +127,10 @@ def denoiser(ddpm, losses):
     number("min_snr_gamma", ddpm.min_snr_gamma, 0)
     number("clean_weight", ddpm.clean_weight, 0)
     if ddpm.clean_weight and (ddpm.loss, ddpm.prediction, ddpm.min_snr_gamma) != ("mse", "x0", 0):
-        refuse("clean_weight", ddpm.clean_weight, "0, or loss mse of x0 without min_snr_gamma")
+        refuse("clean_weight", ddpm.clean_weight, "0, or loss 'mse' of 'x0' without min_snr_gamma")
     number("label_dropout", ddpm.label_dropout, 0, 1)
     if ddpm.min_snr_gamma and (ddpm.loss != "mse" or ddpm.zero_terminal_snr):
-        expected = "0: the weights are for loss 'mse', and zero where zero_terminal_snr starts"
-        refuse("min_snr_gamma", ddpm.min_snr_gamma, expected)
+        refuse("min_snr_gamma", ddpm.min_snr_gamma, "0, or loss 'mse' without zero_terminal_snr")
     if not isinstance(ddpm.network, nn.Module):
         refuse("network", ddpm.network, "a torch.nn.Module")
     config = getattr(ddpm.network, "config", None)

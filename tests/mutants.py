@@ -224,7 +224,7 @@ FAULTS = {
         "clipping-stops-the-gradient": ("x0 + (inside - x0).detach()", "inside"),
         "a-right-black-is-driven-on": ("inside == true, inside,", "inside != inside, inside,"),
         "skip-not-clipped-in-training": ("clipped(output, target)", "output"),
-        "clean-end-beside-min-snr": ("elif self.clean_weight:", "if False:"),
+        "clean-weight-ignored": ("elif self.clean_weight:", "if False:"),
         "error-in-units-of-no-noise": ("times(weight.sqrt(), clipped", "times(weight, clipped"),
         "labels-mostly-dropped": (
             "torch.where(drawn < self.label_dropout",
