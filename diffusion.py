@@ -348,7 +348,8 @@ class DDPM(Denoiser):
                 x0 = self.extrapolate(predicted, x0_before, t_before, t, s)
                 eps = self.eps_from_x0(x0, xt, t)
             x0_before, t_before = predicted, t
-            noise = self.draw_noise(len(xt), generator) if eta else None
+            like = {"device": xt.device, "dtype": xt.dtype}
+            noise = torch.randn(xt.shape, generator=generator, **like) if eta else None
             xt = self.step(x0, eps, t, s, eta, noise, variance_fraction)
             yield predicted, xt
 

@@ -84,8 +84,7 @@ class UNet(nn.Module):
 
         self.conv_in = nn.Conv2d(channels * patch_size**2, base_channels, 3, padding=1)
         width = base_channels
-        skips = [width]
-        levels = []  # width, and whether its blocks end in attention
+        skips, levels = [width], []  # of a level: width, and whether its blocks end in attention
         for level, mult in enumerate(channel_mult):
             resolution = image_size // patch_size // 2**level
             levels.append((base_channels * mult, resolution in attention_resolutions))
